@@ -1,0 +1,64 @@
+"""Errors of the kernels layer; the name says whose fault it is.
+
+    KernelsError
+    +-- RequestError              the caller's: bad values
+    |   +-- UnknownSandboxError       no sandbox has this id
+    |   +-- UnknownTemplateError      no kernelspec has this name
+    |   +-- SandboxExistsError        the id asked for is taken
+    |   +-- LimitError                more than the configured maximum
+    |   +-- SandboxStateError         not possible in the state the sandbox is in
+    +-- CapacityError             the host's: no memory, disk or slot left now; try later
+    +-- MachineFailedError        the machine died or did not start
+    +-- TemplateError             the template could not be built
+"""
+
+from __future__ import annotations
+
+
+class KernelsError(Exception):
+    """Base of all errors of this package. `str(error)` is a sentence for people: what is wrong and what to do."""
+
+
+class RequestError(KernelsError):
+    """The caller's fault; repeating the same request fails again."""
+
+
+class UnknownSandboxError(RequestError):
+    """No sandbox has this id."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        super().__init__(f"There is no sandbox with the id {sandbox_id}. GET /api/sandboxes lists those that exist.")
+        self.sandbox_id = sandbox_id
+
+
+class UnknownTemplateError(RequestError):
+    """No kernelspec has this name."""
+
+
+class SandboxExistsError(RequestError):
+    """The id asked for is taken."""
+
+
+class LimitError(RequestError):
+    """More was asked for than the configured maximum."""
+
+
+class SandboxStateError(RequestError):
+    """The sandbox is in a state in which this is not possible."""
+
+    def __init__(self, sandbox_id: str, *, found: str, wanted: str) -> None:
+        super().__init__(f"Sandbox {sandbox_id} is {found}; this needs it to be {wanted}.")
+        self.found = found
+        self.wanted = wanted
+
+
+class CapacityError(KernelsError):
+    """The host has no memory, disk or slot left; the same request may work later."""
+
+
+class MachineFailedError(KernelsError):
+    """The machine of a sandbox died or did not start; the message holds the reason and the end of its serial log."""
+
+
+class TemplateError(KernelsError):
+    """A template could not be built; the message says at which step and why."""
