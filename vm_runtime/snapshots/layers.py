@@ -1,0 +1,369 @@
+"""Layers: files with the pages in which a machine's memory differs from what lies under it.
+
+Knows nothing of processes being paused or of the store. Blocking file I/O: call it from a thread.
+
+    offset  0  8 bytes  magic "HCLAYER\\n"
+            8  u32      version, 1
+           12  u32      page size, 4096
+           16  u64      size of guest memory in bytes
+           24  u64      number of runs
+           32  u64      number of pages in the payload
+           40  runs     u64 first page, u64 number of pages | ZERO (bit 63: all of these pages are zero, no payload)
+               zeros    up to the next multiple of the page size
+               payload  the pages of the runs that are not zero, in the same order
+
+Little-endian; runs ascending and disjoint. A layer's digest is the SHA-256 of its file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from vm_runtime.snapshots.errors import BrokenSnapshotError
+from vm_runtime.snapshots.memory import (
+    CHUNK_BYTES,
+    PAGE_SIZE,
+    BaseMemory,
+    data_extents,
+    memory_digest,
+    removed_on_error,
+    write_all,
+)
+from vm_runtime.snapshots.pages import PageBuffer, Run, append_run, count_pages, mapped_address, write_pages
+
+LAYER_VERSION = 1
+_MAGIC = b"HCLAYER\n"
+_HEADER = struct.Struct("<8sIIQQQ")
+_RUN = struct.Struct("<QQ")
+_ZERO_FLAG = 1 << 63
+_ZERO_PAGE = bytes(PAGE_SIZE)
+_CHUNK_PAGES = CHUNK_BYTES // PAGE_SIZE
+
+
+class Segment(NamedTuple):
+    """Pages first..first+pages of guest memory lie in `source`, from its page `position` on."""
+
+    first: int
+    pages: int
+    source: int
+    position: int
+
+
+# The source of pages that are zero.
+ZERO_SOURCE = -1
+
+
+def overlay(lower: Sequence[Segment], upper: Sequence[Segment]) -> list[Segment]:
+    """What is seen when `upper` lies over `lower`; both ascending and disjoint, and so is the result."""
+    result: list[Segment] = []
+    index = 0
+    for segment in lower:
+        first, count, source, position = segment
+        end = first + count
+        while index < len(upper) and upper[index].first + upper[index].pages <= first:
+            result.append(upper[index])
+            index += 1
+        cursor, at = first, index
+        while at < len(upper) and upper[at].first < end:
+            if upper[at].first > cursor:
+                result.append(Segment(cursor, upper[at].first - cursor, source, position + cursor - first))
+            cursor = upper[at].first + upper[at].pages
+            if cursor > end:
+                break  # it goes on over the next lower segment, which adds it
+            result.append(upper[at])
+            at += 1
+        index = at
+        if cursor < end:
+            result.append(Segment(cursor, end - cursor, source, position + cursor - first))
+    result.extend(upper[index:])
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """An open, checked layer file. Close it when done; machines restored from it do not need it any more.
+
+    fd: the file; size_bytes: guest memory; runs of data (ascending, in the order of the payload) and of zeros.
+    """
+
+    path: Path
+    fd: int
+    size_bytes: int
+    data_runs: tuple[Run, ...]
+    zero_runs: tuple[Run, ...]
+    payload_offset: int
+
+    @classmethod
+    def open(cls, path: Path, *, size_bytes: int, digest: str | None = None) -> Self:
+        """Open a layer for guest memory of this size. digest: check it too, which reads the file.
+
+        Raises BrokenSnapshotError if it is truncated, tampered with, or made for another size or version.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if digest is not None and file_digest(path) != digest:
+                raise BrokenSnapshotError(f"The layer {path} does not have the digest {digest}: it was changed.")
+            data_runs, zero_runs, payload_offset = _read_index(fd, path, size_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(
+            path=path,
+            fd=fd,
+            size_bytes=size_bytes,
+            data_runs=tuple(data_runs),
+            zero_runs=tuple(zero_runs),
+            payload_offset=payload_offset,
+        )
+
+    @property
+    def payload_bytes(self) -> int:
+        return count_pages(self.data_runs) * PAGE_SIZE
+
+    def segments(self, source: int) -> list[Segment]:
+        """Where this layer's pages lie, as the source of that number; positions count pages of the file."""
+        position = self.payload_offset // PAGE_SIZE
+        segments = [Segment(first, count, ZERO_SOURCE, 0) for first, count in self.zero_runs]
+        for first, count in self.data_runs:
+            segments.append(Segment(first, count, source, position))
+            position += count
+        return sorted(segments)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedPages:
+    """Pages copied out of a paused machine, still in memory. Later parts lie over earlier ones.
+
+    Written to a file when the machine runs again: see `write`. Each part: runs, and their pages.
+    """
+
+    size_bytes: int
+    parts: tuple[tuple[tuple[Run, ...], PageBuffer], ...]
+
+    @property
+    def page_count(self) -> int:
+        """Pages held, before anything is dropped."""
+        return sum(segment.pages for segment in self._segments())
+
+    def write(self, path: Path, *, under: MemoryImage) -> tuple[str, int]:
+        """Write the pages that differ from the image under them to the new file `path`, and sync it.
+
+        Answers the digest and the size of the file in bytes. Raises StoreFullError; nothing is left of the file then.
+        """
+        data: list[tuple[int, memoryview]] = []
+        zeros: list[Run] = []
+        for segment in self._segments():
+            memory = memoryview(self.parts[segment.source][1].memory)
+            content = memory[segment.position * PAGE_SIZE : (segment.position + segment.pages) * PAGE_SIZE]
+            _add_changed(segment.first, content, under, data, zeros)
+        digest = hashlib.sha256()
+        with removed_on_error(path), path.open("xb", buffering=0) as file:
+            index = encode_index(self.size_bytes, [(first, len(pages) // PAGE_SIZE) for first, pages in data], zeros)
+            position = 0
+            for content in (memoryview(index), *(pages for _, pages in data)):
+                digest.update(content)
+                write_all(file.fileno(), content, position)
+                position += len(content)
+            os.fsync(file.fileno())
+        return digest.hexdigest(), position
+
+    def _segments(self) -> list[Segment]:
+        seen: list[Segment] = []
+        for source, (runs, _) in enumerate(self.parts):
+            position = 0
+            upper: list[Segment] = []
+            for first, count in runs:
+                upper.append(Segment(first, count, source, position))
+                position += count
+            seen = overlay(seen, upper)
+        return seen
+
+
+class MemoryImage:
+    """Guest memory as a snapshot has it: a base and the layers over it, lowest first. Owns neither."""
+
+    def __init__(self, base: BaseMemory, layers: Sequence[Layer]) -> None:
+        self.base = base
+        self.layers = tuple(layers)
+        self._segments: list[Segment] = []
+        for source, layer in enumerate(self.layers):
+            if layer.size_bytes != base.size_bytes:
+                raise BrokenSnapshotError(f"The layer {layer.path} was not made for the base {base.digest}.")
+            self._segments = overlay(self._segments, layer.segments(source))
+        self._seen = overlay([Segment(0, base.size_bytes // PAGE_SIZE, len(self.layers), 0)], self._segments)
+        self._ends = [segment.first + segment.pages for segment in self._seen]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.base.size_bytes
+
+    @property
+    def layered_bytes(self) -> int:
+        """What a restore copies into a new machine; many restores of a large one are reason to flatten."""
+        return sum(segment.pages for segment in self._segments) * PAGE_SIZE
+
+    def read(self, first: int, count: int) -> bytes:
+        """The content of pages."""
+        pieces: list[bytes] = []
+        index = bisect.bisect_right(self._ends, first)
+        end = first + count
+        while first < end:
+            segment = self._seen[index]
+            size = min(segment.first + segment.pages, end) - first
+            pieces.append(self._read_source(segment, first - segment.first, size))
+            first += size
+            index += 1
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def restore_into(self, pid: int, address: int) -> int:
+        """Write the layers' pages into a process that maps the base privately at `address`, before it runs.
+
+        A VMM must have no device state loaded yet: virtio reads its rings from guest memory while loading it.
+        Answers the number of bytes written. Raises ProcessMemoryError.
+        """
+        maps = [mmap.mmap(layer.fd, 0, access=mmap.ACCESS_COPY) for layer in self.layers]
+        try:
+            zeros = PageBuffer(_CHUNK_PAGES if any(s.source == ZERO_SOURCE for s in self._segments) else 1)
+            starts = [mapped_address(mapping) for mapping in maps]
+
+            def pieces() -> Iterator[tuple[int, int, int]]:
+                for first, count, source, position in self._segments:
+                    if source == ZERO_SOURCE:
+                        for done in range(0, count, _CHUNK_PAGES):
+                            yield zeros.address, first + done, min(_CHUNK_PAGES, count - done)
+                    else:
+                        yield starts[source] + position * PAGE_SIZE, first, count
+
+            write_pages(pid, address, pieces())
+        finally:
+            for mapping in maps:
+                mapping.close()
+        return self.layered_bytes
+
+    def flatten(self, path: Path) -> str:
+        """Write base and layers as one new base file, sparse and synced; answers its digest.
+
+        Shares blocks with the base where the file system can (copy_file_range). Runs for as long as the base's data
+        needs, so do it in the background, for a chain that is restored often or has become long.
+        """
+        with removed_on_error(path), path.open("x+b", buffering=0) as file:
+            target = file.fileno()
+            os.ftruncate(target, self.size_bytes)
+            copy_sparse(self.base.fd, target, self.size_bytes)
+            for segment in self._segments:
+                for done in range(0, segment.pages, _CHUNK_PAGES):
+                    size = min(_CHUNK_PAGES, segment.pages - done)
+                    write_all(target, self._read_source(segment, done, size), (segment.first + done) * PAGE_SIZE)
+            os.fsync(target)
+            return memory_digest(path)
+
+    def _read_source(self, segment: Segment, skip: int, count: int) -> bytes:
+        if segment.source == ZERO_SOURCE:
+            return bytes(count * PAGE_SIZE)
+        fd = self.base.fd if segment.source == len(self.layers) else self.layers[segment.source].fd
+        content = os.pread(fd, count * PAGE_SIZE, (segment.position + skip) * PAGE_SIZE)
+        if len(content) != count * PAGE_SIZE:
+            raise BrokenSnapshotError("A part of the snapshot was truncated while it was read.")
+        return content
+
+
+def encode_index(size_bytes: int, data: Sequence[Run], zeros: Sequence[Run]) -> bytes:
+    """Header, run table and padding of a layer file."""
+    runs = sorted([(first, count) for first, count in data] + [(first, count | _ZERO_FLAG) for first, count in zeros])
+    index = _HEADER.pack(_MAGIC, LAYER_VERSION, PAGE_SIZE, size_bytes, len(runs), count_pages(data))
+    index += b"".join(_RUN.pack(first, count) for first, count in runs)
+    return index + bytes(-len(index) % PAGE_SIZE)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex: the digest of every part but bases."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_sparse(source: int, target: int, size_bytes: int) -> None:
+    """Copy the data extents of a file into another, which is empty and of that size; shares blocks where it can."""
+    for start, end in data_extents(source, size_bytes):
+        position = start
+        while position < end:
+            try:
+                copied = os.copy_file_range(source, target, end - position, position, position)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                copied = 0
+            if copied == 0:  # between two file systems, or from a memfd
+                content = os.pread(source, min(CHUNK_BYTES, end - position), position)
+                if not content:
+                    raise BrokenSnapshotError("A base was truncated while it was copied.")
+                write_all(target, content, position)
+                copied = len(content)
+            position += copied
+
+
+def _read_index(fd: int, path: Path, size_bytes: int) -> tuple[list[Run], list[Run], int]:
+    header = os.pread(fd, _HEADER.size, 0)
+    if len(header) != _HEADER.size or not header.startswith(_MAGIC):
+        raise BrokenSnapshotError(f"{path} is not a layer.")
+    _, version, page_size, found_size, run_count, payload_pages = _HEADER.unpack(header)
+    if version != LAYER_VERSION or page_size != PAGE_SIZE:
+        raise BrokenSnapshotError(f"The layer {path} has the format {version} with pages of {page_size} bytes.")
+    if found_size != size_bytes:
+        raise BrokenSnapshotError(f"The layer {path} is for {found_size} bytes of memory, not for {size_bytes}.")
+    total_pages = size_bytes // PAGE_SIZE
+    table_bytes = run_count * _RUN.size
+    payload_offset = _HEADER.size + table_bytes + -(_HEADER.size + table_bytes) % PAGE_SIZE
+    if run_count > total_pages or os.fstat(fd).st_size != payload_offset + payload_pages * PAGE_SIZE:
+        raise BrokenSnapshotError(f"The layer {path} does not have the length its header says: it was truncated.")
+    data_runs: list[Run] = []
+    zero_runs: list[Run] = []
+    end = 0
+    for first, flagged in _RUN.iter_unpack(os.pread(fd, table_bytes, _HEADER.size)):
+        count = flagged & ~_ZERO_FLAG
+        if first < end or count == 0 or first + count > total_pages:
+            raise BrokenSnapshotError(f"The layer {path} has an impossible table of pages.")
+        (zero_runs if flagged & _ZERO_FLAG else data_runs).append((first, count))
+        end = first + count
+    if count_pages(data_runs) != payload_pages:
+        raise BrokenSnapshotError(f"The layer {path} has an impossible table of pages.")
+    return data_runs, zero_runs, payload_offset
+
+
+def _add_changed(
+    first: int, content: memoryview, under: MemoryImage, data: list[tuple[int, memoryview]], zeros: list[Run]
+) -> None:
+    """Sort the pages of one captured run into changed data and changed to zero; drop the unchanged ones."""
+    pages = len(content) // PAGE_SIZE
+    start = -1  # of the changed run that is being collected
+    for done in range(0, pages, _CHUNK_PAGES):
+        size = min(_CHUNK_PAGES, pages - done)
+        above = bytes(content[done * PAGE_SIZE : (done + size) * PAGE_SIZE])
+        below = under.read(first + done, size)
+        same_chunk = above == below
+        for page in range(done, done + size):
+            position = (page - done) * PAGE_SIZE
+            now = above[position : position + PAGE_SIZE] if not same_chunk else b""
+            same = same_chunk or now == below[position : position + PAGE_SIZE]
+            zero = not same and now == _ZERO_PAGE
+            if zero:
+                append_run(zeros, first + page, 1)
+            if same or zero:
+                if start >= 0:
+                    data.append((first + start, content[start * PAGE_SIZE : page * PAGE_SIZE]))
+                    start = -1
+            elif start < 0:
+                start = page
+    if start >= 0:
+        data.append((first + start, content[start * PAGE_SIZE :]))
