@@ -1,15 +1,15 @@
 """Errors of the kernels layer; the name says whose fault it is.
 
-    KernelsError
-    +-- RequestError              the caller's: bad values
-    |   +-- UnknownSandboxError       no sandbox has this id
-    |   +-- UnknownTemplateError      no kernelspec has this name
-    |   +-- SandboxExistsError        the id asked for is taken
-    |   +-- LimitError                more than the configured maximum
-    |   +-- SandboxStateError         not possible in the state the sandbox is in
-    +-- CapacityError             the host's: no memory, disk or slot left now; try later
-    +-- MachineFailedError        the machine died or did not start
-    +-- TemplateError             the template could not be built
+KernelsError
++-- RequestError              the caller's: bad values
+|   +-- UnknownSandboxError       no sandbox has this id
+|   +-- UnknownTemplateError      no kernelspec has this name
+|   +-- SandboxExistsError        the id asked for is taken
+|   +-- LimitError                more than the configured maximum
+|   +-- SandboxStateError         not possible in the state the sandbox is in
++-- CapacityError             the host's: no memory, disk or slot left now; try later
++-- MachineFailedError        the machine died or did not start
++-- TemplateError             the template could not be built
 """
 
 from __future__ import annotations

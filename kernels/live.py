@@ -1,0 +1,169 @@
+"""A running sandbox: its machine, the session with its guest, its endpoints, and what happens when one of them fails.
+
+It reports through `Notices`; what follows from a report (states, events, records) is the service's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from kernels.endpoints import Endpoints
+from kernels.errors import MachineFailedError
+from kernels.session import GuestEvent, GuestSession, KernelExited, KernelStatus
+from vm_runtime.machine import Machine
+from vm_runtime.wire.link import Stream
+
+RESTART_TIMEOUT_S = 60.0
+# Between the wire's end and the VMM process's own end when both come from the same death.
+DYING_S = 1.0
+
+
+class Notices(Protocol):
+    """What a live sandbox tells the service. Called from the event loop, must not block.
+    `machine_dead` takes the live sandbox down: it is the last thing that is reported."""
+
+    def execution_state(self, state: str) -> None: ...
+
+    def kernel_restarting(self, reason: str) -> None: ...
+
+    def kernel_restarted(self) -> None: ...
+
+    def kernel_dead(self, reason: str) -> None: ...
+
+    async def machine_dead(self, reason: str) -> None: ...
+
+
+class LiveSandbox:
+    """Owns machine, session and endpoints from construction on. `await run()` supervises; `await close()` ends all.
+
+    restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead.
+    """
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        session: GuestSession,
+        key: str,
+        endpoints_dir: Path,
+        notices: Notices,
+        restart_limit: int,
+        restart_window_s: float,
+    ) -> None:
+        self.machine = machine
+        self.session = session
+        self.key = key
+        self._notices = notices
+        self._endpoints = Endpoints(endpoints_dir, self._open_channel)
+        self._restart_limit = restart_limit
+        self._restart_window_s = restart_window_s
+        self._crashes: deque[float] = deque()
+        self._exits: asyncio.Queue[KernelExited] = asyncio.Queue()
+        self._kernel_lock = asyncio.Lock()
+        self._kernel_pid: int | None = None
+
+    async def start(self) -> None:
+        """Opens the endpoints."""
+        await self._endpoints.start()
+
+    def connection_info(self) -> dict[str, object]:
+        return self._endpoints.connection_info(self.key)
+
+    async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
+        """Gives a kernel that runs already its environment, directory and identity (after it was taken from the pool)."""
+        await self.session.call("kernel.configure", {"env": dict(env), "cwd": cwd, "identity": dict(identity)})
+
+    async def interrupt(self) -> None:
+        await self.session.call("kernel.interrupt")
+
+    async def restart(self) -> None:
+        """A new kernel process in the same machine: files stay, variables go."""
+        async with self._kernel_lock:
+            self._notices.execution_state("restarting")
+            await self._start_anew()
+        self._notices.kernel_restarted()
+
+    async def _start_anew(self) -> None:
+        result = await self.session.call("kernel.restart", timeout_s=RESTART_TIMEOUT_S)
+        self._kernel_pid = result.get("pid") if isinstance(result, dict) else None
+        # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
+        await self._endpoints.drop_connections()
+        self._notices.execution_state("idle")
+
+    def on_event(self, event: GuestEvent) -> None:
+        """The guest's events come in here."""
+        match event:
+            case KernelStatus(state=state):
+                self._notices.execution_state(state)
+            case KernelExited():
+                self._exits.put_nowait(event)
+
+    async def run(self) -> None:
+        """Supervises until the machine is dead (or cancelled): crashes of the kernel, of the session, of the machine."""
+        crash_watch = asyncio.create_task(self._watch_kernel())
+        ends = {
+            asyncio.create_task(self._machine_end()),
+            asyncio.create_task(self._session_end()),
+        }
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            reason = done.pop().result()
+        finally:
+            for task in (crash_watch, *ends):
+                task.cancel()
+            await asyncio.gather(crash_watch, *ends, return_exceptions=True)
+        await self._notices.machine_dead(reason)
+
+    async def _machine_end(self) -> str:
+        death = await self.machine.wait_dead()
+        log = f"\n--- end of the serial log ---\n{death.serial_tail}" if death.serial_tail else ""
+        return f"The machine ended: {death.reason}{log}"
+
+    async def _session_end(self) -> str:
+        reason = await self.session.wait_closed()
+        # A machine that is dying closes its wire first: its own reason is the better one.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DYING_S):
+                return await self._machine_end()
+        # Without its agent a machine is of no use, and a guest that broke the protocol is not to be trusted further.
+        return f"The guest's agent was lost: {reason}"
+
+    async def _watch_kernel(self) -> None:
+        while True:
+            event = await self._exits.get()
+            async with self._kernel_lock:
+                if self._kernel_pid is not None and event.pid != self._kernel_pid:
+                    continue  # the one that a restart replaced
+                now = time.monotonic()
+                self._crashes.append(now)
+                while self._crashes and now - self._crashes[0] > self._restart_window_s:
+                    self._crashes.popleft()
+                if len(self._crashes) > self._restart_limit:
+                    self._notices.kernel_dead(f"{event.reason} It was restarted {self._restart_limit} times already.")
+                    continue
+                self._notices.kernel_restarting(event.reason)
+                try:
+                    await self._start_anew()
+                except MachineFailedError as error:
+                    self._notices.kernel_dead(str(error))
+                    continue
+            self._notices.kernel_restarted()
+
+    async def _open_channel(self, name: str) -> Stream:
+        return await self.session.open_channel(name)
+
+    async def detach(self) -> None:
+        """Lets go of session and endpoints and leaves the machine running, for the next gateway to adopt."""
+        await self._endpoints.close()
+        await self.session.close()
+
+    async def close(self) -> None:
+        """Ends endpoints, session and machine; twice is harmless."""
+        await self.detach()
+        await self.machine.kill()

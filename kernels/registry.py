@@ -1,0 +1,103 @@
+"""The registry: every sandbox's record in memory, on disk and on the event bus, changed in one place.
+
+Guards the state table. Knows nothing of machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from kernels.errors import UnknownSandboxError
+from kernels.events import EventBus
+from kernels.index import Index, SandboxRecord
+from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
+from kernels.states import check
+
+
+class Registry:
+    """Records by sandbox id, oldest first. `index` must be open; `load()` reads what an earlier gateway wrote."""
+
+    def __init__(self, index: Index, bus: EventBus) -> None:
+        self._index = index
+        self._bus = bus
+        self._records: dict[str, SandboxRecord] = {}
+
+    def load(self) -> None:
+        self._records = {record.sandbox.id: record for record in self._index.all()}
+
+    def __contains__(self, sandbox_id: str) -> bool:
+        return sandbox_id in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, sandbox_id: str) -> SandboxRecord:
+        """Errors: UnknownSandboxError."""
+        try:
+            return self._records[sandbox_id]
+        except KeyError:
+            raise UnknownSandboxError(sandbox_id) from None
+
+    def records(self) -> list[SandboxRecord]:
+        return list(self._records.values())
+
+    def add(self, record: SandboxRecord) -> None:
+        self._records[record.sandbox.id] = record
+        self._index.put(record)
+        self._publish(record.sandbox.id, EventKind.CREATED, {"state": record.sandbox.state})
+
+    def update(self, sandbox_id: str, **fields: Any) -> None:
+        """Changes fields of the record that users do not see (machine, key, marker, ...)."""
+        record = self.record(sandbox_id).model_copy(update=fields)
+        self._records[sandbox_id] = record
+        self._index.put(record)
+
+    def move(self, sandbox_id: str, state: SandboxState, *, reason: str | None = None, **changes: Any) -> Sandbox:
+        """Moves a sandbox to `state`. Errors: UnknownSandboxError, SandboxStateError where the table has no such move."""
+        record = self.record(sandbox_id)
+        if state is not record.sandbox.state:
+            check(sandbox_id, record.sandbox.state, state)
+        sandbox = replace(record.sandbox, state=state, reason=reason, **changes)
+        self._records[sandbox_id] = record.model_copy(update={"sandbox": sandbox})
+        self._index.put(self._records[sandbox_id])
+        self._publish(sandbox_id, EventKind.STATE, {"state": state, "reason": reason})
+        return sandbox
+
+    def execution_state(self, sandbox_id: str, state: str) -> None:
+        """The kernel's own state. Not written to disk at once: it changes twice with every cell."""
+        record = self._records.get(sandbox_id)
+        if record is None or record.sandbox.execution_state == state:
+            return
+        self._replace(record, execution_state=state, last_activity=datetime.now(UTC))
+        self._publish(sandbox_id, EventKind.EXECUTION_STATE, {"execution_state": state})
+
+    def touch(self, sandbox_id: str) -> None:
+        """A client did something. Not written to disk at once: activity comes with every message."""
+        record = self._records.get(sandbox_id)
+        if record is not None:
+            self._replace(record, last_activity=datetime.now(UTC))
+
+    def notify(self, sandbox_id: str, kind: EventKind, reason: str | None = None) -> None:
+        """An event that changes nothing in the record."""
+        self._publish(sandbox_id, kind, {} if reason is None else {"reason": reason})
+
+    def remove(self, sandbox_id: str) -> None:
+        """Forgets a sandbox; unknown ids are fine."""
+        if self._records.pop(sandbox_id, None) is not None:
+            self._index.remove(sandbox_id)
+            self._publish(sandbox_id, EventKind.DELETED, {"state": SandboxState.GONE})
+
+    def flush(self) -> None:
+        """Writes what was kept in memory only (activity, execution state)."""
+        for record in self._records.values():
+            self._index.put(record)
+
+    def _replace(self, record: SandboxRecord, **changes: Any) -> None:
+        sandbox = replace(record.sandbox, **changes)
+        self._records[sandbox.id] = record.model_copy(update={"sandbox": sandbox})
+
+    def _publish(self, sandbox_id: str, kind: EventKind, data: Mapping[str, Any]) -> None:
+        self._bus.publish(SandboxEvent(sandbox_id=sandbox_id, kind=kind, data=data))

@@ -1,0 +1,171 @@
+"""One session with the agent in a machine: greeting, remote calls, kernel events.
+
+Everything that comes through it is hostile: sizes are the wire's, values are checked here. Knows nothing of sandboxes,
+pools or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import MachineFailedError
+from vm_runtime.wire.errors import WireError
+from vm_runtime.wire.link import IncomingStream, Link, Stream
+from vm_runtime.wire.protocol import Hello
+
+# A greeting takes 10 to 200 ms; a guest that says nothing for this long hangs (a cold boot has its own limit).
+GREETING_TIMEOUT_S = 30.0
+# A remote call answers in milliseconds; a restart of the kernel under emulation in up to some seconds.
+CALL_TIMEOUT_S = 60.0
+# One line of the guest's event stream; ours are under 200 bytes.
+MAX_EVENT_BYTES = 4096
+ENTROPY_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelStatus:
+    """The guest says that its kernel is `busy`, `idle` or `starting`."""
+
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelExited:
+    """The guest says that the kernel process `pid` ended; `reason` is a sentence."""
+
+    pid: int
+    reason: str
+
+
+GuestEvent = KernelStatus | KernelExited
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greeting:
+    """What the host says at the start of a session (docs/wire.md, HELLO).
+
+    marker: what opens this session (hex; the last session's `next_marker`, or the boot marker). restored: the machine
+    comes from a snapshot: the guest renews clock, random pool, identity and key. keep_random: leave the user-level
+    generators as they were in the snapshot.
+    """
+
+    marker: str
+    identity: Mapping[str, str]
+    key: str | None
+    restored: bool
+    keep_random: bool = False
+
+
+class GuestSession:
+    """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
+
+    next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
+    cell runs, as the greeting said. Set `on_event` to be called with each event; `wait_closed` returns the reason when the
+    carrier or the protocol failed.
+    """
+
+    def __init__(self, link: Link, next_marker: str) -> None:
+        self._link = link
+        self.on_event: Callable[[GuestEvent], None] = lambda event: None
+        self.next_marker = next_marker
+        kernel = link.welcome.kernel or {}
+        self.kernel_busy = kernel.get("busy") is True
+
+    @classmethod
+    async def open(
+        cls,
+        wire_path: Path,
+        greeting: Greeting,
+        *,
+        timeout_s: float = GREETING_TIMEOUT_S,
+    ) -> GuestSession:
+        """Connects and greets. Errors: MachineFailedError when the guest does not answer or answers wrongly."""
+        hello = Hello(
+            session=secrets.token_hex(16),
+            next_marker=secrets.token_hex(16),
+            wall_clock_ns=time.time_ns(),
+            entropy=base64.b64encode(os.urandom(ENTROPY_BYTES)).decode(),
+            identity=dict(greeting.identity),
+            kernel_key=greeting.key,
+            restored=greeting.restored,
+            keep_random=greeting.keep_random,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await asyncio.open_unix_connection(wire_path)
+                link = await Link.connect(reader, writer, hello, marker=bytes.fromhex(greeting.marker))
+        except TimeoutError as error:
+            raise MachineFailedError(f"The guest did not greet within {timeout_s:.0f} s.") from error
+        except (WireError, OSError) as error:
+            raise MachineFailedError(f"The guest could not be greeted: {error}") from error
+        session = cls(link, hello.next_marker)
+        link.on_open = session._accept
+        return session
+
+    async def call(
+        self, kind: str, params: Mapping[str, Any] | None = None, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
+        """A remote call to the agent; its result. Errors: MachineFailedError with the agent's sentence."""
+        try:
+            return await self._link.call(kind, dict(params or {}), timeout_s=timeout_s)
+        except (WireError, TimeoutError) as error:
+            raise MachineFailedError(f"{kind} failed in the guest: {error or 'no answer in time'}") from error
+
+    async def open_channel(self, name: str) -> Stream:
+        """A stream to one of the kernel's ZMQ sockets. Errors: WireError."""
+        return await self._link.open("kernel.channel", {"channel": name})
+
+    async def wait_closed(self) -> str:
+        """Waits until the session has ended; why."""
+        return str(await self._link.wait_closed())
+
+    async def close(self) -> None:
+        await self._link.aclose()
+
+    async def _accept(self, incoming: IncomingStream) -> None:
+        if incoming.kind != "events":
+            await incoming.reject("unknown_kind", f"the host knows no stream of the kind {incoming.kind!r}")
+            return
+        stream = await incoming.accept({})
+        pending = b""
+        while data := await stream.read():
+            *lines, pending = (pending + data).split(b"\n")
+            if len(pending) > MAX_EVENT_BYTES:
+                await stream.reset("too_long", f"an event has at most {MAX_EVENT_BYTES} bytes")
+                return
+            for line in lines:
+                event = parse_event(line)
+                if event is not None:
+                    self.on_event(event)
+
+
+def parse_event(line: bytes) -> GuestEvent | None:
+    """One line of the event stream. None for kinds this host does not know (a newer guest) and for malformed ones:
+    a guest that lies about its own kernel harms no one else."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    match value:
+        case {"event": "kernel.status", "state": "busy" | "idle" | "starting" as state}:
+            return KernelStatus(state=state)
+        case {"event": "kernel.exited", "pid": int(pid)}:
+            match value:
+                case {"signal": int(number)}:
+                    reason = f"The kernel was killed by signal {number}."
+                case {"exit_status": int(number)}:
+                    reason = f"The kernel exited with status {number}."
+                case _:
+                    reason = "The kernel ended."
+            return KernelExited(pid=pid, reason=reason)
+        case _:
+            return None
