@@ -1,0 +1,346 @@
+"""The agent's view of zygote and kernel: start, restart, stop, interrupt, renewal after a restore.
+
+Knows nothing of the wire. One kernel at a time; it is a child of the zygote, which reports its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vm_runtime.guest.calls import Calls, PeerError, PeerGoneError
+from vm_runtime.guest.paths import Paths
+from vm_runtime.wire.greeting import KernelStatus
+
+# Import of ipykernel, numpy, pandas and matplotlib under emulation takes tens of seconds; beyond this something is wrong.
+ZYGOTE_START_LIMIT_S = 300.0
+KERNEL_START_LIMIT_S = 120.0
+PREPARE_LIMIT_S = 600.0
+
+# After a restore the kernel's new key is waited for this long. It is immediate unless a cell holds Python's interpreter lock.
+RENEW_LIMIT_S = 5.0
+
+# Between SIGKILL and the report of the end: vmlinux has to free the memory first.
+KILL_LIMIT_S = 30.0
+
+# No longer pause before SIGKILL than this, whatever is asked for: a stop must end.
+GRACE_MAX_S = 60.0
+
+# A throwaway key for a kernel that is started before anyone gave one (template.prepare).
+KEY_BYTES = 32
+
+
+class KernelError(Exception):
+    """The kernel could not be started or asked; `code` is for programs, the message for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class User:
+    """Whom zygote and kernel run as."""
+
+    uid: int
+    gid: int
+    name: str
+
+
+@dataclass(kw_only=True)
+class _Kernel:
+    pid: int
+    calls: Calls
+    ready: asyncio.Future[None]
+    exited: asyncio.Future[None]
+    busy: bool = False
+    ending: bool = False  # its end was asked for, so it is no news
+
+
+class KernelKeeper:
+    """`notify(event)` is called with JSON objects: kernel.status and kernel.exited. Use as an async context manager."""
+
+    def __init__(self, *, paths: Paths, user: User | None, notify: Callable[[dict[str, Any]], None]) -> None:
+        self._paths = paths
+        self._user = user
+        self._notify = notify
+        self._changing = asyncio.Lock()
+        self._zygote: Calls | None = None
+        self._zygote_process: subprocess.Popen[bytes] | None = None
+        self._zygote_ready: asyncio.Future[None] | None = None
+        self._kernel: _Kernel | None = None
+        self._key = secrets.token_hex(KEY_BYTES)
+        self._env: dict[str, str] = {}
+        self._cwd: str | None = None
+
+    async def __aenter__(self) -> KernelKeeper:
+        self._start_zygote()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        kernel = self._kernel
+        if kernel is not None:
+            kernel.ending = True
+            _kill_group(kernel.pid, signal.SIGKILL)
+            kernel.calls.close()
+        self._end_zygote()
+
+    def describe(self) -> KernelStatus | None:
+        """The kernel for WELCOME, or None without one. Its state is Jupyter's word: starting, idle or busy."""
+        kernel = self._kernel
+        if kernel is None:
+            return None
+        state = "starting" if not kernel.ready.done() else "busy" if kernel.busy else "idle"
+        return KernelStatus(state=state, pid=kernel.pid, busy=kernel.busy)
+
+    async def start(self, *, key: str | None, env: Mapping[str, str], cwd: str | None) -> int:
+        """Start the kernel and return its pid. If one runs already (a template's), it takes over key, env and cwd."""
+        async with self._changing:
+            self._env.update(env)
+            self._cwd = cwd if cwd is not None else self._cwd
+            if key is not None and key != self._key:
+                self._key = key
+                await self._renew_key()
+            if self._kernel is None:
+                return await self._fork()
+            await self._ask_kernel("configure", env=dict(env), cwd=cwd)
+            return self._kernel.pid
+
+    async def restart(self, *, env: Mapping[str, str]) -> int:
+        """A new kernel with the same sockets and key, forked from the zygote. Returns its pid."""
+        async with self._changing:
+            self._env.update(env)
+            await self._end_kernel(grace_s=0.0)
+            return await self._fork()
+
+    async def stop(self, *, grace_s: float) -> None:
+        """SIGTERM, then SIGKILL after `grace_s`. Without a kernel nothing happens."""
+        async with self._changing:
+            await self._end_kernel(grace_s=min(grace_s, GRACE_MAX_S))
+
+    def interrupt(self) -> None:
+        """SIGINT to the kernel's process group. Raises KernelError if there is no kernel."""
+        _kill_group(self._running().pid, signal.SIGINT)
+
+    async def renew(self, *, key: str | None, keep_random: bool) -> None:
+        """After a restore: new key and new random numbers in the kernel's process."""
+        if key is not None:
+            self._key = key
+        if self._kernel is not None:
+            await self._ask_kernel("renew", key=key, reseed=True, keep_random=keep_random)
+
+    async def prepare(self, *, warmup: str) -> int:
+        """Run the recipe's warm-up in the zygote, start a kernel if none runs, and warm it. Returns the kernel's pid."""
+        async with self._changing, asyncio.timeout(PREPARE_LIMIT_S):
+            zygote = await self._running_zygote()
+            try:
+                answer = await zygote.ask("prepare", code=warmup)
+            except PeerGoneError as error:
+                raise KernelError("warmup_failed", f"The warm-up ended the process that ran it: {error}") from error
+            if answer["error"]:
+                raise KernelError("warmup_failed", f"The warm-up failed: {answer['error']}")
+            pid = self._kernel.pid if self._kernel else await self._fork()
+            answer = await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code=warmup)
+            if answer["error"]:
+                raise KernelError("warmup_failed", f"The warm-up failed in the kernel: {answer['error']}")
+            return pid
+
+    def _running(self) -> _Kernel:
+        if self._kernel is None:
+            raise KernelError("no_kernel", "No kernel runs in this machine; start one with kernel.start.")
+        return self._kernel
+
+    async def _renew_key(self) -> None:
+        if self._kernel is not None:
+            await self._ask_kernel("renew", key=self._key, reseed=False, keep_random=True)
+
+    async def _ask_kernel(self, op: str, *, limit_s: float = RENEW_LIMIT_S, **fields: Any) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._running().calls.ask(op, **fields)
+        except TimeoutError as error:
+            raise KernelError("kernel_stuck", f"The kernel did not answer {op} within {limit_s:.0f} s.") from error
+        except (PeerError, PeerGoneError) as error:
+            raise KernelError("kernel_failed", f"The kernel could not {op}: {error}") from error
+
+    async def _fork(self) -> int:
+        zygote = await self._running_zygote()
+        directory = self._paths.kernel_dir
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        exited: asyncio.Future[None] = loop.create_future()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        calls = Calls(ours, on_event=self._kernel_event, on_gone=lambda: None)
+        try:
+            with theirs:
+                answer = await zygote.ask(
+                    "fork",
+                    fds=[theirs.fileno()],
+                    env={**self._base_env(), **self._env},
+                    cwd=self._cwd or str(self._paths.home),
+                    fallback_cwd=str(self._paths.home),
+                    key=self._key,
+                    directory=str(directory),
+                )
+        except (PeerError, PeerGoneError) as error:
+            calls.close()
+            raise KernelError("zygote_failed", f"The kernel could not be forked: {error}") from error
+        kernel = _Kernel(pid=answer["pid"], calls=calls, ready=ready, exited=exited)
+        self._kernel = kernel
+        self._notify({"event": "kernel.status", "state": "starting"})
+        try:
+            async with asyncio.timeout(KERNEL_START_LIMIT_S):
+                await ready
+        except BaseException as error:
+            await self._end_kernel(grace_s=0.0)
+            if isinstance(error, TimeoutError):
+                message = f"The kernel was not ready within {KERNEL_START_LIMIT_S:.0f} s."
+                raise KernelError("kernel_failed", message) from error
+            raise
+        self._notify({"event": "kernel.status", "state": "idle"})
+        return kernel.pid
+
+    async def _end_kernel(self, *, grace_s: float) -> None:
+        kernel = self._kernel
+        if kernel is None:
+            return
+        kernel.ending = True
+        if grace_s > 0:
+            _kill_group(kernel.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await asyncio.shield(kernel.exited)
+        _kill_group(kernel.pid, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILL_LIMIT_S):
+                await asyncio.shield(kernel.exited)
+        except TimeoutError as error:
+            message = f"The kernel {kernel.pid} has not ended {KILL_LIMIT_S:.0f} s after SIGKILL."
+            raise KernelError("kernel_stuck", message) from error
+
+    def _kernel_event(self, event: dict[str, Any]) -> None:
+        kernel = self._kernel
+        if kernel is None:
+            return
+        if event["event"] == "ready" and not kernel.ready.done():
+            kernel.ready.set_result(None)
+        elif event["event"] == "failed" and not kernel.ready.done():
+            kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel did not start: {event['reason']}"))
+        elif event["event"] == "status":
+            kernel.busy = event["state"] == "busy"
+            self._notify({"event": "kernel.status", "state": event["state"]})
+
+    def _kernel_exited(self, pid: int, how: dict[str, int]) -> None:
+        kernel = self._kernel
+        if kernel is None or kernel.pid != pid:
+            return
+        _kill_group(pid, signal.SIGKILL)  # what it started and left behind in its process group
+        self._kernel = None
+        kernel.calls.close()
+        kernel.exited.set_result(None)
+        if not kernel.ready.done():
+            kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel ended while it started: {how}"))
+        if not kernel.ending:
+            self._notify({"event": "kernel.exited", "pid": pid, **how})
+
+    def _start_zygote(self) -> None:
+        directory = self._paths.kernel_dir
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, mode=0o700)
+        if self._user is not None:
+            os.chown(directory, self._user.uid, self._user.gid)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._zygote_process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vm_runtime.guest.zygote", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd=self._paths.home,
+                env={**self._base_env(), "PYTHONPATH": str(self._paths.code)},
+                start_new_session=True,
+                **_run_as(self._user),
+            )
+        self._zygote_ready = asyncio.get_running_loop().create_future()
+        self._zygote = Calls(ours, on_event=self._zygote_event, on_gone=self._zygote_gone)
+
+    async def _running_zygote(self) -> Calls:
+        """The zygote, started anew if it has ended."""
+        if self._zygote is None:
+            self._start_zygote()
+        zygote, ready = self._zygote, self._zygote_ready
+        assert zygote is not None
+        assert ready is not None
+        try:
+            async with asyncio.timeout(ZYGOTE_START_LIMIT_S):
+                await asyncio.shield(ready)
+        except TimeoutError as error:
+            self._end_zygote()
+            message = f"The zygote was not ready within {ZYGOTE_START_LIMIT_S:.0f} s."
+            raise KernelError("zygote_failed", message) from error
+        return zygote
+
+    def _zygote_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "ready" and self._zygote_ready is not None:
+            self._zygote_ready.set_result(None)
+        elif event["event"] == "exited":
+            self._kernel_exited(event["pid"], {k: event[k] for k in ("exit_status", "signal") if k in event})
+
+    def _zygote_gone(self) -> None:
+        """The zygote ended (memory exhaustion, most likely). Its kernel ends with it; the next start makes a new one."""
+        if self._zygote_ready is not None and not self._zygote_ready.done():
+            message = "The zygote ended while it started; the image's Python packages may be broken (see the serial log)."
+            self._zygote_ready.set_exception(KernelError("zygote_failed", message))
+            self._zygote_ready.exception()  # seen, even if nobody waits for it
+        self._end_zygote()
+        if self._kernel is not None:
+            self._kernel_exited(self._kernel.pid, {"signal": int(signal.SIGKILL)})
+
+    def _end_zygote(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
+        if self._zygote_process is not None:
+            self._zygote_process.kill()
+            self._zygote_process.wait()
+            self._zygote_process = None
+
+    def _base_env(self) -> dict[str, str]:
+        """What every kernel gets, as from a login. BLAS runs as many threads as there are CPUs, and no more."""
+        name = self._user.name if self._user is not None else os.environ.get("USER", "root")
+        home = self._paths.home
+        return {
+            "HOME": str(home),
+            "USER": name,
+            "LOGNAME": name,
+            "SHELL": "/bin/bash",
+            "PATH": f"{home}/.local/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "LANG": "C.UTF-8",
+            "TERM": "xterm-color",
+            "OPENBLAS_NUM_THREADS": str(os.cpu_count() or 1),
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            # The image is the user's own to change: pip may install (into ~/.local) despite Debian's EXTERNALLY-MANAGED mark.
+            "PIP_BREAK_SYSTEM_PACKAGES": "1",
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else debugpy warns about frozen modules in the first traceback
+            "CLICOLOR": "1",
+            "PAGER": "cat",
+            "GIT_PAGER": "cat",
+        }
+
+
+def _run_as(user: User | None) -> dict[str, Any]:
+    return {} if user is None else {"user": user.uid, "group": user.gid, "extra_groups": []}
+
+
+def _kill_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)

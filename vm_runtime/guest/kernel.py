@@ -1,0 +1,177 @@
+"""The kernel process: ipykernel with lossless iopub, ipc sockets, and a side channel to the agent. Runs in a forked child."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import random
+import socket
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.kernelapp import IPKernelApp
+from jupyter_client.session import Session
+from traitlets.config import Config
+
+from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
+from vm_runtime.guest.paths import CHANNEL_PORTS
+from vm_runtime.guest.side import TRACEBACK_CHARS_MAX, SideChannel
+from vm_runtime.guest.warm import warm_up
+
+
+# What OpenSSL's generator asks for itself: the strength of its 256-bit state and half of that again as nonce.
+SSL_SEED_BYTES = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    """directory: for the sockets; key: HMAC key of the messages; cwd: where it starts, `fallback_cwd` if it is not there."""
+
+    directory: Path
+    key: str
+    cwd: str
+    fallback_cwd: str
+
+
+class HypercellKernel(IPythonKernel):
+    """IPythonKernel that tells the agent when it runs cells."""
+
+    side: SideChannel
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._executing = 0
+        self._executing_lock = threading.Lock()
+
+    async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
+        """Run a cell. Only this counts as busy: idle limits must not be moved by completions or kernel_info."""
+        self._count_execution(1)
+        try:
+            await super().execute_request(stream, ident, parent)
+        finally:
+            self._count_execution(-1)
+
+    async def do_shutdown(self, restart: bool) -> Any:
+        self.iopub_thread.outbox.release()
+        return await super().do_shutdown(restart)
+
+    def _count_execution(self, change: int) -> None:
+        with self._executing_lock:  # subshells run cells in threads of their own
+            before = self._executing
+            self._executing = before + change
+            if (before == 0) != (self._executing == 0):
+                self.side.notify("status", state="busy" if self._executing else "idle")
+
+
+class HypercellKernelApp(IPKernelApp):
+    """IPKernelApp with the iopub thread and socket options of ours."""
+
+    iopub_thread: LosslessIOPubThread
+
+    def init_iopub(self, context: zmq.Context[Any]) -> None:
+        xpub = context.socket(zmq.XPUB)
+        xpub.linger = 1000
+        prepare_socket(xpub)
+        self.iopub_port = self._bind_socket(xpub, self.iopub_port)
+        self.configure_tornado_logger()
+        self.iopub_thread = LosslessIOPubThread(xpub, session=self.session)
+        self.iopub_thread.start()
+        self.iopub_socket = self.iopub_thread.background_socket
+
+
+def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
+    """Run a kernel in this process until it ends. The caller has set environment, signals and standard streams."""
+    side = SideChannel(side_socket)
+    try:
+        app = _initialized_app(settings, side)
+    except BaseException:
+        side.notify("failed", reason=traceback.format_exc()[-TRACEBACK_CHARS_MAX:])
+        raise
+    reseed()
+    side.handlers.update(_handlers(app))
+    side.start()
+    side.notify("ready")
+    app.start()
+
+
+def reseed(*, keep_random: bool = False) -> None:
+    """New random numbers for a process that has twins.
+
+    The global generators of `random` and `numpy.random`, unless they shall stay equal; generators that a user made are left
+    alone. OpenSSL's always: its state makes TLS keys (sources: man RAND_add, getrandom needs nothing since vmlinux reseeds).
+    """
+    if not keep_random:
+        random.seed()
+        if numpy_random := sys.modules.get("numpy.random"):
+            numpy_random.seed()
+    if ssl := sys.modules.get("ssl"):
+        ssl.RAND_add(os.urandom(SSL_SEED_BYTES), SSL_SEED_BYTES)
+
+
+def trim_memory() -> None:
+    """Give unused heap back to vmlinux, so that it is in no snapshot."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKernelApp:
+    try:
+        os.chdir(settings.cwd)
+    except OSError:
+        os.chdir(settings.fallback_cwd)
+    connection_file = settings.directory / "kernel.json"
+    connection_file.unlink(missing_ok=True)
+    config = Config()
+    config.IPKernelApp.kernel_class = HypercellKernel
+    config.IPKernelApp.outstream_class = "vm_runtime.guest.iopub.BoundedOutStream"
+    config.IPKernelApp.log_level = logging.CRITICAL
+    config.Session.key = settings.key.encode()
+    HypercellKernel.side = side
+    app = HypercellKernelApp.instance(config=config)
+    app.transport = "ipc"
+    app.ip = str(settings.directory / "k")
+    app.connection_file = str(connection_file)
+    for channel, port in CHANNEL_PORTS.items():
+        setattr(app, f"{channel}_port", port)
+    app.initialize([])
+    return app
+
+
+def _handlers(app: HypercellKernelApp) -> dict[str, Any]:
+    """What the agent may ask for; later hooks (resume, fork) are added here."""
+    session: Session = app.session
+
+    def renew(request: dict[str, Any]) -> None:
+        """After a restore: a new HMAC key (None keeps the old one) and new random numbers."""
+        if request["key"] is not None:
+            # One Session signs everything in the process (kernel, displayhook, streams, comms, subshells).
+            session.key = request["key"].encode()
+            session.digest_history = set()
+            app.iopub_thread.outbox.resign(session.sign)
+        if request["reseed"]:
+            reseed(keep_random=request["keep_random"])
+
+    def configure(request: dict[str, Any]) -> dict[str, Any]:
+        """Environment and directory of a kernel that was started before anyone knew for whom."""
+        os.environ.update(request["env"])
+        if request["cwd"] is not None:
+            with contextlib.suppress(OSError):  # as at a start: it stays where it is
+                os.chdir(request["cwd"])
+        return {"cwd": str(Path.cwd())}
+
+    def warm(request: dict[str, Any]) -> dict[str, Any]:
+        answer = warm_up(app, request["code"])
+        trim_memory()
+        return answer
+
+    return {"renew": renew, "configure": configure, "warm": warm}

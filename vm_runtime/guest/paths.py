@@ -1,0 +1,35 @@
+"""Where things lie inside the guest, as one value, so that tests can run the same processes in a directory of theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """run: a tmpfs directory of the agent; code: the directory that holds the package `vm_runtime`;
+    home: the kernel user's home; ports: the directory where vmlinux names the virtio ports; dev: their device nodes."""
+
+    run: Path = Path("/run/hypercell")
+    code: Path = Path("/run/hypercell/python")
+    home: Path = Path("/home/user")
+    ports: Path = Path("/sys/class/virtio-ports")
+    dev: Path = Path("/dev")
+
+    @property
+    def identity(self) -> Path:
+        """Who this sandbox is, as JSON: what HELLO said last."""
+        return self.run / "identity.json"
+
+    @property
+    def kernel_dir(self) -> Path:
+        """Holds the kernel's ZMQ sockets k-1..k-5 and its connection file."""
+        return self.run / "kernel"
+
+    def kernel_socket(self, port: int) -> Path:
+        return self.kernel_dir / f"k-{port}"
+
+
+# Jupyter's channels and the `port` each has in a connection file of transport ipc (its socket is `k-<port>`).
+CHANNEL_PORTS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}

@@ -1,0 +1,141 @@
+"""The zygote: a process with ipykernel and the recipe's modules imported, from which kernels are forked.
+
+It has no ZMQ context, no event loop and no threads of its own, so that a fork of it is a whole process.
+Commands come as JSON datagrams from the agent over the socket whose descriptor number is the first argument.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vm_runtime.guest.kernel import KernelSettings, reseed, run_kernel, trim_memory
+from vm_runtime.guest.side import DATAGRAM_BYTES_MAX, TRACEBACK_CHARS_MAX
+
+# Memory exhaustion ends the kernel, then the zygote, never the agent (-1000). See man proc_pid_oom_score_adj.
+ZYGOTE_OOM_SCORE_ADJ = 0
+KERNEL_OOM_SCORE_ADJ = 500
+
+_PR_SET_PDEATHSIG = 1  # man PR_SET_PDEATHSIG
+
+
+class Zygote:
+    """Serves the agent until it goes away. `serve` returns a job in a forked child and None in the zygote itself."""
+
+    def __init__(self, agent: socket.socket) -> None:
+        self._agent = agent
+        self._wakeup, wakeup_writer = socket.socketpair()
+        self._wakeup.setblocking(False)
+        wakeup_writer.setblocking(False)
+        self._wakeup_writer = wakeup_writer
+        signal.set_wakeup_fd(wakeup_writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # A Ctrl-C meant for the kernel must not end what kernels are made from.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def serve(self) -> Callable[[], None] | None:
+        poll = select.poll()
+        poll.register(self._agent, select.POLLIN)
+        poll.register(self._wakeup, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wakeup.fileno() in ready:
+                self._wakeup.recv(4096)
+                self._reap()
+            if self._agent.fileno() in ready:
+                data, fds, _, _ = socket.recv_fds(self._agent, DATAGRAM_BYTES_MAX, 1)
+                if not data:
+                    return None
+                request = json.loads(data)
+                if request["op"] == "fork":
+                    job = self._fork(request, socket.socket(fileno=fds[0]))
+                    if job is not None:
+                        return job
+                else:
+                    self._answer(request, self._prepare(request["code"]))
+
+    def _prepare(self, code: str) -> dict[str, Any]:
+        """Run the recipe's warm-up here, so that every kernel has its modules. Returns {"error": str | None}."""
+        error = None
+        try:
+            exec(compile(code, "<warm-up>", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            error = traceback.format_exc()[-TRACEBACK_CHARS_MAX:]
+        trim_memory()
+        gc.freeze()  # what lives now is never collected, so that a collection in a kernel does not copy its pages
+        return {"error": error}
+
+    def _fork(self, request: dict[str, Any], side: socket.socket) -> Callable[[], None] | None:
+        pid = os.fork()
+        if pid:
+            side.close()
+            self._answer(request, {"pid": pid})
+            return None
+        self._become_kernel(request["env"])
+        directory = Path(request["directory"])
+        settings = KernelSettings(
+            directory=directory,
+            key=request["key"],
+            cwd=request["cwd"],
+            fallback_cwd=request["fallback_cwd"],
+        )
+        return lambda: run_kernel(settings, side)
+
+    def _become_kernel(self, env: dict[str, str]) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for sock in (self._agent, self._wakeup, self._wakeup_writer):
+            sock.close()
+        os.setsid()  # its own process group: what an interrupt is sent to
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        set_oom_score_adj(KERNEL_OOM_SCORE_ADJ)
+        os.environ.clear()
+        os.environ.update(env)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        reseed()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            how = {"exit_status": code} if code >= 0 else {"signal": -code}
+            self._agent.send(json.dumps({"event": "exited", "pid": pid, **how}).encode())
+
+    def _answer(self, request: dict[str, Any], result: dict[str, Any]) -> None:
+        self._agent.send(json.dumps({"answer": request["id"], "result": result}).encode())
+
+
+def set_oom_score_adj(value: int) -> None:
+    Path("/proc/self/oom_score_adj").write_text(str(value))
+
+
+def main() -> None:
+    set_oom_score_adj(ZYGOTE_OOM_SCORE_ADJ)
+    agent = socket.socket(fileno=int(sys.argv[1]))
+    agent.send(json.dumps({"event": "ready"}).encode())
+    job = Zygote(agent).serve()
+    if job is not None:
+        job()
+
+
+if __name__ == "__main__":
+    main()
