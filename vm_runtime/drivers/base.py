@@ -1,0 +1,117 @@
+"""The interface that every driver implements, and the values that cross it.
+
+Knows no VMM. What a driver cannot do is data (`Capabilities`), never a question of which driver it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from vm_runtime.machine import Machine
+from vm_runtime.snapshots.layers import Layer
+from vm_runtime.snapshots.memory import BaseMemory
+from vm_runtime.spec import MachineSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachinePlace:
+    """Where a machine's files lie. id: short and unique among live machines. run_dir: sockets and record (a short path,
+    since a UNIX socket's has at most 107 bytes). disk_dir: for the machine's own overlay. Both are made if missing."""
+
+    id: str
+    run_dir: Path
+    disk_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineState:
+    """What a machine is restored from. base: mapped copy-on-write. layers: written over it, oldest first.
+    device: file with the state of CPUs and devices. disk_chain: read-only disk files, oldest first; the first one is
+    raw (`.raw`) and the others are overlays (`.qcow2`)."""
+
+    base: BaseMemory
+    layers: Sequence[Layer]
+    device: Path
+    disk_chain: Sequence[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a driver can do here. Where it cannot, `why_not` has a sentence under the capability's name."""
+
+    snapshot: bool
+    restore: bool
+    adopt: bool
+    sealed_base: bool
+    why_not: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfinementStep:
+    """One wall around the VMM. problem: None if it stands, else why the host does not allow it. fix: a command."""
+
+    name: str
+    problem: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """The walls around a VMM on this host, each with what is missing; `doctor` prints it."""
+
+    steps: tuple[ConfinementStep, ...]
+
+    @property
+    def missing(self) -> tuple[ConfinementStep, ...]:
+        return tuple(step for step in self.steps if step.problem is not None)
+
+
+class Driver(ABC):
+    """Makes machines of one kind. Safe to use from many tasks of one event loop at once.
+
+    Errors of all that make machines: MachineStartError (with the serial tail), DriverError. Nothing is left behind then,
+    also when the call is cancelled.
+    """
+
+    name: str
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities: ...
+
+    @abstractmethod
+    def identity(self) -> str:
+        """What a device state depends on: VMM, version, machine type, CPU model, accelerator. Part of a template's digest."""
+
+    @abstractmethod
+    def confinement(self) -> Confinement:
+        """Which walls around the VMM this host allows."""
+
+    @abstractmethod
+    async def boot(
+        self, spec: MachineSpec, *, place: MachinePlace, initramfs: Path, disk: Path, timeout_s: float
+    ) -> Machine:
+        """Start a machine with fresh RAM (a memfd of its own) on a raw disk, which it writes directly.
+
+        Answers when the vCPUs run, which says nothing about the guest yet; timeout_s bounds the VMM's own start.
+        """
+
+    @abstractmethod
+    async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> Machine:
+        """Start a clone and answer when it runs. The base must stay open until then, the disk chain while it lives."""
+
+    @abstractmethod
+    async def adopt(self, place: MachinePlace) -> Machine:
+        """Find the live machine of an earlier process at this place. MachineGoneError if it is dead: its leftovers are
+        then removed."""
+
+    @abstractmethod
+    def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
+        """Remove the disk directories (`machines_dir/<machine id>`) of machines that are not in `keep`. Blocking."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of everything but the machines. Twice is harmless."""

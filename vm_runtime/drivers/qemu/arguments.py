@@ -1,0 +1,187 @@
+"""QEMU's command line as a function of values.
+
+Touches no files and starts nothing; golden tests hold every line of it. Descriptors are numbers that the VMM inherits;
+no path of the host's state appears here. Sources: qemu(1) and docs/system/i386/microvm.rst of QEMU 7.2 to 10.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from vm_runtime.spec import MachineShape
+
+# Part of the driver's identity: change it when a device is added, removed or moved, since device states depend on it.
+ARGUMENTS_VERSION = 1
+
+WIRE_PORT = "hypercell.wire"
+MEMORY_BACKEND = "ram"
+FIRST_DISK_NODE = "disk0"
+
+# Cache of translated code under TCG. QEMU's default (1 GiB at most) fills with use and would be every sandbox's own
+# memory; measured: after a first cell 64 MiB of unique memory hold with this, and loops do not get slower.
+TCG_CACHE_MIB = 32
+
+# QEMU 9.0 can map a file that it may only read as writable private guest RAM (rom=off).
+READ_ONLY_PRIVATE_RAM_SINCE = (9, 0)
+
+
+class Accelerator(StrEnum):
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What a booted machine runs. vmlinux and initramfs: paths as the VMM sees them. quiet: without boot messages."""
+
+    vmlinux: str
+    initramfs: str | None
+    quiet: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskFile:
+    """One file of a disk's chain. fdset: number of the descriptor set that opens it."""
+
+    fdset: int
+    format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sockets:
+    """Listening UNIX sockets, as descriptors."""
+
+    qmp: int
+    wire: int
+    serial: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A VMM to start. memory: path of guest RAM as the VMM sees it; memory_shared: the machine's own file, else mapped
+    copy-on-write; memory_read_only: the file may only be opened for reading. disk: oldest first, the last is written.
+    kernel: None for a clone. fdsets: (set, descriptor) pairs for -add-fd."""
+
+    version: tuple[int, int]
+    accelerator: Accelerator
+    cpu: str
+    shape: MachineShape
+    memory: str
+    memory_shared: bool
+    memory_read_only: bool
+    rootfs: DiskFile
+    disk: Sequence[DiskFile]
+    sockets: Sockets
+    fdsets: Sequence[tuple[int, int]]
+    kernel: Kernel | None
+
+
+def arguments(launch: Launch) -> tuple[str, ...]:
+    """Everything after the program's name. The VMM starts stopped: boot it with `cont`, a clone with `migrate-incoming`."""
+    tcg = launch.accelerator is Accelerator.TCG
+    shape = launch.shape
+    result = [
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-M", f"microvm,acpi=on,x-option-roms=off,auto-kernel-cmdline=off,suppress-vmdesc=on,memory-backend={MEMORY_BACKEND}",
+        "-accel", f"tcg,thread=multi,tb-size={TCG_CACHE_MIB}" if tcg else "kvm",
+        "-cpu", launch.cpu,
+        "-smp", str(shape.vcpus),
+        "-m", f"{shape.memory_mib}M",
+        "-object", _memory_backend(launch),
+        "-global", "migration.send-configuration=off",
+        "-global", "virtio-mmio.force-legacy=off",
+        "-chardev", f"socket,id=qmp,fd={launch.sockets.qmp},server=on,wait=off",
+        "-mon", "chardev=qmp,mode=control",
+        # A socket and not a file: a guest that prints for ever must not fill the host's disk.
+        "-chardev", f"socket,id=serial,fd={launch.sockets.serial},server=on,wait=off",
+        "-serial", "chardev:serial",
+        "-chardev", f"socket,id=wire,fd={launch.sockets.wire},server=on,wait=off",
+    ]  # fmt: skip
+    for fdset, descriptor in launch.fdsets:
+        result += ["-add-fd", f"fd={descriptor},set={fdset}"]
+    result += [
+        "-object", "rng-builtin,id=entropy",
+        "-device", "virtio-rng-device,rng=entropy",
+        "-device", "virtio-serial-device,max_ports=2",
+        "-device", f"virtserialport,chardev=wire,nr=1,name={WIRE_PORT}",
+    ]  # fmt: skip
+    for name, block in (("rootfs", _chain("rootfs", [launch.rootfs], writable=False)), _disk_node(launch.disk)):
+        result += ["-blockdev", json.dumps(block, separators=(",", ":"))]
+        # A full or broken disk of the host is an I/O error for the guest; QEMU's default would stop the machine.
+        errors = "" if name == "rootfs" else ",werror=report"
+        result += ["-device", f"virtio-blk-device,drive={block['node-name']},serial={name},rerror=report{errors}"]
+    if launch.kernel is None:
+        return (*result, "-incoming", "defer")
+    result += ["-S", "-kernel", launch.kernel.vmlinux]
+    if launch.kernel.initramfs is not None:
+        result += ["-initrd", launch.kernel.initramfs]
+    return (*result, "-append", kernel_command_line(launch.accelerator, quiet=launch.kernel.quiet))
+
+
+def kernel_command_line(accelerator: Accelerator, *, quiet: bool) -> str:
+    """For vmlinux. A panic or reboot ends the machine (triple fault under -no-reboot)."""
+    words = ["console=ttyS0", "panic=-1", "reboot=t"]
+    if quiet:
+        words.append("quiet")
+    if accelerator is Accelerator.TCG:
+        # Without them Linux 6.1 and 6.12 hang under TCG while they calibrate their clock.
+        words += ["tsc_early_khz=2000000", "no_timer_check"]
+    return " ".join(words)
+
+
+def overlay_node(name: str, overlay: DiskFile) -> dict[str, Any]:
+    """The `blockdev-add` arguments of a fresh overlay that is about to be put on top of a running machine's disk."""
+    return _chain(name, [overlay], writable=True)
+
+
+def _disk_node(disk: Sequence[DiskFile]) -> tuple[str, dict[str, Any]]:
+    return "disk", _chain(FIRST_DISK_NODE, disk, writable=True)
+
+
+def _chain(name: str, files: Sequence[DiskFile], *, writable: bool) -> dict[str, Any]:
+    """Nested block nodes, every backing file given explicitly: headers are not believed, formats not guessed."""
+    node: Mapping[str, Any] | None = None
+    for position, file in enumerate(files):
+        on_top = position == len(files) - 1
+        writes = writable and on_top
+        next_node: dict[str, Any] = {
+            "driver": file.format,
+            "read-only": not writes,
+            "file": {
+                "driver": "file",
+                "filename": f"/dev/fdset/{file.fdset}",
+                "locking": "off",
+                "read-only": not writes,
+                # Guest flushes need not reach the platter: a disk outlives a host crash only as part of a snapshot,
+                # which is synced when it is taken.
+                "cache": {"direct": False, "no-flush": True},
+                **({"discard": "unmap"} if writes else {}),
+            },
+            "cache": {"direct": False, "no-flush": True},
+        }
+        if on_top:
+            next_node = {"node-name": name, **next_node}
+        if writes:
+            next_node["discard"] = "unmap"
+        if file.format == "qcow2":
+            next_node["backing"] = node
+        node = next_node
+    assert isinstance(node, dict)
+    return node
+
+
+def _memory_backend(launch: Launch) -> str:
+    backend = (
+        f"memory-backend-file,id={MEMORY_BACKEND},size={launch.shape.memory_mib}M,mem-path={launch.memory},"
+        f"share={'on' if launch.memory_shared else 'off'}"
+    )
+    if launch.memory_read_only:
+        if launch.version < READ_ONLY_PRIVATE_RAM_SINCE:
+            raise ValueError("QEMU before 9.0 opens guest RAM for writing; give it a sealed memfd.")
+        backend += ",readonly=on,rom=off"
+    return backend

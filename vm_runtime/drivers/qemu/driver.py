@@ -1,0 +1,542 @@
+"""The QEMU driver: starts VMMs behind their walls and finds them again.
+
+Assembles what its neighbours do: arguments.py (command line), process.py (spawner), cgroups.py, machine.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+from collections.abc import Sequence, Set
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from vm_runtime.drivers.base import (
+    Capabilities,
+    Confinement,
+    ConfinementStep,
+    Driver,
+    MachinePlace,
+    MachineState,
+)
+from vm_runtime.drivers.qemu import qcow2
+from vm_runtime.drivers.qemu.arguments import (
+    ARGUMENTS_VERSION,
+    FIRST_DISK_NODE,
+    READ_ONLY_PRIVATE_RAM_SINCE,
+    Accelerator,
+    DiskFile,
+    Kernel,
+    Launch,
+    Sockets,
+    arguments,
+)
+from vm_runtime.drivers.qemu.cgroups import Cgroup, CgroupRoot, Limits, find_root
+from vm_runtime.drivers.qemu.confinement import CLONE_NEWPID, CLONE_NEWUSER, NAMESPACES, Walls
+from vm_runtime.drivers.qemu.machine import (
+    QMP_SOCKET,
+    SERIAL_SOCKET,
+    WIRE_SOCKET,
+    QemuMachine,
+    remove_leftovers,
+    remove_runtime_files,
+)
+from vm_runtime.drivers.qemu.process import Process, Spawner, SpawnRequest, start_time_ticks
+from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord, boot_id
+from vm_runtime.errors import (
+    DriverUnavailableError,
+    MachineError,
+    MachineGoneError,
+    MachineStartError,
+    SpawnError,
+    VmmProtocolError,
+)
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.layers import MemoryImage
+from vm_runtime.spec import MachineShape, MachineSpec
+
+PROGRAM = "qemu-system-x86_64"
+OLDEST_VERSION = (7, 2)
+
+# A clone runs 50 ms after its spawn on an idle host; twenty at once under TCG on two busy CPUs take seconds.
+RESTORE_TIMEOUT_S = 60.0
+
+# Beyond guest RAM: QEMU itself (40 MiB), translated code, stacks, buffers of 64 concurrent disk requests.
+VMM_OVERHEAD_MIB = 256
+# One CPU per vCPU, and one for disk and console work, which under TCG shares the process.
+VMM_EXTRA_CPUS = 1.0
+# QEMU: main, RCU, vCPUs, at most 64 disk workers (its own limit), some to spare.
+VMM_PROCESSES = 128
+# Sockets, disk chain, eventfds; QEMU uses about 40.
+VMM_OPEN_FILES = 1024
+# qcow2's own tables: one L2 table (64 KiB) for each 512 MiB, and refcounts; far below this.
+DISK_METADATA_MIB = 64
+
+# Users for VMMs where the gateway is root. No distribution hands out ids this high; systemd's dynamic and container ranges end below.
+FIRST_UID = 1_900_000_000
+UID_COUNT = 90_000_000
+
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "G_SLICE": "always-malloc", "MALLOC_ARENA_MAX": "1"}
+
+_USER_NAMESPACE_FIX = "sudo sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostWalls:
+    """What this host allows, found out once. errors: step -> why not."""
+
+    namespaces: int
+    user_namespace: bool
+    new_root: bool
+    new_proc: bool
+    drop_user: bool
+    errors: dict[str, str]
+
+
+class QemuDriver(Driver):
+    """Machines on `qemu-system-x86_64 -M microvm`. Make it with `start()`, end it with `close()`; machines go on."""
+
+    name = "qemu"
+
+    def __init__(
+        self,
+        *,
+        program: Path,
+        version: tuple[int, int, int],
+        accelerator: Accelerator,
+        spawner: Spawner,
+        cgroups: CgroupRoot,
+        walls: HostWalls,
+    ) -> None:
+        self._program = program
+        self._version = version
+        self._accelerator = accelerator
+        self._cpu = cpu_model(accelerator)
+        self._spawner = spawner
+        self._cgroups = cgroups
+        self._walls = walls
+
+    @classmethod
+    async def start(cls, *, accelerator: Accelerator, program: str = PROGRAM) -> Self:
+        """Find QEMU, start the spawner and find out which walls this host allows. DriverUnavailableError, SpawnError."""
+        path, version = await find_program(program)
+        spawner = Spawner()
+        try:
+            cgroups = await asyncio.to_thread(find_root)
+            walls = await find_walls(spawner, accelerator)
+        except BaseException:
+            await spawner.close()
+            raise
+        return cls(
+            program=path, version=version, accelerator=accelerator, spawner=spawner, cgroups=cgroups, walls=walls
+        )
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self._accelerator
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        return self._version
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            snapshot=True, restore=True, adopt=True, sealed_base=self._version[:2] < READ_ONLY_PRIVATE_RAM_SINCE
+        )
+
+    def identity(self) -> str:
+        version = ".".join(map(str, self._version))
+        return f"qemu {version} microvm {self._accelerator} cpu={self._cpu} arguments={ARGUMENTS_VERSION}"
+
+    def confinement(self) -> Confinement:
+        errors = self._walls.errors
+        names = [*NAMESPACES, "own root", "own /proc", "unprivileged user"]
+        if self._walls.user_namespace or "user namespace" in errors:
+            names.insert(0, "user namespace")
+        steps = [
+            ConfinementStep(name=name, problem=errors.get(name), fix=_USER_NAMESPACE_FIX if name in errors else None)
+            for name in names
+        ]
+        seccomp = ConfinementStep(name="seccomp")
+        return Confinement(steps=(*steps, seccomp, *self._cgroups.steps()))
+
+    async def boot(
+        self, spec: MachineSpec, *, place: MachinePlace, initramfs: Path, disk: Path, timeout_s: float
+    ) -> QemuMachine:
+        return await self.boot_kernel(
+            spec, place=place, initramfs=initramfs, disk=disk, timeout_s=timeout_s, quiet=True
+        )
+
+    async def boot_kernel(
+        self,
+        spec: MachineSpec,
+        *,
+        place: MachinePlace,
+        initramfs: Path | None,
+        disk: Path,
+        timeout_s: float,
+        quiet: bool,
+    ) -> QemuMachine:
+        """As `boot`, for kernels without an initramfs, and with boot messages if not quiet."""
+        with ExitStack() as stack:
+            memory_fd = os.memfd_create(f"hypercell-ram-{place.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            own_memory_fd = stack.enter_context(_closing(memory_fd))
+            os.ftruncate(memory_fd, spec.shape.memory_mib << 20)
+            files = [spec.image.vmlinux, *([initramfs] if initramfs is not None else [])]
+            copies = [stack.enter_context(_closing(await asyncio.to_thread(_copy_to_memfd, file))) for file in files]
+            machine = await self._launch(
+                spec, place, memory_fd=own_memory_fd, own_memory=True, disk=[disk], kernel_files=copies, quiet=quiet
+            )
+        async with _started(machine):
+            qmp = await machine.connect(timeout_s=timeout_s)
+            await qmp.execute("cont")
+            machine.become_running_if_starting()
+        return machine
+
+    async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> QemuMachine:
+        place.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        overlay = place.disk_dir / "disk.qcow2"
+        qcow2.create_overlay(overlay, virtual_bytes=spec.shape.disk_mib << 20)
+        try:
+            with ExitStack() as stack:
+                device = stack.enter_context(_closing(os.open(state.device, os.O_RDONLY | os.O_CLOEXEC)))
+                machine = await self._launch(
+                    spec,
+                    place,
+                    memory_fd=state.base.fd,
+                    own_memory=False,
+                    memory_read_only=not state.base.sealed,
+                    disk=[*state.disk_chain, overlay],
+                    device=device,
+                )
+        except BaseException:
+            overlay.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                place.disk_dir.rmdir()
+            raise
+        async with _started(machine):
+            async with asyncio.timeout(RESTORE_TIMEOUT_S):
+                qmp = await machine.connect()
+                if state.layers:
+                    image = MemoryImage(state.base, state.layers)
+                    address = machine.memory_mapping().address
+                    await asyncio.to_thread(image.restore_into, machine.pid, address)
+                await qmp.execute("migrate-incoming", {"uri": f"fd:{_DEVICE_FD}"})
+                await machine.wait_running()
+        return machine
+
+    async def adopt(self, place: MachinePlace) -> QemuMachine:
+        record = await asyncio.to_thread(MachineRecord.read, place.run_dir)
+        if record is None:
+            self._remove_unknown(place)
+            raise MachineGoneError(f"There is no machine at {place.run_dir}.")
+        process = Process.find(record.pid, record.start_time) if record.boot_id == boot_id() else None
+        if process is None:
+            await asyncio.to_thread(remove_leftovers, place, record)
+            raise MachineGoneError(f"The VMM of machine {place.id} has ended while no gateway watched it.")
+        memory_fd = None
+        if record.memory_fd is not None:
+            memory_fd = os.open(f"/proc/{record.pid}/fd/{record.memory_fd}", os.O_RDWR | os.O_CLOEXEC)
+        machine = QemuMachine(
+            place=place,
+            record=record,
+            process=process,
+            cgroup=Cgroup(directories=record.cgroups),
+            memory_fd=memory_fd,
+        )
+        machine.watch(stderr=None)
+        async with _started(machine):
+            qmp = await machine.connect()
+            status: dict[str, Any] = await qmp.execute("query-status")
+            if status["status"] in ("inmigrate", "prelaunch"):
+                raise MachineStartError(f"Machine {place.id} had not been started completely; it was ended.")
+            machine.adopted(running=bool(status["running"]))
+        return machine
+
+    def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
+        if machines_dir.is_dir():
+            for directory in machines_dir.iterdir():
+                if directory.name not in keep:
+                    shutil.rmtree(directory, ignore_errors=True)
+
+    async def close(self) -> None:
+        await self._spawner.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _launch(
+        self,
+        spec: MachineSpec,
+        place: MachinePlace,
+        *,
+        memory_fd: int,
+        own_memory: bool,
+        disk: Sequence[Path],
+        memory_read_only: bool = False,
+        kernel_files: Sequence[int] = (),
+        quiet: bool = True,
+        device: int | None = None,
+    ) -> QemuMachine:
+        """Start the process and make its Machine, which watches it already."""
+        place.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        cgroup = Cgroup(directories=())
+        process: Process | None = None
+        try:
+            with ExitStack() as stack:
+                ours, theirs = socket.socketpair()
+                stack.callback(theirs.close)
+                on_error = stack.enter_context(ExitStack())
+                on_error.callback(ours.close)
+                # Numbers in the VMM: see SpawnRequest; the device state, if any, comes first to have a fixed one.
+                passed: list[int] = [theirs.fileno()]
+
+                def give(fd: int) -> int:
+                    passed.append(fd)
+                    return len(passed) + 1
+
+                device_number = give(device if device is not None else theirs.fileno())
+                assert device_number == _DEVICE_FD
+                memory_number = give(memory_fd)
+                sockets = Sockets(
+                    qmp=give(stack.enter_context(_listen(place.run_dir / QMP_SOCKET)).fileno()),
+                    wire=give(stack.enter_context(_listen(place.run_dir / WIRE_SOCKET)).fileno()),
+                    serial=give(stack.enter_context(_listen(place.run_dir / SERIAL_SOCKET)).fileno()),
+                )
+                fdsets: list[tuple[int, int]] = []
+
+                def disk_file(path: Path, *, writable: bool = False) -> DiskFile:
+                    fdset = len(fdsets) + 1
+                    for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
+                        fd = stack.enter_context(_closing(os.open(path, flags | os.O_CLOEXEC)))
+                        fdsets.append((fdset, give(fd)))
+                    return DiskFile(fdset=fdset, format="qcow2" if path.suffix == ".qcow2" else "raw")
+
+                kernel = None
+                if kernel_files:
+                    paths = [f"/proc/self/fd/{give(fd)}" for fd in kernel_files]
+                    kernel = Kernel(vmlinux=paths[0], initramfs=paths[1] if len(paths) > 1 else None, quiet=quiet)
+                launch = Launch(
+                    version=self._version[:2],
+                    accelerator=self._accelerator,
+                    cpu=self._cpu,
+                    shape=spec.shape,
+                    memory=f"/proc/self/fd/{memory_number}",
+                    memory_shared=own_memory,
+                    memory_read_only=memory_read_only,
+                    rootfs=disk_file(spec.image.rootfs),
+                    disk=[disk_file(path, writable=path is disk[-1]) for path in disk],
+                    sockets=sockets,
+                    fdsets=fdsets,
+                    kernel=kernel,
+                )
+                cgroup = self._cgroups.create(place.id, _limits(spec.shape))
+                request = SpawnRequest(
+                    argv=[str(self._program), *arguments(launch)],
+                    env=_ENVIRONMENT,
+                    descriptors=passed,
+                    walls=self._walls_for(place.id, spec.shape),
+                    namespaces=self._walls.namespaces,
+                    user_namespace=self._walls.user_namespace,
+                    cgroups=cgroup.process_files,
+                )
+                process, _ = await self._spawner.spawn(request)
+                record = MachineRecord(
+                    format=FORMAT_VERSION,
+                    id=place.id,
+                    pid=process.pid,
+                    start_time=start_time_ticks(process.pid) or 0,
+                    boot_id=boot_id(),
+                    memory_mib=spec.shape.memory_mib,
+                    vcpus=spec.shape.vcpus,
+                    disk_mib=spec.shape.disk_mib,
+                    image_digest=spec.image.digest,
+                    vmlinux=spec.image.vmlinux,
+                    initramfs=spec.image.initramfs,
+                    rootfs=spec.image.rootfs,
+                    memory_inode=os.fstat(memory_fd).st_ino,
+                    memory_fd=memory_number if own_memory else None,
+                    disk_chain=tuple(disk),
+                    disk_node=FIRST_DISK_NODE,
+                    overlay=disk[-1] if not own_memory else None,
+                    cgroups=cgroup.directories,
+                )
+                record.write(place.run_dir)
+                machine = QemuMachine(
+                    place=place,
+                    record=record,
+                    process=process,
+                    cgroup=cgroup,
+                    memory_fd=os.dup(memory_fd) if own_memory else None,
+                )
+                machine.watch(stderr=ours)
+                on_error.pop_all()
+                return machine
+        except BaseException as error:
+            if process is not None:
+                process.send_signal(signal.SIGKILL)
+                await asyncio.shield(process.wait())
+                process.close()
+            remove_runtime_files(place, cgroup)
+            if isinstance(error, OSError):
+                raise SpawnError(f"Machine {place.id} could not be prepared: {error}") from error
+            raise
+
+    def _walls_for(self, machine_id: str, shape: MachineShape) -> Walls:
+        file_bytes = max(shape.disk_mib + DISK_METADATA_MIB, shape.memory_mib) << 20
+        return Walls(
+            uid=machine_uid(machine_id) if self._walls.drop_user else None,
+            new_root=self._walls.new_root,
+            new_proc=self._walls.new_proc,
+            read_only=() if self._program.is_relative_to("/usr") else (str(self._program.parent.parent),),
+            devices=("/dev/kvm",) if self._accelerator is Accelerator.KVM else (),
+            rlimits=(
+                (resource.RLIMIT_CORE, 0),
+                (resource.RLIMIT_NOFILE, VMM_OPEN_FILES),
+                (resource.RLIMIT_FSIZE, file_bytes),
+            ),
+        )
+
+    def _remove_unknown(self, place: MachinePlace) -> None:
+        """A start that was interrupted before its record was written leaves sockets and perhaps empty cgroups."""
+        directories = tuple(dict.fromkeys(parent / place.id for parent in self._cgroups.parents.values()))
+        remove_runtime_files(place, Cgroup(directories=directories))
+
+
+# The number at which a VMM inherits the device state that it is to load.
+_DEVICE_FD = 3
+
+
+async def find_program(name: str) -> tuple[Path, tuple[int, int, int]]:
+    """QEMU's path, links resolved, and its version. DriverUnavailableError if it is missing or too old."""
+    found = shutil.which(name)
+    if found is None:
+        raise DriverUnavailableError(f"{name} is not installed: sudo apt install qemu-system-x86")
+    path = await asyncio.to_thread(lambda: Path(found).resolve())
+    process = await asyncio.create_subprocess_exec(
+        path, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    match = re.search(rb"version (\d+)\.(\d+)\.(\d+)", output)
+    if process.returncode != 0 or match is None:
+        raise DriverUnavailableError(f"{path} --version does not answer a version.")
+    version = (int(match[1]), int(match[2]), int(match[3]))
+    if version[:2] < OLDEST_VERSION:
+        raise DriverUnavailableError(f"{path} is QEMU {version[0]}.{version[1]}; 7.2 or later is needed.")
+    return path, version
+
+
+async def find_walls(spawner: Spawner, accelerator: Accelerator) -> HostWalls:
+    """Try every namespace and a root of its own, in children that end at once."""
+    user_namespace = os.geteuid() != 0
+    devices = ("/dev/kvm",) if accelerator is Accelerator.KVM else ()
+    answer = await spawner.probe(user_namespace=user_namespace, devices=devices)
+    errors = {str(name): f"{os.strerror(number)}." for name, number in answer["namespaces"] if number}
+    namespaces = sum(flag for name, flag in NAMESPACES.items() if name not in errors)
+    if "user namespace" in errors:
+        namespaces = 0
+    new_root, new_proc = True, True
+    if "mount namespace" in errors or answer["root_error"] is not None:
+        new_root = False
+        errors["own root"] = str(answer["root_error"] or errors["mount namespace"])
+    if not namespaces & CLONE_NEWPID or answer["proc_error"] is not None:
+        new_proc = False
+        errors["own /proc"] = str(answer["proc_error"] or "There is no pid namespace for it.")
+    drop_user = not user_namespace and _is_mapped(FIRST_UID + UID_COUNT)
+    if not drop_user and not user_namespace:
+        errors["unprivileged user"] = "The user ids from 1,900,000,000 on are not mapped in this container."
+    return HostWalls(
+        namespaces=namespaces | (CLONE_NEWUSER if user_namespace and "user namespace" not in errors else 0),
+        user_namespace=user_namespace and "user namespace" not in errors,
+        new_root=new_root,
+        new_proc=new_proc,
+        drop_user=drop_user,
+        errors=errors,
+    )
+
+
+def machine_uid(machine_id: str) -> int:
+    """The user of one machine's VMM, so that a VMM that was broken into has no rights over another one."""
+    return FIRST_UID + int.from_bytes(hashlib.sha256(machine_id.encode()).digest()[:8]) % UID_COUNT
+
+
+@functools.cache
+def cpu_model(accelerator: Accelerator) -> str:
+    """The guest's CPU. Fixed names under KVM, so that snapshots can move between hosts of one vendor and generation."""
+    if accelerator is Accelerator.TCG:
+        return "max"
+    information = Path("/proc/cpuinfo").read_text()
+    if not re.search(r"^flags\s*:.*\bavx2\b", information, re.MULTILINE):
+        return "Opteron_G3" if "AuthenticAMD" in information else "Nehalem"
+    return "EPYC" if "AuthenticAMD" in information else "Haswell-noTSX"
+
+
+def _limits(shape: MachineShape) -> Limits:
+    return Limits(
+        memory_bytes=(shape.memory_mib + VMM_OVERHEAD_MIB) << 20,
+        cpus=shape.vcpus + VMM_EXTRA_CPUS,
+        processes=VMM_PROCESSES + shape.vcpus,
+    )
+
+
+def _is_mapped(uid: int) -> bool:
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        inside, _, count = map(int, line.split())
+        if inside <= uid < inside + count:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _closing(fd: int):  # type: ignore[no-untyped-def]
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.asynccontextmanager
+async def _started(machine: QemuMachine):  # type: ignore[no-untyped-def]
+    """Until the block has succeeded, any failure ends the machine and becomes a MachineStartError."""
+    try:
+        yield
+    except BaseException as error:
+        death = await asyncio.shield(machine.kill())
+        if isinstance(error, (MachineError, VmmProtocolError, SnapshotError, TimeoutError)):
+            why = str(error) or repr(error) if death.requested else death.reason
+            raise MachineStartError(
+                f"Machine {machine.id} did not start: {why}", serial_tail=death.serial_tail
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _listen(path: Path):  # type: ignore[no-untyped-def]
+    """A listening socket to hand to the VMM. Clients can connect from now on; nobody waits for the VMM to make it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        listener.listen(4)
+        yield listener
+
+
+def _copy_to_memfd(path: Path) -> int:
+    """A copy that any user may read, for a VMM whose user has no rights on the original. Gone when both have closed it."""
+    fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
+    try:
+        with path.open("rb") as source, os.fdopen(os.dup(fd), "wb") as target:
+            shutil.copyfileobj(source, target)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

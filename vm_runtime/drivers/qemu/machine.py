@@ -1,0 +1,371 @@
+"""One running QEMU as a `Machine`: its control socket, its consoles, its memory and its end.
+
+Does not start QEMU (driver.py does) and knows no command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.qemu import qcow2
+from vm_runtime.drivers.qemu.arguments import DiskFile, overlay_node
+from vm_runtime.drivers.qemu.cgroups import Cgroup
+from vm_runtime.drivers.qemu.death import Evidence, printable, reason
+from vm_runtime.drivers.qemu.process import Process
+from vm_runtime.drivers.qemu.qmp import Qmp
+from vm_runtime.drivers.qemu.record import FILE_NAME, MachineRecord
+from vm_runtime.errors import MachineError, MachineGoneError, VmmProtocolError
+from vm_runtime.machine import Death, Machine, MemoryMapping, MemoryUsage
+from vm_runtime.snapshots.pages import PAGE_SIZE, find_mapping, written_pages
+from vm_runtime.states import RunState, advance, require
+
+QMP_SOCKET = "qmp.sock"
+WIRE_SOCKET = "wire.sock"
+SERIAL_SOCKET = "serial.sock"
+
+# The end of a console says why a guest died; a panic with its back trace has about 4 KiB.
+CONSOLE_TAIL_BYTES = 16384
+# A server takes one client, and notices that the earlier one has gone when its main loop runs.
+_CONNECT_TIMEOUT_S = 10.0
+# What the guest or VMM printed before it died is in the pipes already; reading it must not take longer than this.
+_DRAIN_TIMEOUT_S = 0.5
+
+# Descriptor sets of overlays that are added to a running machine; the command line uses small numbers.
+_FIRST_OVERLAY_FDSET = 100
+_DEVICE_STATE_FDSET = 99
+
+
+class Tail:
+    """The last bytes of a stream that may never end."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        self._chunks.append(data[-CONSOLE_TAIL_BYTES:])
+        self._size += len(self._chunks[-1])
+        while self._size - len(self._chunks[0]) >= CONSOLE_TAIL_BYTES:
+            self._size -= len(self._chunks.popleft())
+
+    def data(self) -> bytes:
+        return b"".join(self._chunks)[-CONSOLE_TAIL_BYTES:]
+
+
+class QemuMachine(Machine):
+    """Made by the driver, which hands over process, sockets and memory; everything ends with `kill()` or `detach()`."""
+
+    def __init__(
+        self, *, place: MachinePlace, record: MachineRecord, process: Process, cgroup: Cgroup, memory_fd: int | None
+    ) -> None:
+        self.id = place.id
+        self.spec = record.spec
+        self.pid = record.pid
+        self.place = place
+        self._record = record
+        self._process = process
+        self._cgroup = cgroup
+        self._memory_fd = memory_fd
+        self._state = RunState.STARTING
+        self._qmp: Qmp | None = None
+        self._ran = asyncio.Event()
+        self._serial = Tail()
+        self._stderr = Tail()
+        self._shutdown_reason: str | None = None
+        self._guest_panicked = False
+        self._kill_requested = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
+        self._disk_lock = asyncio.Lock()
+
+    # -- made and let go by the driver ----------------------------------------------------------------------------
+
+    def watch(self, *, stderr: socket.socket | None) -> None:
+        """Begin to read the consoles and to wait for the end. First call; takes over the socket."""
+        if stderr is not None:
+            self._tasks.append(asyncio.create_task(_drain(stderr, self._stderr), name=f"stderr of {self.id}"))
+        serial = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            serial.connect(str(self.place.run_dir / SERIAL_SOCKET))
+        except (OSError, BlockingIOError):
+            serial.close()  # it is dead already, which the watcher is about to see
+        else:
+            self._tasks.append(asyncio.create_task(_drain(serial, self._serial), name=f"serial of {self.id}"))
+        self._watcher = asyncio.create_task(self._watch(), name=f"end of {self.id}")
+
+    async def connect(self, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> Qmp:
+        """Open the control socket. MachineGoneError if the VMM died instead."""
+        connecting = asyncio.create_task(
+            Qmp.connect(self.place.run_dir / QMP_SOCKET, self._on_event, timeout_s=timeout_s)
+        )
+        try:
+            await asyncio.wait([connecting, self._watcher], return_when=asyncio.FIRST_COMPLETED)
+            if not connecting.done() or connecting.exception() is not None:
+                if self._watcher.done():
+                    death = await self.wait_dead()
+                    raise MachineGoneError(death.reason)
+                error = connecting.exception()
+                # A VMM that closed its socket is about to be seen dead, with a better reason.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                        death = await self.wait_dead()
+                        raise MachineGoneError(death.reason) from error
+                raise MachineError(f"The control socket of machine {self.id} does not answer: {error!r}") from error
+            self._qmp = connecting.result()
+            return self._qmp
+        finally:
+            if not connecting.done():
+                connecting.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await connecting
+
+    def become(self, state: RunState) -> None:
+        """Note the state the VMM was found or put in."""
+        if self._state is not state:
+            self._state = advance(self._state, state)
+            if state is RunState.RUNNING:
+                self._ran.set()
+
+    def become_running_if_starting(self) -> None:
+        """After `cont` was answered, whose event may come before or after."""
+        if self._state is RunState.STARTING:
+            self.become(RunState.RUNNING)
+
+    def adopted(self, *, running: bool) -> None:
+        """Note the state in which another process left it."""
+        if self._state is RunState.STARTING:
+            self.become(RunState.RUNNING if running else RunState.PAUSED)
+
+    async def wait_running(self) -> None:
+        """Wait until the VMM says that its vCPUs run, after an incoming device state. MachineGoneError if it died."""
+        ran = asyncio.create_task(self._ran.wait())
+        try:
+            await asyncio.wait([ran, self._watcher], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ran.cancel()
+        if not self._ran.is_set():
+            raise MachineGoneError((await self.wait_dead()).reason)
+
+    # -- Machine --------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> RunState:
+        return self._state
+
+    @property
+    def wire_path(self) -> Path:
+        return self.place.run_dir / WIRE_SOCKET
+
+    @property
+    def memory_fd(self) -> int | None:
+        return self._memory_fd
+
+    @property
+    def disk_chain(self) -> tuple[Path, ...]:
+        return self._record.disk_chain
+
+    async def pause(self) -> None:
+        require(self._state, RunState.RUNNING, RunState.PAUSED)
+        await self._execute("stop")
+        self.become(RunState.PAUSED)
+
+    async def resume(self) -> None:
+        require(self._state, RunState.RUNNING, RunState.PAUSED)
+        await self._execute("cont")
+        self.become(RunState.RUNNING)
+
+    async def device_state(self, path: Path) -> None:
+        require(self._state, RunState.PAUSED)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            await self._execute("add-fd", {"fdset-id": _DEVICE_STATE_FDSET}, descriptors=(fd,))
+            # Works on every machine type although it is Xen's; live=false keeps the disks open for resume().
+            arguments = {"filename": f"/dev/fdset/{_DEVICE_STATE_FDSET}", "live": False}
+            await self._execute("xen-save-devices-state", arguments)
+            await self._execute("remove-fd", {"fdset-id": _DEVICE_STATE_FDSET})
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+    def memory_mapping(self) -> MemoryMapping:
+        require(self._state, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
+        length = self.spec.shape.memory_mib << 20
+        address = find_mapping(self.pid, inode=self._record.memory_inode, size_bytes=length)
+        return MemoryMapping(address=address, length=length, private=self._record.memory_fd is None)
+
+    async def dirty_ranges(self) -> Sequence[tuple[int, int]]:
+        require(self._state, RunState.PAUSED)
+        mapping = self.memory_mapping()
+        if mapping.private:
+            return await asyncio.to_thread(written_pages, self.pid, mapping.address, mapping.length)
+        return [(0, mapping.length // PAGE_SIZE)]
+
+    async def freeze_disk(self, new_overlay: Path) -> Path:
+        require(self._state, RunState.RUNNING, RunState.PAUSED)
+        async with self._disk_lock:
+            record = self._record
+            number = int(record.disk_node.removeprefix("disk")) + 1
+            node, fdset = f"disk{number}", _FIRST_OVERLAY_FDSET + number
+            qcow2.create_overlay(new_overlay, virtual_bytes=self.spec.shape.disk_mib << 20)
+            try:
+                await self.add_disk_descriptors(fdset, new_overlay, writable=True)
+                overlay = overlay_node(node, DiskFile(fdset=fdset, format="qcow2"))
+                await self._execute("blockdev-add", overlay)
+                await self._execute("blockdev-snapshot", {"node": record.disk_node, "overlay": node})
+            except BaseException:
+                new_overlay.unlink(missing_ok=True)
+                raise
+            chain = (*record.disk_chain, new_overlay)
+            self._record = record.model_copy(update={"disk_chain": chain, "disk_node": node, "overlay": new_overlay})
+            self._record.write(self.place.run_dir)
+            return record.disk_chain[-1]
+
+    async def add_disk_descriptors(self, fdset: int, path: Path, *, writable: bool) -> None:
+        """Let the VMM open a file that it cannot see, for reading and, if asked, for writing."""
+        for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
+            fd = os.open(path, flags | os.O_CLOEXEC)
+            try:
+                await self._execute("add-fd", {"fdset-id": fdset}, descriptors=(fd,))
+            finally:
+                os.close(fd)
+
+    def memory_usage(self) -> MemoryUsage:
+        require(self._state, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
+        try:
+            text = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise MachineGoneError(f"Machine {self.id} has just ended.") from error
+        kib = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)}
+        unique = kib["Private_Clean"] + kib["Private_Dirty"] + kib.get("Swap", 0)
+        return MemoryUsage(unique_bytes=unique << 10, shared_bytes=(kib["Shared_Clean"] + kib["Shared_Dirty"]) << 10)
+
+    def serial_tail(self) -> str:
+        return printable(self._serial.data())
+
+    async def wait_dead(self) -> Death:
+        return await asyncio.shield(self._death)
+
+    async def kill(self) -> Death:
+        if not self._death.done():
+            self._kill_requested = True
+            self._process.send_signal(signal.SIGKILL)
+        death = await self.wait_dead()
+        if self._memory_fd is not None:
+            os.close(self._memory_fd)
+            self._memory_fd = None
+        await asyncio.to_thread(remove_leftovers, self.place, self._record)
+        return death
+
+    async def detach(self) -> None:
+        if not self._death.done():
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+            await self._release()
+            self._death.cancel()
+            self._process.close()
+        if self._memory_fd is not None:
+            os.close(self._memory_fd)
+            self._memory_fd = None
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, descriptors: Sequence[int] = ()
+    ) -> Any:  # noqa: ANN401 - as Qmp.execute
+        if self._qmp is None:
+            raise MachineGoneError(f"Machine {self.id} has no control socket.")
+        try:
+            return await self._qmp.execute(command, arguments, descriptors=descriptors)
+        except VmmProtocolError as error:
+            if self._death.done():
+                raise MachineGoneError((await self.wait_dead()).reason) from error
+            raise
+
+    def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        match name:
+            case "SHUTDOWN":
+                self._shutdown_reason = str(data.get("reason"))
+            case "GUEST_PANICKED":
+                self._guest_panicked = True
+            case "RESUME" if self._state is not RunState.DEAD:
+                self.become(RunState.RUNNING)
+            case "STOP" if self._state is RunState.RUNNING:
+                self.become(RunState.PAUSED)
+            case _:
+                pass
+
+    async def _watch(self) -> None:
+        ended = await self._process.wait()
+        self._state = RunState.DEAD
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_DRAIN_TIMEOUT_S)
+        serial = self.serial_tail()
+        evidence = Evidence(
+            requested=self._kill_requested,
+            exit_status=ended.exit_status,
+            signal=ended.signal,
+            oom_kills=self._cgroup.oom_kills(),
+            shutdown_reason=self._shutdown_reason,
+            guest_panicked=self._guest_panicked,
+            stderr=printable(self._stderr.data()),
+            serial=serial,
+        )
+        await self._release()
+        self._process.close()
+        remove_runtime_files(self.place, self._cgroup)
+        death = Death(
+            reason=reason(evidence),
+            exit_status=ended.exit_status,
+            signal=ended.signal,
+            requested=self._kill_requested,
+            serial_tail=serial,
+        )
+        self._death.set_result(death)
+
+    async def _release(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._qmp is not None:
+            await self._qmp.close()
+
+
+def remove_runtime_files(place: MachinePlace, cgroup: Cgroup) -> None:
+    """What a dead VMM no longer needs: sockets, record, cgroups. Twice is harmless."""
+    for name in (QMP_SOCKET, WIRE_SOCKET, SERIAL_SOCKET, FILE_NAME, f".{FILE_NAME}"):
+        (place.run_dir / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files may lie there
+        place.run_dir.rmdir()
+    cgroup.remove()
+
+
+def remove_leftovers(place: MachinePlace, record: MachineRecord) -> None:
+    """Everything of a dead machine, its overlay too. Frozen disk files belong to whoever froze them."""
+    remove_runtime_files(place, Cgroup(directories=record.cgroups))
+    if record.overlay is not None:
+        record.overlay.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            place.disk_dir.rmdir()
+
+
+async def _drain(connection: socket.socket, tail: Tail) -> None:
+    """Read a console to its end, keeping the last of it, so that whoever writes never waits for us."""
+    loop = asyncio.get_running_loop()
+    connection.setblocking(False)
+    with connection, contextlib.suppress(OSError):
+        while data := await loop.sock_recv(connection, 65536):
+            tail.add(data)

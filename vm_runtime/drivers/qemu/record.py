@@ -1,0 +1,71 @@
+"""`machine.json`: what a later gateway must know to find a running machine again.
+
+Written once the VMM has started and after each disk freeze; removed with the machine. In the runtime directory, so it is
+gone after a reboot. A record of another format version is not read: its machine is treated as unknown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
+
+FORMAT_VERSION = 1
+FILE_NAME = "machine.json"
+
+
+class MachineRecord(BaseModel):
+    """pid with start_time (ticks since boot) and boot_id name the process. memory_inode: of the file that is mapped as
+    guest RAM. memory_fd: its number in a booted VMM, None for a clone. overlay: the disk file to remove with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    id: str
+    pid: int
+    start_time: int
+    boot_id: str
+    memory_mib: int
+    vcpus: int
+    disk_mib: int
+    image_digest: str
+    vmlinux: Path
+    initramfs: Path
+    rootfs: Path
+    memory_inode: int
+    memory_fd: int | None
+    disk_chain: tuple[Path, ...]
+    disk_node: str
+    overlay: Path | None
+    cgroups: tuple[Path, ...]
+
+    @property
+    def spec(self) -> MachineSpec:
+        return MachineSpec(
+            shape=MachineShape(memory_mib=self.memory_mib, vcpus=self.vcpus, disk_mib=self.disk_mib),
+            image=ImageFiles(
+                digest=self.image_digest, vmlinux=self.vmlinux, initramfs=self.initramfs, rootfs=self.rootfs
+            ),
+        )
+
+    def write(self, run_dir: Path) -> None:
+        """Replace the record in one step, so that no reader sees half of it."""
+        temporary = run_dir / f".{FILE_NAME}"
+        temporary.write_text(self.model_dump_json(indent=1))
+        temporary.replace(run_dir / FILE_NAME)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> MachineRecord | None:
+        """The record, or None if there is none that this version understands."""
+        try:
+            record = cls.model_validate_json((run_dir / FILE_NAME).read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValidationError):
+            return None
+        return record if record.format == FORMAT_VERSION else None
+
+
+def boot_id() -> str:
+    """Names this boot of the host: pids and start times mean nothing after the next one."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
