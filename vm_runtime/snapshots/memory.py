@@ -311,20 +311,25 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view = view[written:]
 
 
-def _copy_pages(source: int, *, size_bytes: int, sink: int | None) -> str:
-    """Digest of the source's non-zero pages, which are written to the sink at the same places."""
-    digest = MemoryDigest(size_bytes)
-    for start, end in data_extents(source, size_bytes):
+def non_zero_pages(fd: int, size_bytes: int) -> Iterator[tuple[int, memoryview]]:
+    """(first page, content) of everything in a file that is not zero, ascending; long runs come in pieces."""
+    for start, end in data_extents(fd, size_bytes):
         for offset in range(start, end, CHUNK_BYTES):
-            chunk = os.pread(source, min(CHUNK_BYTES, end - offset), offset)
+            chunk = os.pread(fd, min(CHUNK_BYTES, end - offset), offset)
             if len(chunk) != min(CHUNK_BYTES, end - offset):
                 raise BrokenSnapshotError(f"Guest memory ends early, at byte {offset + len(chunk)} of {size_bytes}.")
             view = memoryview(chunk)
             for run_start, run_end in non_zero_runs(chunk):
-                run = view[run_start:run_end]
-                digest.add((offset + run_start) // PAGE_SIZE, run)
-                if sink is not None:
-                    write_all(sink, run, offset + run_start)
+                yield (offset + run_start) // PAGE_SIZE, view[run_start:run_end]
+
+
+def _copy_pages(source: int, *, size_bytes: int, sink: int | None) -> str:
+    """Digest of the source's non-zero pages, which are written to the sink at the same places."""
+    digest = MemoryDigest(size_bytes)
+    for first_page, content in non_zero_pages(source, size_bytes):
+        digest.add(first_page, content)
+        if sink is not None:
+            write_all(sink, content, first_page * PAGE_SIZE)
     return digest.hexdigest()
 
 
