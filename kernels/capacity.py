@@ -7,7 +7,7 @@ from pathlib import Path
 from kernels.errors import CapacityError
 from vm_runtime.spec import MachineShape
 
-# What a restored sandbox takes of its own before it has done much (measured: 40 to 64 MiB after one cell), with head room.
+# What a restored sandbox takes of its own before it has done much (40 to 64 MiB after one cell), with head room.
 START_COST_MIB = 128
 # Never given to sandboxes: the gateway, the host's own services, and the page cache that all clones share.
 RESERVE_MIB = 512

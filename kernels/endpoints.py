@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vm_runtime.wire.errors import WireError
-from vm_runtime.wire.link import Stream, relay
+from vm_runtime.wire.relay import relay
+from vm_runtime.wire.stream import Stream
 
 # Port numbers of the "ipc" transport: the socket of channel n is `<directory>/k-<n>` (jupyter_client.connect).
 CHANNELS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
-# Each client opens four or five connections; the wire carries at most 256 streams, and exec, files and tunnels need some.
+# Each client opens four or five connections; the wire carries at most 256 streams; others need some too.
 MAX_CONNECTIONS = 200
 
 OpenChannel = Callable[[str], Awaitable[Stream]]
@@ -54,7 +55,7 @@ class Endpoints:
             return
         self._relays.add(task)
         try:
-            # A channel that cannot be opened (kernel restarting, machine asleep) closes the connection: ZMQ tries again.
+            # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
             stream = await self._open_channel(name)
             await relay(stream, reader, writer)
         except (WireError, OSError, asyncio.CancelledError):

@@ -36,7 +36,7 @@ class SandboxRecord(BaseModel):
 
 
 class Index:
-    """`Index(path)` opens or creates it; `close()` or a `with` block ends it. Errors: KernelsError for a foreign file."""
+    """`Index(path)` opens or creates it, `close()` ends it. Errors: KernelsError for a foreign file."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError
 from kernels.session import GuestEvent, GuestSession, KernelExited, KernelStatus
 from vm_runtime.machine import Machine
-from vm_runtime.wire.link import Stream
+from vm_runtime.wire.stream import Stream
 
 RESTART_TIMEOUT_S = 60.0
 # Between the wire's end and the VMM process's own end when both come from the same death.
@@ -76,7 +76,7 @@ class LiveSandbox:
         return self._endpoints.connection_info(self.key)
 
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
-        """Gives a kernel that runs already its environment, directory and identity (after it was taken from the pool)."""
+        """Gives a kernel that runs already its environment, directory and identity."""
         await self.session.call("kernel.configure", {"env": dict(env), "cwd": cwd, "identity": dict(identity)})
 
     async def interrupt(self) -> None:
@@ -91,7 +91,8 @@ class LiveSandbox:
 
     async def _start_anew(self) -> None:
         result = await self.session.call("kernel.restart", timeout_s=RESTART_TIMEOUT_S)
-        self._kernel_pid = result.get("pid") if isinstance(result, dict) else None
+        pid = result.get("pid")
+        self._kernel_pid = pid if isinstance(pid, int) else None
         # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
         await self._endpoints.drop_connections()
         self._notices.execution_state("idle")
@@ -105,7 +106,7 @@ class LiveSandbox:
                 self._exits.put_nowait(event)
 
     async def run(self) -> None:
-        """Supervises until the machine is dead (or cancelled): crashes of the kernel, of the session, of the machine."""
+        """Supervises until the machine is dead or cancelled: crashes of kernel, session and machine."""
         crash_watch = asyncio.create_task(self._watch_kernel())
         ends = {
             asyncio.create_task(self._machine_end()),

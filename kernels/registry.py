@@ -56,7 +56,7 @@ class Registry:
         self._index.put(record)
 
     def move(self, sandbox_id: str, state: SandboxState, *, reason: str | None = None, **changes: Any) -> Sandbox:
-        """Moves a sandbox to `state`. Errors: UnknownSandboxError, SandboxStateError where the table has no such move."""
+        """Moves a sandbox to `state`. Errors: UnknownSandboxError, SandboxStateError (no such move)."""
         record = self.record(sandbox_id)
         if state is not record.sandbox.state:
             check(sandbox_id, record.sandbox.state, state)

@@ -42,6 +42,9 @@ from vm_runtime.spec import MachineShape
 
 log = logging.getLogger(__name__)
 
+# Linux, the agent and a kernel with nothing imported need 150 MiB; below this a template would not come up.
+MIN_MEMORY_MIB = 256
+
 
 class SandboxService:
     """`async with SandboxService(settings, driver) as service:`. All methods belong to one event loop.
@@ -238,10 +241,8 @@ class SandboxService:
             return value
 
         memory = size("memory_mib", request.memory_mib, settings.memory_mib, recipe.memory_mib, settings.max_memory_mib)
-        if memory < recipe.min_memory_mib:
-            raise LimitError(
-                f"memory_mib must be at least {recipe.min_memory_mib} for {recipe.name}; {memory} was asked for."
-            )
+        if memory < MIN_MEMORY_MIB:
+            raise LimitError(f"memory_mib must be at least {MIN_MEMORY_MIB}; {memory} was asked for.")
         return MachineShape(
             memory_mib=memory,
             vcpus=size("vcpus", request.vcpus, settings.vcpus, recipe.vcpus, settings.max_vcpus),

@@ -6,21 +6,18 @@ pools or HTTP.
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import json
-import os
-import secrets
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import MachineFailedError
+from vm_runtime.wire.carriers import SocketCarrier
 from vm_runtime.wire.errors import WireError
-from vm_runtime.wire.link import IncomingStream, Link, Stream
-from vm_runtime.wire.protocol import Hello
+from vm_runtime.wire.greeting import Hello
+from vm_runtime.wire.link import Link
+from vm_runtime.wire.stream import Incoming, Stream
 
 # A greeting takes 10 to 200 ms; a guest that says nothing for this long hangs (a cold boot has its own limit).
 GREETING_TIMEOUT_S = 30.0
@@ -28,7 +25,6 @@ GREETING_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 60.0
 # One line of the guest's event stream; ours are under 200 bytes.
 MAX_EVENT_BYTES = 4096
-ENTROPY_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,56 +65,45 @@ class GuestSession:
     """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
 
     next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
-    cell runs, as the greeting said. Set `on_event` to be called with each event; `wait_closed` returns the reason when the
-    carrier or the protocol failed.
+    cell runs, as the greeting said. Set `on_event` to be called with each event; `wait_closed` returns why the session ended.
     """
 
     def __init__(self, link: Link, next_marker: str) -> None:
         self._link = link
         self.on_event: Callable[[GuestEvent], None] = lambda event: None
         self.next_marker = next_marker
-        kernel = link.welcome.kernel or {}
-        self.kernel_busy = kernel.get("busy") is True
+        kernel = link.welcome.kernel if link.welcome is not None else None
+        self.kernel_busy = kernel is not None and kernel.busy
+        link.on_open = self._accept
 
     @classmethod
-    async def open(
-        cls,
-        wire_path: Path,
-        greeting: Greeting,
-        *,
-        timeout_s: float = GREETING_TIMEOUT_S,
-    ) -> GuestSession:
+    async def open(cls, wire_path: Path, greeting: Greeting, *, timeout_s: float = GREETING_TIMEOUT_S) -> GuestSession:
         """Connects and greets. Errors: MachineFailedError when the guest does not answer or answers wrongly."""
-        hello = Hello(
-            session=secrets.token_hex(16),
-            next_marker=secrets.token_hex(16),
-            wall_clock_ns=time.time_ns(),
-            entropy=base64.b64encode(os.urandom(ENTROPY_BYTES)).decode(),
-            identity=dict(greeting.identity),
-            kernel_key=greeting.key,
-            restored=greeting.restored,
-            keep_random=greeting.keep_random,
-        )
         try:
-            async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_unix_connection(wire_path)
-                link = await Link.connect(reader, writer, hello, marker=bytes.fromhex(greeting.marker))
+            carrier = await SocketCarrier.connect_unix(wire_path)
+            hello = Hello.fresh(
+                identity=greeting.identity,
+                kernel_key=greeting.key,
+                restored=greeting.restored,
+                keep_random=greeting.keep_random,
+            )
+            link = await Link.connect(carrier, hello, marker=bytes.fromhex(greeting.marker), timeout_s=timeout_s)
         except TimeoutError as error:
             raise MachineFailedError(f"The guest did not greet within {timeout_s:.0f} s.") from error
         except (WireError, OSError) as error:
             raise MachineFailedError(f"The guest could not be greeted: {error}") from error
-        session = cls(link, hello.next_marker)
-        link.on_open = session._accept
-        return session
+        return cls(link, hello.next_marker)
 
     async def call(
         self, kind: str, params: Mapping[str, Any] | None = None, *, timeout_s: float = CALL_TIMEOUT_S
-    ) -> Any:
+    ) -> Mapping[str, Any]:
         """A remote call to the agent; its result. Errors: MachineFailedError with the agent's sentence."""
         try:
-            return await self._link.call(kind, dict(params or {}), timeout_s=timeout_s)
-        except (WireError, TimeoutError) as error:
-            raise MachineFailedError(f"{kind} failed in the guest: {error or 'no answer in time'}") from error
+            return await self._link.call(kind, params, timeout_s=timeout_s)
+        except TimeoutError as error:
+            raise MachineFailedError(f"The guest did not answer {kind} within {timeout_s:.0f} s.") from error
+        except WireError as error:
+            raise MachineFailedError(f"{kind} failed in the guest: {error}") from error
 
     async def open_channel(self, name: str) -> Stream:
         """A stream to one of the kernel's ZMQ sockets. Errors: WireError."""
@@ -126,21 +111,23 @@ class GuestSession:
 
     async def wait_closed(self) -> str:
         """Waits until the session has ended; why."""
-        return str(await self._link.wait_closed())
+        await self._link.wait_closed()
+        return str(self._link.error)
 
     async def close(self) -> None:
-        await self._link.aclose()
+        """Says goodbye; twice is harmless."""
+        await self._link.close()
 
-    async def _accept(self, incoming: IncomingStream) -> None:
+    async def _accept(self, incoming: Incoming) -> None:
         if incoming.kind != "events":
-            await incoming.reject("unknown_kind", f"the host knows no stream of the kind {incoming.kind!r}")
+            incoming.reject("unknown_kind", f"The host knows no stream of the kind {incoming.kind!r}")
             return
-        stream = await incoming.accept({})
+        stream = await incoming.accept()
         pending = b""
         while data := await stream.read():
             *lines, pending = (pending + data).split(b"\n")
             if len(pending) > MAX_EVENT_BYTES:
-                await stream.reset("too_long", f"an event has at most {MAX_EVENT_BYTES} bytes")
+                stream.reset("too_long", f"An event has at most {MAX_EVENT_BYTES} bytes")
                 return
             for line in lines:
                 event = parse_event(line)
