@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gateway.places import state_directory
+from gateway.places import default_state_dir
 from vm_runtime.snapshots.archive import export_snapshot, import_snapshot
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
@@ -49,7 +49,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(command: _Command, arguments: argparse.Namespace) -> int:
-    state = state_directory(arguments.state_dir)
+    state = arguments.state_dir or default_state_dir()
     try:
         with SnapshotStore(state / "snapshots") as store:
             return command(store, arguments)
@@ -131,7 +131,7 @@ def _export(store: SnapshotStore, arguments: argparse.Namespace) -> int:
 
 
 def _import(store: SnapshotStore, arguments: argparse.Namespace) -> int:
-    images = state_directory(arguments.state_dir) / "images"
+    images = (arguments.state_dir or default_state_dir()) / "images"
     manifest = import_snapshot(store, arguments.file, has_image=lambda digest: (images / digest).is_dir())
     if arguments.json:
         _print_json(manifest.model_dump(mode="json"))

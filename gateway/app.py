@@ -1,0 +1,91 @@
+"""The Tornado application: every endpoint, the WebSocket, and nothing else.
+
+Knows how paths become handlers; what they do is in `handlers/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from tornado import web
+from tornado.httpserver import HTTPServer
+
+from gateway.channels import ChannelsHandler
+from gateway.endpoint import Call, Endpoint, EndpointHandler, NotFoundHandler, Operation, Reply
+from gateway.handlers import kernels, kernelspecs, sandboxes, server, sessions
+from gateway.openapi import openapi_document
+from gateway.state import Gateway
+
+log = logging.getLogger("gateway.access")
+
+# A request whose headers or body do not come in this time is not coming; slow uploads are not part of this API.
+REQUEST_TIMEOUT_S = 60.0
+# Browsers keep idle connections for minutes; an attacker's cost nothing but a descriptor.
+IDLE_CONNECTION_TIMEOUT_S = 600.0
+MAX_HEADER_BYTES = 64 * 1024
+
+
+def all_endpoints() -> tuple[Endpoint, ...]:
+    """Everything that speaks plain HTTP, the description of it included."""
+    described = (
+        *server.ENDPOINTS,
+        *kernelspecs.ENDPOINTS,
+        *kernels.ENDPOINTS,
+        *sessions.ENDPOINTS,
+        *sandboxes.ENDPOINTS,
+    )
+    document: dict[str, Any] = {}
+
+    async def describe(call: Call) -> Reply:
+        return Reply(body=document)
+
+    description = Endpoint(
+        path="/api/openapi.json",
+        operations={
+            "GET": Operation(
+                name="getDescription",
+                summary="This document.",
+                run=describe,
+                reply=dict[str, Any],
+                public=True,
+            )
+        },
+    )
+    endpoints = (*described, description)
+    document.update(openapi_document(endpoints))
+    return endpoints
+
+
+def make_application(gateway: Gateway) -> web.Application:
+    """The application that serves `gateway`."""
+    rules: list[Any] = [(r"/api/kernels/(?P<kernel_id>[^/]+)/channels", ChannelsHandler, {"gateway": gateway})]
+    for endpoint in all_endpoints():
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(endpoint.path))
+        # A slash at the end is the same resource, as in Jupyter.
+        rules.append((pattern + "/?", EndpointHandler, {"gateway": gateway, "endpoint": endpoint}))
+    return web.Application(
+        rules,
+        default_handler_class=NotFoundHandler,
+        default_handler_args={"gateway": gateway},
+        gateway=gateway,
+        log_function=_log_request,
+    )
+
+
+def make_server(gateway: Gateway) -> HTTPServer:
+    """The HTTP server; the caller gives it sockets and stops it."""
+    return HTTPServer(
+        make_application(gateway),
+        xheaders=False,
+        idle_connection_timeout=IDLE_CONNECTION_TIMEOUT_S,
+        body_timeout=REQUEST_TIMEOUT_S,
+        max_header_size=MAX_HEADER_BYTES,
+    )
+
+
+def _log_request(handler: web.RequestHandler) -> None:
+    # The path without its query: that may hold the token.
+    request = handler.request
+    log.debug("%s %s %s %.0f ms", handler.get_status(), request.method, request.path, 1000 * request.request_time())

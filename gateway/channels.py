@@ -1,0 +1,200 @@
+"""The WebSocket of a kernel: `GET /api/kernels/{id}/channels`.
+
+Tornado's side only: who may open it, its frames, whether the client still lives. Messages go on in `connection.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import struct
+import uuid
+from typing import Any
+
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from gateway.auth import is_loopback, origin_allowed
+from gateway.connection import Client, Connection
+from gateway.endpoint import JsonHandler
+from gateway.errors import ApiError, FrameError
+from gateway.frames import V1, decode_legacy, decode_v1
+from gateway.handlers.sandboxes import FORWARDING_HEADERS
+from gateway.local_peer import peer_uid
+from gateway.state import Gateway
+from kernels.errors import KernelsError, UnknownSandboxError
+
+log = logging.getLogger(__name__)
+
+# A session id is a ZMQ identity: at most 255 bytes, the first not zero. Clients send a UUID.
+_SESSION_ID = re.compile(r"[A-Za-z0-9._:@-]{1,200}\Z")
+# Activity is a time for people and idle timers; once a second is exact enough for both.
+TOUCH_INTERVAL_S = 1.0
+# Close codes (RFC 6455, section 7.4.1) and the most that a reason may have (5.5).
+CLOSE_INVALID = 1007
+CLOSE_FAILED = 1011
+MAX_REASON_BYTES = 123
+# `tcpi_bytes_acked` in linux/tcp.h's struct tcp_info (since Linux 4.1).
+_BYTES_ACKED = struct.Struct("@Q")
+_BYTES_ACKED_OFFSET = 120
+
+
+class ChannelsHandler(JsonHandler, WebSocketHandler):
+    """One client of one kernel."""
+
+    def initialize(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self._connection: Connection | None = None
+        self._legacy = True
+        self._kernel_id = ""
+        self._session_id = ""
+        self._last_touch = 0.0
+        self._heard = False
+        self._acked = 0
+        self._silent_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def prepare(self) -> None:  # type: ignore[override]
+        self.check_host()
+        if not self.has_token() and not await self._is_local_user():
+            self.check_token()
+        host, origin = self.request.headers.get("Host"), self.request.headers.get("Origin")
+        if not origin_allowed(origin, host=host, cors_origins=self.gateway.settings.cors_origins):
+            raise ApiError(
+                403,
+                "origin_not_allowed",
+                f"Pages of {str(origin)[:80]} may not connect. --cors-origins allows them to.",
+            )
+
+    async def _is_local_user(self) -> bool:
+        """Whether a program (no page, no proxy) of the gateway's own user asks from this machine."""
+        headers = self.request.headers
+        if not self.gateway.settings.trust_local_user or not is_loopback(self.request.remote_ip or ""):
+            return False
+        if "Origin" in headers or any(name in headers for name in FORWARDING_HEADERS):
+            return False
+        stream: Any = self.request.connection.stream  # type: ignore[union-attr]
+        peer, local = stream.socket.getpeername()[:2], stream.socket.getsockname()[:2]
+        return await asyncio.to_thread(peer_uid, peer, local) == os.geteuid()
+
+    def check_origin(self, origin: str) -> bool:
+        """`prepare` has done it."""
+        return True
+
+    def get_compression_options(self) -> None:
+        """None: compressing costs more than the network it is meant for (12 MB/s against 1 GB/s on loopback)."""
+
+    @property
+    def ping_interval(self) -> None:
+        """Tornado's own pings are off: it takes a client that is busy receiving for a dead one."""
+
+    @property
+    def max_message_size(self) -> int:
+        return self.gateway.settings.max_message_mib * 1024 * 1024
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        self._legacy = V1 not in subprotocols
+        return None if self._legacy else V1
+
+    async def get(self, kernel_id: str) -> None:  # type: ignore[override]
+        if self.request.headers.get("Upgrade", "").lower() != "websocket":
+            raise ApiError(400, "not_a_websocket", "This path is a WebSocket: ask for it with `Upgrade: websocket`.")
+        self._kernel_id = kernel_id
+        self._session_id = self.get_query_argument("session_id", "") or uuid.uuid4().hex
+        if not _SESSION_ID.match(self._session_id):
+            raise ApiError(400, "invalid_request", "A session_id has 1 to 200 letters, digits and .-_:@.")
+        try:
+            await self.gateway.service.ready(kernel_id)
+        except UnknownSandboxError as error:
+            raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
+        self.gateway.hub.check_room(kernel_id, self._session_id)
+        await super().get(kernel_id)
+
+    async def open(self, *args: str, **kwargs: str) -> None:  # type: ignore[override]
+        # Without this each small answer waits up to 40 ms for the client's delayed ACK.
+        self.set_nodelay(True)
+        self._silent_since = asyncio.get_running_loop().time()
+        self._watch()
+        client = Client(write=self._write, close=self._close_with, legacy=self._legacy)
+        try:
+            self._connection = await self.gateway.hub.attach(self._kernel_id, self._session_id, client)
+        except KernelsError as error:
+            self._close_with(CLOSE_FAILED, str(error))
+
+    def _write(self, data: bytes, binary: bool) -> asyncio.Future[None]:
+        try:
+            return self.write_message(data, binary)  # type: ignore[return-value]
+        except WebSocketClosedError as error:
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
+            return future
+
+    def _close_with(self, code: int, reason: str) -> None:
+        self.close(code, reason.encode()[:MAX_REASON_BYTES].decode("utf-8", "ignore"))
+
+    async def on_message(self, data: str | bytes) -> None:  # type: ignore[override]
+        self._heard = True
+        connection = self._connection
+        if connection is None:
+            return
+        now = asyncio.get_running_loop().time()
+        if now - self._last_touch >= TOUCH_INTERVAL_S:
+            self._last_touch = now
+            self.gateway.service.touch(self._kernel_id)
+        try:
+            if self._legacy:
+                message = decode_legacy(data)
+            elif isinstance(data, bytes):
+                message = decode_v1(data)
+            else:
+                raise FrameError("Messages of the v1 form are binary.")
+        except FrameError as error:
+            self._close_with(CLOSE_INVALID, str(error))
+            return
+        await connection.from_client(message)
+
+    def on_pong(self, data: bytes) -> None:
+        self._heard = True
+
+    def on_close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._connection is not None:
+            self.gateway.hub.detach(self._kernel_id, self._connection)
+
+    def _watch(self) -> None:
+        """Pings, and ends a connection whose client takes nothing and says nothing for too long."""
+        if self.ws_connection is None:
+            return
+        loop = asyncio.get_running_loop()
+        settings = self.gateway.settings
+        acked = self._bytes_acked()
+        # While much is on its way a pong waits behind it, so what arrives at the other end counts instead.
+        sending = self._connection is not None and self._connection.outgoing.unsent_bytes > 0
+        if self._heard or (sending and acked != self._acked):
+            self._silent_since = loop.time()
+        self._heard, self._acked = False, acked
+        if loop.time() - self._silent_since > settings.client_timeout_s:
+            log.info("A client of kernel %s was disconnected: nothing from it for a while", self._kernel_id)
+            # A close frame would wait behind all that the client does not take.
+            self._abort()
+            return
+        try:
+            self.ping(b"")
+        except WebSocketClosedError:
+            return
+        self._timer = loop.call_later(settings.ping_interval_s, self._watch)
+
+    def _bytes_acked(self) -> int:
+        stream: Any = getattr(self.ws_connection, "stream", None)
+        if stream is None or stream.socket is None:
+            return 0
+        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED_OFFSET + _BYTES_ACKED.size)
+        return int(_BYTES_ACKED.unpack_from(info, _BYTES_ACKED_OFFSET)[0])
+
+    def _abort(self) -> None:
+        stream: Any = getattr(self.ws_connection, "stream", None)
+        if stream is not None:
+            stream.close()

@@ -1,0 +1,83 @@
+"""One client of one kernel: its link to the kernel and its way out, joined. Knows no Tornado."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from gateway.frames import KernelMessage
+from gateway.kernel_link import KernelLink, make_message
+from gateway.metrics import Metrics
+from gateway.outgoing import Outgoing, Write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """What a WebSocket offers: how to write to it, how to close it (code, reason), and which form it speaks."""
+
+    write: Write
+    close: Callable[[int, str], None]
+    legacy: bool
+
+
+class Connection:
+    """Made by `KernelHub.attach`; ends with `release`."""
+
+    def __init__(self, client: Client, session_id: str, metrics: Metrics) -> None:
+        self.session_id = session_id
+        self.client = client
+        self._metrics = metrics
+        self._link: KernelLink | None = None
+        self._linked = asyncio.Event()
+        self._closed = False
+        self.outgoing = Outgoing(
+            client.write, legacy=client.legacy, on_full=self._pause, on_drained=self._resume, metrics=metrics
+        )
+
+    def use(self, link: KernelLink, backlog: Iterable[KernelMessage] = ()) -> None:
+        """Begins to pass messages both ways, after those of the backlog."""
+        self._link = link
+        for message in backlog:
+            self.outgoing.put(message)
+        link.start(self.outgoing.put)
+        self._linked.set()
+
+    async def from_client(self, message: KernelMessage) -> None:
+        """Passes one message to the kernel. Waits while the kernel restarts or takes no more."""
+        await self._linked.wait()
+        if self._link is None:
+            return
+        self._metrics.count_message("to_kernel", message.channel, message.size)
+        await self._link.send(message)
+
+    def announce(self, state: str, reason: str | None) -> None:
+        """Tells the client that the kernel is `restarting` or `dead`, after all that the kernel still said."""
+        if self._link is not None:
+            self._link.drain_iopub()
+        content = {"execution_state": state} if reason is None else {"execution_state": state, "reason": reason}
+        self.outgoing.put(make_message("iopub", "status", content))
+
+    def unlink(self) -> None:
+        """The old kernel is gone: ends its sockets; messages from the client wait for `use`."""
+        if not self._closed:
+            self._linked.clear()
+        link, self._link = self._link, None
+        if link is not None:
+            link.drain_iopub()
+            link.close()
+
+    def release(self) -> tuple[KernelLink | None, list[KernelMessage]]:
+        """Ends the connection: its link, for someone to take over or close, and what its client has not been sent."""
+        self._closed = True
+        link, self._link = self._link, None
+        self._linked.set()
+        return link, self.outgoing.close()
+
+    def _pause(self) -> None:
+        if self._link is not None:
+            self._link.pause()
+
+    def _resume(self) -> None:
+        if self._link is not None:
+            self._link.resume()

@@ -1,0 +1,281 @@
+"""One HTTP operation as data, and the one Tornado handler that runs them all.
+
+An operation is an async function from `Call` to `Reply`, with its models; the same value makes the route, checks the
+request and appears in the OpenAPI document. Host, token, body and errors are dealt with here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from tornado import httputil, web
+
+from gateway.auth import host_allowed, origin_allowed, token_from, token_matches
+from gateway.errors import ApiError, api_error, phrase
+from gateway.models import ErrorAnswer
+from gateway.state import Gateway
+from kernels.errors import KernelsError
+
+log = logging.getLogger(__name__)
+
+JSON = "application/json"
+# How many mistakes of one request are told.
+MAX_PROBLEMS = 5
+# What a browser may ask for from another origin.
+CORS_METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
+CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control"
+CORS_MAX_AGE_S = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A checked request. body: an instance of the operation's model, or None."""
+
+    gateway: Gateway
+    path: Mapping[str, str]
+    body: Any
+    request: httputil.HTTPServerRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """body: a model, a list of them, a JSON value, or bytes of `content_type`."""
+
+    status: int = 200
+    body: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content_type: str = JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """name: the operationId. body: model of the request (empty counts as `{}` unless the model has required fields).
+
+    reply: model of a success (a type pydantic understands) or None for no body. errors: statuses that may be answered
+    beside those every operation has. public: needs no token. media: what a success is made of.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Call], Awaitable[Reply]]
+    reply: Any = None
+    status: int = 200
+    body: type[BaseModel] | None = None
+    errors: Sequence[int] = ()
+    public: bool = False
+    media: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A path with `{names}` in it and what may be done there. parameters: description of each name."""
+
+    path: str
+    operations: Mapping[str, Operation]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+class JsonHandler(web.RequestHandler):
+    """What all handlers share: headers, the checks before a request, and errors as JSON."""
+
+    gateway: Gateway
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-store")
+        origin = self.request.headers.get("Origin")
+        cors_origins = self.settings["gateway"].settings.cors_origins
+        if origin and cors_origins:
+            self.set_header("Vary", "Origin")
+            if origin_allowed(origin, host=None, cors_origins=cors_origins):
+                self.set_header("Access-Control-Allow-Origin", origin)
+                self.set_header("Access-Control-Expose-Headers", "Location")
+
+    def check_host(self) -> None:
+        """Errors: ApiError 403."""
+        settings = self.gateway.settings
+        host = self.request.headers.get("Host")
+        if not host_allowed(host, listen_host=settings.host, allowed_hosts=settings.allowed_hosts):
+            raise ApiError(
+                403,
+                "host_not_allowed",
+                f"This gateway is not known as {str(host)[:80]!r}. Start it with --allowed-hosts to add that name.",
+            )
+
+    def has_token(self) -> bool:
+        given = token_from(
+            authorization=self.request.headers.get("Authorization"), query=self.get_query_argument("token", None)
+        )
+        return token_matches(given, self.gateway.token)
+
+    def check_token(self) -> None:
+        """Errors: ApiError 401."""
+        if not self.has_token():
+            raise ApiError(
+                401,
+                "unauthorized",
+                "This needs the gateway's token: `Authorization: token <token>` or `?token=<token>`. "
+                "`hypercelld serve` prints it.",
+            )
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
+        match error:
+            case ApiError():
+                answer = error
+            case KernelsError():
+                answer = api_error(error)
+            case web.HTTPError():
+                answer = ApiError(status_code, phrase(status_code).lower().replace(" ", "_"), _message_of(error))
+            case _:
+                answer = ApiError(500, "internal_error", "The gateway failed; its log says how.")
+        self.set_status(answer.status)
+        self.set_header("Content-Type", JSON)
+        if answer.status == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
+        if answer.status == 405:
+            self.set_header("Allow", self.allowed_methods())
+        body = ErrorAnswer(reason=phrase(answer.status), message=answer.message, code=answer.code)
+        self.finish(body.model_dump_json())
+
+    def allowed_methods(self) -> str:
+        return "GET"
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if isinstance(value, ApiError | KernelsError | web.HTTPError):
+            log.debug("%s %s: %s", self.request.method, self.request.path, value)
+        else:
+            log.error("%s %s failed", self.request.method, self.request.path, exc_info=(typ, value, tb))
+
+    def on_finish(self) -> None:
+        self.settings["gateway"].metrics.requests.labels(self.request.method, self.get_status()).inc()
+
+
+def _message_of(error: web.HTTPError) -> str:
+    if error.status_code == 405:
+        return "This path does not know that method; the Allow header lists those it knows."
+    return str(error.log_message or phrase(error.status_code))
+
+
+@web.stream_request_body
+class EndpointHandler(JsonHandler):
+    """Runs the operations of one endpoint. One that has too large a body is answered, not cut off."""
+
+    def initialize(self, gateway: Gateway, endpoint: Endpoint) -> None:
+        self.gateway = gateway
+        self.endpoint = endpoint
+        self._body = bytearray()
+        self._body_limit = gateway.settings.max_body_mib * 1024 * 1024
+
+    def prepare(self) -> None:
+        connection = self.request.connection
+        # Beyond this Tornado hangs up without an answer; below it we answer 413.
+        connection.set_max_body_size(64 * self._body_limit)  # type: ignore[union-attr]
+        self.check_host()
+        method = self.request.method or ""
+        if method == "OPTIONS":
+            return
+        operation = self._operation(method)
+        if not operation.public:
+            self.check_token()
+        length = self.request.headers.get("Content-Length", "0")
+        if length.isascii() and length.isdigit() and int(length) > self._body_limit:
+            connection.set_max_body_size(2**62)  # type: ignore[union-attr]
+            raise self._too_large()
+
+    def _operation(self, method: str) -> Operation:
+        operation = self.endpoint.operations.get("GET" if method == "HEAD" else method)
+        if operation is None:
+            raise web.HTTPError(405)
+        return operation
+
+    def allowed_methods(self) -> str:
+        methods = set(self.endpoint.operations) | {"OPTIONS"}
+        if "GET" in methods:
+            methods.add("HEAD")
+        return ", ".join(sorted(methods))
+
+    def data_received(self, chunk: bytes) -> None:
+        if len(self._body) <= self._body_limit:
+            self._body += chunk
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            "body_too_large",
+            f"A request's body has at most {self.gateway.settings.max_body_mib} MiB (max_body_mib).",
+        )
+
+    async def _serve(self, **path: str) -> None:
+        operation = self._operation(self.request.method or "")
+        if len(self._body) > self._body_limit:
+            raise self._too_large()
+        call = Call(gateway=self.gateway, path=path, body=self._parse(operation), request=self.request)
+        reply = await operation.run(call)
+        self.set_status(reply.status)
+        for name, value in reply.headers.items():
+            self.set_header(name, value)
+        if reply.status == 204:
+            self.clear_header("Content-Type")
+            await self.finish()
+            return
+        self.set_header("Content-Type", reply.content_type)
+        await self.finish(reply.body if isinstance(reply.body, bytes) else to_json(reply.body))
+
+    get = post = patch = delete = head = _serve
+
+    async def options(self, **path: str) -> None:
+        """CORS's preflight; without an allowed origin it only lists the methods."""
+        self.set_header("Allow", self.allowed_methods())
+        self.set_header("Access-Control-Allow-Methods", CORS_METHODS)
+        self.set_header("Access-Control-Allow-Headers", CORS_HEADERS)
+        self.set_header("Access-Control-Max-Age", str(CORS_MAX_AGE_S))
+        self.set_status(204)
+        await self.finish()
+
+    def _parse(self, operation: Operation) -> Any:
+        if operation.body is None:
+            return None
+        try:
+            return operation.body.model_validate_json(bytes(self._body) if self._body.strip() else b"{}")
+        except ValidationError as error:
+            raise invalid_request(error) from error
+
+
+def invalid_request(error: ValidationError) -> ApiError:
+    """400 with a sentence per mistake."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    sentences = []
+    for problem in problems[:MAX_PROBLEMS]:
+        place = ".".join(str(part) for part in problem["loc"])[:120]
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        sentences.append(f"{place}: {message}" if place else message)
+    code = "invalid_json" if problems[0]["type"] == "json_invalid" else "invalid_request"
+    return ApiError(400, code, "; ".join(sentences))
+
+
+def to_json(body: Any) -> bytes:
+    """A model, a list of models or a JSON value as JSON."""
+    if isinstance(body, BaseModel):
+        return body.model_dump_json().encode()
+    if isinstance(body, list):
+        return b"[" + b",".join(to_json(item) for item in body) + b"]"
+    return json.dumps(body).encode()
+
+
+class NotFoundHandler(JsonHandler):
+    """Every path that is no endpoint."""
+
+    def initialize(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def prepare(self) -> None:
+        self.check_host()
+        raise ApiError(404, "not_found", "There is nothing at this path. GET /api/openapi.json lists what there is.")

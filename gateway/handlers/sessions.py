@@ -1,0 +1,163 @@
+"""Jupyter's sessions, by jupyter_server's rules: one per path, deleting it deletes the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from gateway.endpoint import Call, Endpoint, Operation, Reply
+from gateway.errors import ApiError
+from gateway.handlers.kernels import CREATE_ERRORS
+from gateway.models import CreateSession, NotebookAnswer, PatchSession, SessionAnswer, SessionKernel
+from gateway.sessions import Session
+from gateway.state import Gateway
+from kernels.errors import UnknownSandboxError
+from kernels.models import CreateSandbox
+
+SESSION_ID = {"session_id": "The session's id."}
+# Two windows that open one notebook at the same moment must get one session.
+_creating = asyncio.Lock()
+
+
+def _answer(gateway: Gateway, session: Session) -> SessionAnswer | None:
+    """The session's model; None, and the session is forgotten, when its kernel is gone."""
+    try:
+        sandbox = gateway.service.get(session.kernel_id)
+    except UnknownSandboxError:
+        gateway.sessions.remove(session.id)
+        return None
+    return SessionAnswer(
+        id=session.id,
+        path=session.path,
+        name=session.name,
+        type=session.type,
+        kernel=gateway.kernel(sandbox),
+        notebook=NotebookAnswer(path=session.path, name=session.name),
+    )
+
+
+def _find(call: Call) -> tuple[Session, SessionAnswer]:
+    session = call.gateway.sessions.get(call.path["session_id"])
+    answer = _answer(call.gateway, session) if session else None
+    if session is None or answer is None:
+        raise ApiError(404, "session_not_found", f"Session not found: {call.path['session_id']}")
+    return session, answer
+
+
+async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: str) -> str:
+    """The id of the kernel that a session asks for, started where it is not there."""
+    wanted = wanted or SessionKernel()
+    if wanted.id is not None:
+        try:
+            return gateway.service.get(wanted.id).id
+        except UnknownSandboxError:
+            pass
+    request = CreateSandbox(
+        template=wanted.name or gateway.default_template(), kernel_id=wanted.id, env={"JPY_SESSION_NAME": path}
+    )
+    return (await gateway.create(request)).id
+
+
+async def list_sessions(call: Call) -> Reply:
+    answers = (_answer(call.gateway, session) for session in call.gateway.sessions.all())
+    return Reply(body=[answer for answer in answers if answer is not None])
+
+
+async def create_session(call: Call) -> Reply:
+    gateway, body = call.gateway, call.body
+    async with _creating:
+        session = gateway.sessions.by_path(body.path)
+        answer = _answer(gateway, session) if session else None
+        if answer is None:
+            kernel_id = await _kernel_for(gateway, body.kernel, path=body.path)
+            session = gateway.sessions.add(path=body.path, name=body.name, type=body.type, kernel_id=kernel_id)
+            answer = _answer(gateway, session)
+    if answer is None:
+        raise ApiError(502, "machine_failed", "The session's kernel was gone before the session was there.")
+    return Reply(status=201, body=answer, headers={"Location": f"/api/sessions/{answer.id}"})
+
+
+async def get_session(call: Call) -> Reply:
+    return Reply(body=_find(call)[1])
+
+
+async def patch_session(call: Call) -> Reply:
+    gateway, body = call.gateway, call.body
+    before, _ = _find(call)
+    after = replace(
+        before,
+        path=before.path if body.path is None else body.path,
+        name=before.name if body.name is None else body.name,
+        type=before.type if body.type is None else body.type,
+    )
+    if body.kernel is not None and body.kernel.id is not None:
+        try:
+            after = replace(after, kernel_id=gateway.service.get(body.kernel.id).id)
+        except UnknownSandboxError as error:
+            raise ApiError(400, "kernel_not_found", f"No such kernel: {body.kernel.id}") from error
+    elif body.kernel is not None and body.kernel.name is not None:
+        after = replace(after, kernel_id=await _kernel_for(gateway, body.kernel, path=after.path))
+    gateway.sessions.put(after)
+    if after.kernel_id != before.kernel_id:
+        await _delete_kernel(gateway, before.kernel_id)
+    return Reply(body=_find(call)[1])
+
+
+async def _delete_kernel(gateway: Gateway, kernel_id: str) -> None:
+    try:
+        await gateway.service.delete(kernel_id)
+    except UnknownSandboxError:
+        pass  # someone else was faster
+
+
+async def delete_session(call: Call) -> Reply:
+    session, _ = _find(call)
+    call.gateway.sessions.remove(session.id)
+    await _delete_kernel(call.gateway, session.kernel_id)
+    return Reply(status=204)
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/api/sessions",
+        operations={
+            "GET": Operation(
+                name="listSessions", summary="All sessions.", run=list_sessions, reply=list[SessionAnswer]
+            ),
+            "POST": Operation(
+                name="createSession",
+                summary="A session for a document, with a new kernel or a given one; the one that is there if there is one.",
+                run=create_session,
+                body=CreateSession,
+                reply=SessionAnswer,
+                status=201,
+                errors=CREATE_ERRORS,
+                headers={"Location": "The session's path."},
+            ),
+        },
+    ),
+    Endpoint(
+        path="/api/sessions/{session_id}",
+        parameters=SESSION_ID,
+        operations={
+            "GET": Operation(
+                name="getSession", summary="One session.", run=get_session, reply=SessionAnswer, errors=(404,)
+            ),
+            "PATCH": Operation(
+                name="patchSession",
+                summary="Renames a session or changes its kernel; the old kernel ends.",
+                run=patch_session,
+                body=PatchSession,
+                reply=SessionAnswer,
+                errors=CREATE_ERRORS,
+            ),
+            "DELETE": Operation(
+                name="deleteSession",
+                summary="Ends a session and its kernel.",
+                run=delete_session,
+                status=204,
+                errors=(404,),
+            ),
+        },
+    ),
+)

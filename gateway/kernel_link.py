@@ -1,0 +1,151 @@
+"""The four ZMQ sockets between one WebSocket client and one kernel.
+
+Shell, control and stdin share an identity, so that the kernel's `input()` finds its way back; iopub belongs to no
+identity and may be handed from one link to the next, so that no output falls between two clients. Knows nothing of
+WebSockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import zmq
+
+from gateway.frames import KernelMessage, Part, Signer, from_zmq, to_zmq
+from gateway.zmq_socket import ZmqSocket
+
+DEALERS = ("shell", "control", "stdin")
+# ipykernel 7 greets a new subscriber at once. Other kernels are asked for kernel_info, whose status messages prove the
+# subscription: first after a moment in which a greeting would have come, then at jupyter_server's interval.
+FIRST_NUDGE_S = 0.2
+NUDGE_INTERVAL_S = 0.5
+# jupyter_server's kernel_info_timeout: after it the client is served anyway and may try for itself.
+SUBSCRIBE_TIMEOUT_S = 60.0
+# A busy kernel answers no nudge, but greets from its iopub thread.
+BUSY_SUBSCRIBE_TIMEOUT_S = 1.0
+
+Receiver = Callable[[KernelMessage], None]
+
+
+def make_message(channel: str, msg_type: str, content: Mapping[str, Any], parent: Part = b"{}") -> KernelMessage:
+    """A message of the gateway's own, as jupyter_client would write it."""
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "msg_type": msg_type,
+        "session": "hypercell",
+        "username": "hypercell",
+        "date": datetime.now(UTC).isoformat(),
+        "version": "5.4",
+    }
+    return KernelMessage(channel, json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
+
+
+class KernelLink:
+    """Connects on construction. `start(receive)` begins delivery; `close()` ends it, twice is harmless.
+
+    info: Jupyter's connection file with ipc transport. iopub: a subscribed socket of an earlier link, taken over.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        info: Mapping[str, Any],
+        session_id: str,
+        *,
+        iopub: ZmqSocket | None = None,
+    ) -> None:
+        self.session_id = session_id
+        self._context = context
+        self._info = info
+        self._signer = Signer(str(info["key"]).encode(), str(info["signature_scheme"]))
+        self._subscribed = asyncio.Event()
+        if iopub is not None:
+            self._subscribed.set()
+        identity = session_id.encode()
+        self._iopub = iopub or ZmqSocket(context, zmq.SUB, self._address("iopub"))
+        self._dealers = {
+            name: ZmqSocket(context, zmq.DEALER, self._address(name), identity=identity) for name in DEALERS
+        }
+
+    def _address(self, channel: str) -> str:
+        return f"ipc://{self._info['ip']}-{self._info[f'{channel}_port']}"
+
+    def start(self, receive: Receiver) -> None:
+        """Delivers messages to `receive` from now on, instead of to an earlier receiver."""
+
+        def deliver(channel: str) -> Callable[[Sequence[Part]], None]:
+            def on_message(frames: Sequence[Part]) -> None:
+                message = from_zmq(channel, frames)
+                if message is None:
+                    return
+                if channel == "iopub":
+                    self._subscribed.set()
+                    # A greeting to any subscriber reaches all of them; it says nothing to a Jupyter client.
+                    if b'"iopub_welcome"' in bytes(message.header[:1024]):
+                        return
+                receive(message)
+
+            return on_message
+
+        for channel, socket in self._sockets().items():
+            socket.start(deliver(channel))
+
+    def _sockets(self) -> dict[str, ZmqSocket]:
+        return {"iopub": self._iopub, **self._dealers}
+
+    async def send(self, message: KernelMessage) -> None:
+        """To the kernel; waits while it takes no more."""
+        await self._dealers[message.channel].send(to_zmq(message, self._signer))
+
+    async def wait_subscribed(self, *, busy: bool) -> None:
+        """Waits until iopub has delivered something: from then on no output is missed. Gives up after a limit."""
+        limit_s = BUSY_SUBSCRIBE_TIMEOUT_S if busy else SUBSCRIBE_TIMEOUT_S
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                if await self._greeted_within(FIRST_NUDGE_S) or busy:
+                    await self._subscribed.wait()
+                    return
+                # A socket of its own: the reply must not reach the client.
+                nudge = ZmqSocket(self._context, zmq.DEALER, self._address("control"))
+                try:
+                    while not self._subscribed.is_set():
+                        request = make_message("control", "kernel_info_request", {})
+                        await nudge.send(to_zmq(request, self._signer))
+                        await self._greeted_within(NUDGE_INTERVAL_S)
+                finally:
+                    nudge.close()
+
+    async def _greeted_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._subscribed.wait(), seconds)
+        return self._subscribed.is_set()
+
+    def pause(self) -> None:
+        """No messages until `resume`: the kernel is made to wait."""
+        for socket in self._sockets().values():
+            socket.pause()
+
+    def resume(self) -> None:
+        for socket in self._sockets().values():
+            socket.resume()
+
+    def drain_iopub(self) -> None:
+        """Delivers the output that has arrived already (unless paused)."""
+        self._iopub.drain()
+
+    def take_iopub(self) -> ZmqSocket:
+        """Ends this link but for its iopub socket, which the caller must hand to the next link or close."""
+        for socket in self._dealers.values():
+            socket.close()
+        self._iopub.resume()
+        return self._iopub
+
+    def close(self) -> None:
+        for socket in self._sockets().values():
+            socket.close()

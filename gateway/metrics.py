@@ -1,0 +1,85 @@
+"""What the gateway counts, for Prometheus. One registry per gateway, so that two in one process do not meet."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# From a warm machine (tens of milliseconds) to a template built on the way (minutes).
+START_BUCKETS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 180.0, 600.0)
+
+
+class _SandboxCollector(Collector):
+    """Counts sandboxes by state when asked, so that the numbers are never stale."""
+
+    def __init__(self, states: Callable[[], Iterable[str]], pool_ready: Callable[[], int]) -> None:
+        self._states = states
+        self._pool_ready = pool_ready
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        sandboxes = GaugeMetricFamily("hypercell_sandboxes", "Sandboxes by state.", labels=["state"])
+        for state, count in sorted(Tally(self._states()).items()):
+            sandboxes.add_metric([state], count)
+        yield sandboxes
+        yield GaugeMetricFamily(
+            "hypercell_pool_ready", "Warm machines ready to be given out.", value=self._pool_ready()
+        )
+
+
+class Metrics:
+    """All counters. states, pool_ready: asked for the present when the numbers are read."""
+
+    def __init__(self, *, states: Callable[[], Iterable[str]], pool_ready: Callable[[], int]) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        registry.register(_SandboxCollector(states, pool_ready))
+        self.start_seconds = Histogram(
+            "hypercell_sandbox_start_seconds",
+            "From the request for a sandbox to its answer.",
+            buckets=START_BUCKETS_S,
+            registry=registry,
+        )
+        self.failed_starts = Counter(
+            "hypercell_sandbox_start_failures",
+            "Requests for a sandbox that failed, by code.",
+            ["code"],
+            registry=registry,
+        )
+        self.connections = Gauge("hypercell_websockets", "Open WebSockets to kernels.", registry=registry)
+        self._messages = Counter(
+            "hypercell_messages", "Kernel messages passed on.", ["direction", "channel"], registry=registry
+        )
+        self._bytes = Counter("hypercell_message_bytes", "Bytes of them.", ["direction", "channel"], registry=registry)
+        self.malformed_messages = Counter(
+            "hypercell_malformed_messages", "Messages from kernels that could not be written down.", registry=registry
+        )
+        self.back_pressure_seconds = Counter(
+            "hypercell_back_pressure_seconds",
+            "Time in which a kernel was not read for its slow client.",
+            registry=registry,
+        )
+        self.requests = Counter(
+            "hypercell_requests", "HTTP answers by status.", ["method", "status"], registry=registry
+        )
+        self._pairs: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+
+    def count_message(self, direction: str, channel: str, size: int) -> None:
+        """One message passed on. direction: to_client or to_kernel."""
+        pair = self._pairs.get((direction, channel))
+        if pair is None:
+            pair = (self._messages.labels(direction, channel), self._bytes.labels(direction, channel))
+            self._pairs[direction, channel] = pair
+        pair[0].inc()
+        pair[1].inc(size)
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._registry)

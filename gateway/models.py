@@ -1,0 +1,302 @@
+"""Requests and answers of the HTTP API. The OpenAPI document is made from these, and they check what comes in.
+
+Jupyter's own requests may carry fields that are not known here (its clients differ), ours may not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from kernels.models import CreateSandbox, Kernelspec, Sandbox, SandboxState
+
+# Linux takes 128 KiB per variable and 2 MiB for all; a request's environment is passed on the wire in one frame.
+MAX_ENV_VARIABLES = 512
+MAX_ENV_BYTES = 64 * 1024
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_UUID = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
+
+# Names and paths are shown, stored and passed on, never opened; long ones are mistakes.
+Name = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\u0000]*$")]
+PathText = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\u0000]*$")]
+KernelId = Annotated[str, StringConstraints(pattern=_UUID)]
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+def timestamp(moment: datetime) -> str:
+    """UTC with six digits of microseconds and a Z: jupyter_server parses it with `%Y-%m-%dT%H:%M:%S.%fZ`."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class JupyterRequest(BaseModel):
+    """A request that Jupyter's clients make."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class SandboxRequest(BaseModel):
+    """A request of the sandbox API."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Answer(BaseModel):
+    """Anything that is answered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorAnswer(Answer):
+    """Every error. code is for programs, message for people, reason is HTTP's phrase."""
+
+    reason: str
+    message: str
+    code: str
+
+
+def _check_env(env: Mapping[str, str]) -> Mapping[str, str]:
+    if len(env) > MAX_ENV_VARIABLES:
+        raise ValueError(f"env has {len(env)} variables, at most {MAX_ENV_VARIABLES} are taken")
+    for name, value in env.items():
+        if not _ENV_NAME.match(name):
+            raise ValueError(f"{name[:80]!r} is no name of an environment variable")
+        if "\0" in value:
+            raise ValueError(f"the value of {name} has a NUL byte")
+    size = sum(len(name) + len(value.encode("utf-8", "surrogatepass")) for name, value in env.items())
+    if size > MAX_ENV_BYTES:
+        raise ValueError(f"env has {size} bytes, at most {MAX_ENV_BYTES} are taken")
+    return env
+
+
+class Resources(SandboxRequest):
+    """The size of a machine; what is missing is as the kernelspec says."""
+
+    memory_mib: Size | None = None
+    vcpus: Size | None = None
+    disk_mib: Size | None = None
+
+
+# What Jupyter's clients can only say through the environment.
+_RESOURCE_VARIABLES = {"memory_mib": "KERNEL_MEMORY_MIB", "vcpus": "KERNEL_VCPUS", "disk_mib": "KERNEL_DISK_MIB"}
+
+
+def _resources(resources: Resources | None, env: Mapping[str, str]) -> dict[str, int | None]:
+    sizes: dict[str, int | None] = {}
+    for field, variable in _RESOURCE_VARIABLES.items():
+        size = getattr(resources, field) if resources else None
+        if size is None and variable in env:
+            text = env[variable]
+            if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+                raise ValueError(f"{variable} must be a positive number, not {text[:40]!r}")
+            size = int(text)
+        sizes[field] = size
+    return sizes
+
+
+class CreateKernel(JupyterRequest):
+    """POST /api/kernels. KERNEL_MEMORY_MIB, KERNEL_VCPUS and KERNEL_DISK_MIB in `env` say the same as `resources`."""
+
+    name: Name | None = None
+    env: dict[str, str] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
+    path: PathText | None = None
+    kernel_id: KernelId | None = None
+    resources: Resources | None = None
+
+    _env = field_validator("env")(_check_env)
+
+    def to_create(self, default_template: str) -> CreateSandbox:
+        """Errors: ValueError for a resource that is no number."""
+        return CreateSandbox(
+            template=self.name or default_template,
+            kernel_id=self.kernel_id,
+            env=self.env,
+            cwd=self.env.get("KERNEL_WORKING_DIR") or self.path or None,
+            **_resources(self.resources, self.env),
+        )
+
+
+class NewSandbox(SandboxRequest):
+    """POST /api/sandboxes. What is missing is as the template says."""
+
+    template: Name | None = None
+    name: Name | None = None
+    env: dict[str, str] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
+    cwd: PathText | None = None
+    resources: Resources | None = None
+
+    _env = field_validator("env")(_check_env)
+
+    def to_create(self, default_template: str) -> CreateSandbox:
+        return CreateSandbox(
+            template=self.template or default_template,
+            name=self.name,
+            env=self.env,
+            cwd=self.cwd,
+            **_resources(self.resources, {}),
+        )
+
+
+class KernelAnswer(Answer):
+    """Jupyter's kernel model. reason: why the kernel is dead, else null."""
+
+    id: str
+    name: str
+    last_activity: Timestamp
+    execution_state: str
+    connections: int
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, sandbox: Sandbox, connections: int) -> KernelAnswer:
+        failed = sandbox.state is SandboxState.FAILED
+        return cls(
+            id=sandbox.id,
+            name=sandbox.template,
+            last_activity=timestamp(sandbox.last_activity),
+            execution_state="dead" if failed else sandbox.execution_state,
+            connections=connections,
+            reason=sandbox.reason,
+        )
+
+
+class SandboxAnswer(Answer):
+    """A sandbox; its id is the Jupyter kernel id."""
+
+    id: str
+    state: Literal["creating", "running", "paused", "asleep", "failed", "gone"]
+    driver: str
+    template: str
+    parent_id: str | None
+    name: str | None
+    owner: str
+    created_at: Timestamp
+    last_activity: Timestamp
+    execution_state: str
+    reason: str | None
+    memory_mib: int
+    vcpus: int
+    disk_mib: int
+
+    @classmethod
+    def of(cls, sandbox: Sandbox) -> SandboxAnswer:
+        return cls(
+            id=sandbox.id,
+            state=sandbox.state.value,
+            driver=sandbox.driver,
+            template=sandbox.template,
+            parent_id=sandbox.parent_id,
+            name=sandbox.name,
+            owner=sandbox.owner,
+            created_at=timestamp(sandbox.created_at),
+            last_activity=timestamp(sandbox.last_activity),
+            execution_state=sandbox.execution_state,
+            reason=sandbox.reason,
+            memory_mib=sandbox.memory_mib,
+            vcpus=sandbox.vcpus,
+            disk_mib=sandbox.disk_mib,
+        )
+
+
+class ConnectionAnswer(Answer):
+    """Jupyter's connection file of a kernel on this machine."""
+
+    transport: Literal["ipc"]
+    ip: str
+    shell_port: int
+    iopub_port: int
+    stdin_port: int
+    control_port: int
+    hb_port: int
+    key: str
+    signature_scheme: str
+    kernel_name: str
+
+
+class KernelspecAnswer(Answer):
+    """One kernelspec; resources maps names of logos to their URLs."""
+
+    name: str
+    spec: dict[str, Any]
+    resources: dict[str, str]
+
+    @classmethod
+    def of(cls, kernelspec: Kernelspec, files: list[str]) -> KernelspecAnswer:
+        """files: the names in the kernelspec's resource directory."""
+        resources = {file.rpartition(".")[0] or file: f"/kernelspecs/{kernelspec.name}/{file}" for file in files}
+        return cls(name=kernelspec.name, spec=dict(kernelspec.spec), resources=resources)
+
+
+class KernelspecsAnswer(Answer):
+    """All kernelspecs and the name of the one that is used when none is named."""
+
+    default: str
+    kernelspecs: dict[str, KernelspecAnswer]
+
+
+class SessionKernel(JupyterRequest):
+    """The kernel that a session wants: one that runs (id) or a new one (name). An id that is not there is the new one's."""
+
+    id: KernelId | None = None
+    name: Name | None = None
+
+
+class CreateSession(JupyterRequest):
+    """POST /api/sessions."""
+
+    path: PathText
+    type: Name
+    name: Name | None = None
+    kernel: SessionKernel | None = None
+
+
+class PatchSession(JupyterRequest):
+    """PATCH /api/sessions/{id}; what is missing stays."""
+
+    path: PathText | None = None
+    type: Name | None = None
+    name: Name | None = None
+    kernel: SessionKernel | None = None
+
+
+class NotebookAnswer(Answer):
+    """jupyter_server still says it for clients of before 2016."""
+
+    path: str
+    name: str | None
+
+
+class SessionAnswer(Answer):
+    """jupyter_server's session model."""
+
+    id: str
+    path: str
+    name: str | None
+    type: str
+    kernel: KernelAnswer
+    notebook: NotebookAnswer
+
+
+class VersionAnswer(Answer):
+    """GET /api."""
+
+    version: str
+
+
+class StatusAnswer(Answer):
+    """GET /api/status."""
+
+    started: Timestamp
+    last_activity: Timestamp
+    connections: int
+    kernels: int
+
+
+class HealthAnswer(Answer):
+    """GET /healthz."""
+
+    status: Literal["ok"]

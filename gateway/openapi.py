@@ -1,0 +1,92 @@
+"""The OpenAPI document, made from the same operations that are served. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+from gateway.endpoint import JSON, Endpoint, Operation
+from gateway.errors import phrase
+from gateway.models import ErrorAnswer
+from gateway.version import VERSION
+
+REF = "#/components/schemas/{model}"
+
+
+def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """OpenAPI 3.1 of all endpoints."""
+    types: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [("error", "serialization", TypeAdapter(ErrorAnswer))]
+    for endpoint in endpoints:
+        for operation in endpoint.operations.values():
+            if operation.body is not None:
+                types.append((f"{operation.name}.body", "validation", TypeAdapter(operation.body)))
+            if operation.reply is not None and operation.media == JSON:
+                types.append((f"{operation.name}.reply", "serialization", TypeAdapter(operation.reply)))
+    schemas, shared = TypeAdapter.json_schemas(types, ref_template=REF)
+    by_name = {name: schema for (name, _), schema in schemas.items()}
+    paths: dict[str, Any] = {}
+    for endpoint in endpoints:
+        item: dict[str, Any] = {}
+        if endpoint.parameters:
+            item["parameters"] = [
+                {
+                    "name": name,
+                    "in": "path",
+                    "required": True,
+                    "description": text,
+                    "schema": {"type": "string", "minLength": 1},
+                }
+                for name, text in endpoint.parameters.items()
+            ]
+        for method, operation in endpoint.operations.items():
+            item[method.lower()] = _operation(operation, by_name)
+        paths[endpoint.path] = item
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Hypercell gateway",
+            "version": VERSION,
+            "description": "Jupyter's REST API over kernels in microVMs, and the sandboxes they live in.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": shared.get("$defs", {}),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "query": {"type": "apiKey", "in": "query", "name": "token"},
+            },
+        },
+        "security": [{"bearer": []}, {"query": []}],
+    }
+
+
+def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+    success: dict[str, Any] = {"description": phrase(operation.status)}
+    if operation.reply is not None:
+        is_json = operation.media == JSON
+        schema = schemas[f"{operation.name}.reply"] if is_json else {"type": "string"}
+        success["content"] = {operation.media: {"schema": schema}}
+    if operation.headers:
+        success["headers"] = {
+            name: {"description": text, "schema": {"type": "string"}} for name, text in operation.headers.items()
+        }
+    errors = {403, *operation.errors} if operation.public else {401, 403, *operation.errors}
+    responses = {str(operation.status): success}
+    for status in sorted(errors):
+        responses[str(status)] = {"description": phrase(status), "content": {JSON: {"schema": schemas["error"]}}}
+    result: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary, "responses": responses}
+    if operation.public:
+        result["security"] = []
+    if operation.body is not None:
+        result["requestBody"] = {
+            "required": _is_required(operation.body),
+            "content": {JSON: {"schema": schemas[f"{operation.name}.body"]}},
+        }
+    return result
+
+
+def _is_required(body: type[BaseModel]) -> bool:
+    return any(field.is_required() for field in body.model_fields.values())

@@ -1,0 +1,91 @@
+"""What a kernel says while none of its clients is connected: kept within a limit, for whoever comes next.
+
+The same session gets everything. Another one (a reloaded page) gets the output, but not replies to questions it never
+asked. Beyond the limit the oldest is dropped and the client is told: making the kernel wait would stop the work of
+someone who closed the laptop on purpose.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+from gateway.frames import KernelMessage
+from gateway.kernel_link import KernelLink, make_message
+
+
+class BufferBudget:
+    """Bytes that all parked kernels may keep together; `used` counts them."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.used = 0
+
+
+class Parked:
+    """Keeps the messages of one link. Use `release()` or `close()` to end it.
+
+    max_bytes: for this kernel; `budget` bounds all of them together.
+    """
+
+    def __init__(self, link: KernelLink, *, max_bytes: int, budget: BufferBudget) -> None:
+        self.link = link
+        self._max_bytes = max_bytes
+        self._budget = budget
+        self._messages: deque[KernelMessage] = deque()
+        self._bytes = 0
+        self._dropped = 0
+        self._dropped_bytes = 0
+        self._dropped_parent: bytes = b"{}"
+
+    @property
+    def session_id(self) -> str:
+        return self.link.session_id
+
+    def start(self) -> None:
+        """Begins to keep what the link delivers."""
+        self.link.start(self.keep)
+        self.link.resume()
+
+    def keep(self, message: KernelMessage) -> None:
+        """Adds one message; drops the oldest ones beyond the limits."""
+        # A copy: the parts may lie in zmq's memory.
+        kept = replace(
+            message,
+            header=bytes(message.header),
+            parent=bytes(message.parent),
+            metadata=bytes(message.metadata),
+            content=bytes(message.content),
+            buffers=tuple(bytes(buffer) for buffer in message.buffers),
+        )
+        self._messages.append(kept)
+        self._count(kept.size)
+        while self._messages and (self._bytes > self._max_bytes or self._budget.used > self._budget.total_bytes):
+            oldest = self._messages.popleft()
+            self._count(-oldest.size)
+            self._dropped += 1
+            self._dropped_bytes += oldest.size
+            self._dropped_parent = bytes(oldest.parent)
+
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        self._budget.used += size
+
+    def release(self, *, for_session: str) -> list[KernelMessage]:
+        """The messages that a client of this session should see, oldest first; nothing is kept any more."""
+        messages = [m for m in self._messages if for_session == self.session_id or m.channel == "iopub"]
+        if self._dropped:
+            text = (
+                f"[{self._dropped} messages ({self._dropped_bytes / 1e6:.1f} MB) were dropped here: no client was "
+                f"connected and only the last {self._max_bytes / 1e6:.0f} MB are kept]\n"
+            )
+            content = {"name": "stderr", "text": text}
+            messages.insert(0, make_message("iopub", "stream", content, self._dropped_parent))
+        self._messages.clear()
+        self._count(-self._bytes)
+        return messages
+
+    def close(self) -> None:
+        """Forgets everything and ends the link."""
+        self.release(for_session=self.session_id)
+        self.link.close()

@@ -1,0 +1,44 @@
+"""The gateway as its handlers see it: one value that holds the parts they act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from gateway.errors import ApiError
+from gateway.hub import KernelHub
+from gateway.metrics import Metrics
+from gateway.models import KernelAnswer
+from gateway.sessions import SessionStore
+from gateway.settings import GatewaySettings
+from kernels.models import CreateSandbox, Sandbox
+from kernels.service import SandboxService
+
+
+@dataclass
+class Gateway:
+    """token: what clients must show. started: aware UTC time."""
+
+    settings: GatewaySettings
+    token: str
+    service: SandboxService
+    sessions: SessionStore
+    hub: KernelHub
+    metrics: Metrics
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    async def create(self, request: CreateSandbox) -> Sandbox:
+        """`SandboxService.create`, measured."""
+        with self.metrics.start_seconds.time():
+            return await self.service.create(request)
+
+    def default_template(self) -> str:
+        """The kernelspec for requests that name none: python3 where it exists. Errors: ApiError 503 without any."""
+        names = sorted(self.service.kernelspecs())
+        if not names:
+            raise ApiError(503, "no_image", "There is no image yet. `hypercelld image build` makes one.")
+        return "python3" if "python3" in names else names[0]
+
+    def kernel(self, sandbox: Sandbox) -> KernelAnswer:
+        """Jupyter's model of it."""
+        return KernelAnswer.of(sandbox, self.hub.connection_count(sandbox.id))
