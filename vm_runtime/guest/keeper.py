@@ -132,12 +132,12 @@ class KernelKeeper:
         """SIGINT to the kernel's process group. Raises KernelError if there is no kernel."""
         _kill_group(self._running().pid, signal.SIGINT)
 
-    async def renew(self, *, key: str | None, keep_random: bool) -> None:
-        """After a restore: new key and new random numbers in the kernel's process."""
+    async def renew(self, *, key: str | None, reseed: bool, keep_random: bool) -> None:
+        """A new key for the kernel (None keeps the old one) and, after a restore, new random numbers in its process."""
         if key is not None:
             self._key = key
         if self._kernel is not None:
-            await self._ask_kernel("renew", key=key, reseed=True, keep_random=keep_random)
+            await self._ask_kernel("renew", key=key, reseed=reseed, keep_random=keep_random)
 
     async def prepare(self, *, warmup: str) -> int:
         """Run the recipe's warm-up in the zygote, start a kernel if none runs, and warm it. Returns the kernel's pid."""
@@ -298,7 +298,9 @@ class KernelKeeper:
     def _zygote_gone(self) -> None:
         """The zygote ended (memory exhaustion, most likely). Its kernel ends with it; the next start makes a new one."""
         if self._zygote_ready is not None and not self._zygote_ready.done():
-            message = "The zygote ended while it started; the image's Python packages may be broken (see the serial log)."
+            message = (
+                "The zygote ended while it started; the image's Python packages may be broken (see the serial log)."
+            )
             self._zygote_ready.set_exception(KernelError("zygote_failed", message))
             self._zygote_ready.exception()  # seen, even if nobody waits for it
         self._end_zygote()

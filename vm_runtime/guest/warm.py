@@ -46,7 +46,14 @@ def warm_up(app: Any, code: str) -> dict[str, Any]:
             _ask(session, shell, iopub, message_type, content, deadline_s=deadline_s)
         for cell in _CELLS:
             _ask(session, shell, iopub, "execute_request", _cell(cell), deadline_s=deadline_s)
-        _ask(session, shell, iopub, "execute_request", _cell("get_ipython().reset(new_session=False)"), deadline_s=deadline_s)
+        _ask(
+            session,
+            shell,
+            iopub,
+            "execute_request",
+            _cell("get_ipython().reset(new_session=False)"),
+            deadline_s=deadline_s,
+        )
     finally:
         context.destroy(linger=0)
     _forget_subscriber(app, deadline_s)

@@ -1,0 +1,122 @@
+"""The agent: serves the host over the wire, and keeps zygote and kernel. The only thing in the guest that the host talks to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+from dataclasses import dataclass
+
+from vm_runtime.guest.keeper import KernelError, KernelKeeper, User
+from vm_runtime.guest.notices import Notices
+from vm_runtime.guest.paths import Paths
+from vm_runtime.guest.port import HangUpWatch, find_port, open_port
+from vm_runtime.guest.renewal import Renewal
+from vm_runtime.guest.requests import Guest, handle
+from vm_runtime.wire.carriers import Carrier, DeviceCarrier
+from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
+from vm_runtime.wire.greeting import Hello, Welcome
+from vm_runtime.wire.link import Link
+from vm_runtime.wire.serving import serve
+from vm_runtime.wire.stream import Incoming
+
+# Told in WELCOME, for people: what code is inside a snapshot. What a host may rely on is the wire's version.
+AGENT_VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """user: whom kernels run as, None for the agent's own. owns_machine: False in tests, where clock and hostname are not ours."""
+
+    paths: Paths
+    user: User | None
+    owns_machine: bool
+
+
+class Agent:
+    """One agent on one carrier. Use as an async context manager, then `serve`."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._notices = Notices()
+        self._renewal = Renewal(paths=settings.paths, owns_machine=settings.owns_machine)
+        self._keeper = KernelKeeper(paths=settings.paths, user=settings.user, notify=self._notices.post)
+        power_off = _tell_init if settings.owns_machine else _nothing
+        self._guest = Guest(keeper=self._keeper, paths=settings.paths, power_off=power_off)
+        self._link: Link | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Agent:
+        await self._keeper.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._keeper.__aexit__(*exc)
+
+    async def serve(self, carrier: Carrier) -> None:
+        """Serve the host's sessions, one after the other, until the carrier ends (a virtio port never does)."""
+        await serve(carrier, self._on_session, make_welcome=self._welcome)
+
+    def hang_up(self) -> None:
+        """The host is gone: end its session, so that the kernel keeps its output instead of waiting for a reader."""
+        if self._link is not None and not self._link.closed:
+            task = asyncio.get_running_loop().create_task(self._link.close("hung_up", "The host closed its end"))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _welcome(self, hello: Hello) -> Welcome:
+        """All that follows a restore, then how things are here. A part that fails is told, and does not stop the rest."""
+        problems: list[str] = []
+        if hello.restored or hello.identity:
+            try:
+                self._renewal.renew(wall_clock_ns=hello.wall_clock_ns, entropy=hello.entropy, identity=hello.identity)
+            except OSError as error:
+                problems.append(f"The machine could not be renewed: {error}")
+        if hello.restored or hello.kernel_key is not None:
+            try:
+                await self._keeper.renew(key=hello.kernel_key, reseed=hello.restored, keep_random=hello.keep_random)
+            except KernelError as error:
+                problems.append(str(error))
+        self._notices.forget()
+        return Welcome(
+            agent_version=AGENT_VERSION,
+            kernel=self._keeper.describe(),
+            extra={"problems": problems} if problems else {},
+        )
+
+    async def _on_session(self, link: Link) -> None:
+        self._link = link
+        link.on_open = self._handle
+        with contextlib.suppress(LinkClosedError, OpenRejectedError, StreamResetError):
+            await self._notices.run(link)
+
+    async def _handle(self, incoming: Incoming) -> None:
+        await handle(self._guest, incoming)
+
+
+def _tell_init() -> None:
+    os.kill(1, signal.SIGTERM)
+
+
+def _nothing() -> None:
+    """The machine is not ours to power off."""
+
+
+async def _run(settings: AgentSettings) -> None:
+    path = await find_port(settings.paths)
+    fd = open_port(path)
+    async with Agent(settings) as agent:
+        watch = HangUpWatch(fd, agent.hang_up)
+        try:
+            await agent.serve(DeviceCarrier(fd))
+        finally:
+            watch.close()
+
+
+def main(settings: AgentSettings) -> None:
+    """Run the agent in this process until it fails; init starts it anew then."""
+    logging.basicConfig(level=logging.WARNING, format="hypercell-agent: %(message)s")
+    gc.freeze()  # its modules live as long as it does
+    asyncio.run(_run(settings))

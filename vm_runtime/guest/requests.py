@@ -1,0 +1,140 @@
+"""What the host may ask of the guest: a table of stream kinds, and the check of their parameters. One function per kind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from vm_runtime.guest.keeper import KernelError, KernelKeeper
+from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
+from vm_runtime.wire.errors import OpenRejectedError
+from vm_runtime.wire.relay import relay
+from vm_runtime.wire.stream import Incoming
+
+# The kernel has its sockets before it counts as started, so connecting takes no time; this only ends a wait on a broken one.
+CONNECT_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guest:
+    """What the functions below act on."""
+
+    keeper: KernelKeeper
+    paths: Paths
+    power_off: Callable[[], None]
+
+
+Handle = Callable[[Guest, Incoming], Awaitable[None]]
+T = TypeVar("T")
+
+
+async def handle(guest: Guest, incoming: Incoming) -> None:
+    """Serve one stream. Raises OpenRejectedError, which the link tells the host."""
+    serve = HANDLERS.get(incoming.kind)
+    if serve is None:
+        raise OpenRejectedError("unknown_kind", f"This agent does not know streams of kind {incoming.kind!r}.")
+    try:
+        await serve(guest, incoming)
+    except KernelError as error:
+        raise OpenRejectedError(error.code, str(error)) from error
+
+
+async def _kernel_start(guest: Guest, incoming: Incoming) -> None:
+    params = incoming.params
+    if params.get("argv") is not None:
+        raise OpenRejectedError("not_supported", "This agent starts ipykernel only; leave argv out.")
+    pid = await guest.keeper.start(
+        key=_param(params, "key", str, None), env=_env(params), cwd=_param(params, "cwd", str, None)
+    )
+    await incoming.answer({"pid": pid})
+
+
+async def _kernel_restart(guest: Guest, incoming: Incoming) -> None:
+    await incoming.answer({"pid": await guest.keeper.restart(env=_env(incoming.params))})
+
+
+async def _kernel_stop(guest: Guest, incoming: Incoming) -> None:
+    await guest.keeper.stop(grace_s=float(_param(incoming.params, "grace_s", (int, float), 0.0)))
+    await incoming.answer()
+
+
+async def _kernel_interrupt(guest: Guest, incoming: Incoming) -> None:
+    guest.keeper.interrupt()
+    await incoming.answer()
+
+
+async def _kernel_channel(guest: Guest, incoming: Incoming) -> None:
+    port = CHANNEL_PORTS.get(_param(incoming.params, "channel", str))
+    if port is None:
+        raise OpenRejectedError("bad_params", f"channel must be one of {', '.join(CHANNEL_PORTS)}.")
+    path = guest.paths.kernel_socket(port)
+    await _relay_to(incoming, asyncio.open_unix_connection(path), code="no_kernel")
+
+
+async def _tunnel(guest: Guest, incoming: Incoming) -> None:
+    port = _param(incoming.params, "port", int)
+    if not 0 < port < 65536:
+        raise OpenRejectedError("bad_params", "port must be from 1 to 65535.")
+    await _relay_to(incoming, asyncio.open_connection("127.0.0.1", port), code="connection_refused")
+
+
+async def _template_prepare(guest: Guest, incoming: Incoming) -> None:
+    pid = await guest.keeper.prepare(warmup=_param(incoming.params, "warmup", str, ""))
+    await incoming.answer({"pid": pid})
+
+
+async def _machine_poweroff(guest: Guest, incoming: Incoming) -> None:
+    await incoming.answer()
+    guest.power_off()
+
+
+# Kinds to come (exec, files) get a line here and a module of their own.
+HANDLERS: dict[str, Handle] = {
+    "kernel.start": _kernel_start,
+    "kernel.restart": _kernel_restart,
+    "kernel.stop": _kernel_stop,
+    "kernel.interrupt": _kernel_interrupt,
+    "kernel.channel": _kernel_channel,
+    "template.prepare": _template_prepare,
+    "tunnel": _tunnel,
+    "machine.poweroff": _machine_poweroff,
+}
+
+
+async def _relay_to(
+    incoming: Incoming, connecting: Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]], *, code: str
+) -> None:
+    """Join the stream to a socket in the guest, until either is over."""
+    try:
+        async with asyncio.timeout(CONNECT_LIMIT_S):
+            reader, writer = await connecting
+    except OSError as error:  # TimeoutError is one
+        raise OpenRejectedError(code, f"Nothing in the machine takes this connection: {error}") from error
+    try:
+        stream = await incoming.accept()
+        await relay(stream, reader, writer)
+    finally:
+        writer.close()
+
+
+_REQUIRED: Any = object()
+
+
+def _param(params: Mapping[str, Any], name: str, kind: Any, default: Any = _REQUIRED) -> Any:
+    """A parameter of that type (bool is no number); without a default it must be there."""
+    value = params.get(name, default)
+    if value is _REQUIRED:
+        raise OpenRejectedError("bad_params", f"{name} is missing.")
+    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise OpenRejectedError("bad_params", f"{name} has the wrong type ({type(value).__name__}).")
+    return value
+
+
+def _env(params: Mapping[str, Any]) -> dict[str, str]:
+    env = _param(params, "env", dict, None) or {}
+    for name, value in env.items():
+        if not isinstance(value, str) or "\0" in name + value or "=" in name or not name:
+            raise OpenRejectedError("bad_params", f"env has an entry that no process can have: {name!r}.")
+    return env
