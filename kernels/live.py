@@ -77,7 +77,8 @@ class LiveSandbox:
 
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
         """Gives a kernel that runs already its environment, directory and identity."""
-        await self.session.call("kernel.configure", {"env": dict(env), "cwd": cwd, "identity": dict(identity)})
+        await self.session.call("sandbox.identify", {"identity": dict(identity)})
+        await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
 
     async def interrupt(self) -> None:
         await self.session.call("kernel.interrupt")

@@ -86,14 +86,14 @@ class SandboxService:
 
     def kernelspecs(self) -> dict[str, Kernelspec]:
         """One per image, by name."""
-        return {name: kernelspec_of(image) for name, image in self._by_name().items()}
+        return {name: kernelspec_of(image) for name, image in self._images.current().items()}
 
     async def prepare(self, *, progress: Progress) -> None:
         """Builds the templates that new kernels of the default shape need, and starts to keep warm machines of them.
 
         Errors: TemplateError.
         """
-        for name, image in self._by_name().items():
+        for name, image in self._images.current().items():
             shape = self._shape(image, CreateSandbox(template=name))
             template = await self._launcher.templates.ensure(image, shape, progress=progress)
             self._launcher.pool.keep(template)
@@ -218,12 +218,8 @@ class SandboxService:
     def _lock(self, sandbox_id: str) -> asyncio.Lock:
         return self._locks.setdefault(sandbox_id, asyncio.Lock())
 
-    def _by_name(self) -> dict[str, Image]:
-        """The newest image of each recipe name."""
-        return {image.manifest.recipe.name: image for image in self._images.ls()}
-
     def _image(self, name: str) -> Image:
-        images = self._by_name()
+        images = self._images.current()
         if name in images:
             return images[name]
         known = ", ".join(sorted(images)) or "none"

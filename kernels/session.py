@@ -65,7 +65,8 @@ class GuestSession:
     """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
 
     next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
-    cell runs, as the greeting said. Set `on_event` to be called with each event; `wait_closed` returns why the session ended.
+    cell runs, as the greeting said. Set `on_event` to be called with each event; `wait_closed` says
+    why the session ended.
     """
 
     def __init__(self, link: Link, next_marker: str) -> None:

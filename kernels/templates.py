@@ -210,10 +210,9 @@ class TemplateStore:
             step("Warming up the kernel")
             recipe = image.manifest.recipe
             await session.call("template.prepare", {"warmup": recipe.warmup}, timeout_s=WARM_UP_TIMEOUT_S)
-            # The key of the template's own kernel is never used: each restored kernel gets a new one in its greeting.
             await session.call(
                 "kernel.start",
-                {"key": secrets.token_hex(32), "env": dict(recipe.environment), "cwd": None},
+                {"env": dict(recipe.environment)},
                 timeout_s=WARM_UP_TIMEOUT_S,
             )
             await session.close()
