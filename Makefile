@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 STATE ?=
 HOST ?= 127.0.0.1
-PORT ?= 8889
+PORT ?= 8870
 state_flag = $(if $(STATE),--state-dir $(STATE))
 
 .PHONY: help setup run test check bench lock
