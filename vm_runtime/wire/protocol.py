@@ -146,7 +146,10 @@ class Session:
     # Receiving
 
     def receive_data(self, data: bytes) -> list[Event]:
-        """What the peer did. Raises RemoteProtocolError, after which the session is CLOSED. [] when it is closed."""
+        """What the peer did. Raises RemoteProtocolError, after which the session is CLOSED. [] when it is closed.
+
+        Look at all events before you answer one: a later one may say that its stream, or the session, is over.
+        """
         events: list[Event] = []
         if self.state is SessionState.CLOSED:
             return events
@@ -381,9 +384,11 @@ class Session:
         self._move(stream_id, record, after)
 
     def sendable(self, stream_id: int) -> int:
-        """Bytes that `send_data` takes now: the peer's window, and what may be queued. 0 when the stream is closed."""
+        """Bytes that `send_data` takes now: the peer's window, and what may be queued. 0 when it takes none."""
         record = self._streams.get(stream_id)
-        return 0 if record is None else min(record.send_window, MAX_QUEUED_BYTES - record.queued)
+        if record is None or record.ending or (record.state, FrameType.DATA) not in STREAM_SEND:
+            return 0
+        return min(record.send_window, MAX_QUEUED_BYTES - record.queued)
 
     def send_data(self, stream_id: int, data: bytes | memoryview) -> None:
         """Queue data, at most `sendable` bytes. It is seldom copied and must not change."""

@@ -31,10 +31,10 @@ async def relay(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.St
         stream.reset("cancelled", "The relay was given up")
         if finished:
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
         else:
             writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def _stream_to_socket(stream: Stream, writer: asyncio.StreamWriter) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+
+import pytest
 
 from vm_runtime.wire.carriers import SocketCarrier
 from vm_runtime.wire.greeting import Hello, Welcome
@@ -14,7 +16,7 @@ from vm_runtime.wire.protocol import BOOT_MARKER
 from vm_runtime.wire.serving import serve
 
 
-async def carrier(sock: socket.socket) -> SocketCarrier:
+async def make_carrier(sock: socket.socket) -> SocketCarrier:
     return SocketCarrier(*await asyncio.open_connection(sock=sock))
 
 
@@ -23,7 +25,7 @@ async def welcome(_: Hello) -> Welcome:
 
 
 @contextlib.asynccontextmanager
-async def joined() -> AsyncIterator[tuple[Link, Link]]:
+async def join() -> AsyncIterator[tuple[Link, Link]]:
     """(host, guest) links of one session over a real socket pair."""
     left, right = socket.socketpair()
     guest: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
@@ -31,10 +33,19 @@ async def joined() -> AsyncIterator[tuple[Link, Link]]:
     async def on_session(link: Link) -> None:
         guest.set_result(link)
 
-    serving = asyncio.create_task(serve(await carrier(right), on_session, make_welcome=welcome))
-    host = await Link.connect(await carrier(left), Hello.fresh(), marker=BOOT_MARKER, timeout_s=10)
+    serving = asyncio.create_task(serve(await make_carrier(right), on_session, make_welcome=welcome))
+    host = await Link.connect(await make_carrier(left), Hello.fresh(), marker=BOOT_MARKER, timeout_s=10)
     try:
         yield host, await guest
     finally:
         await host.close()
         await serving
+
+
+Joined = Callable[[], contextlib.AbstractAsyncContextManager[tuple[Link, Link]]]
+
+
+@pytest.fixture
+def joined() -> Joined:
+    """Call it for an async context manager of (host, guest) links."""
+    return join

@@ -1,0 +1,91 @@
+"""DeviceCarrier over descriptors that behave as virtio ports do: short, non-blocking, hung up while nobody is there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+import tty
+from pathlib import Path
+
+from vm_runtime.wire.carriers import DeviceCarrier, SocketCarrier
+from vm_runtime.wire.greeting import Hello, Welcome
+from vm_runtime.wire.link import Link
+from vm_runtime.wire.protocol import BOOT_MARKER
+from vm_runtime.wire.serving import serve
+from vm_runtime.wire.stream import Incoming
+
+
+async def welcome(_: Hello) -> Welcome:
+    return Welcome(agent_version="t")
+
+
+async def on_session(link: Link) -> None:
+    async def echo(incoming: Incoming) -> None:
+        stream = await incoming.accept()
+        while data := await stream.read():
+            await stream.write(data)
+
+    link.on_open = echo
+
+
+async def exercise(host: DeviceCarrier | SocketCarrier, guest: DeviceCarrier) -> None:
+    """A session with bulk both ways between two carriers."""
+    serving = asyncio.create_task(serve(guest, on_session, make_welcome=welcome))
+    async with await Link.connect(host, Hello.fresh(), marker=BOOT_MARKER, timeout_s=5) as link:
+        blob = os.urandom(700_000)
+        stream = await link.open("echo")
+        writing = asyncio.create_task(stream.write(blob))
+        got = bytearray()
+        while len(got) < len(blob):
+            got += await stream.read()
+        await writing
+        assert got == blob
+    serving.cancel()
+    await asyncio.wait([serving])
+    guest.close()
+
+
+async def test_a_session_over_a_socket_as_device() -> None:
+    left, right = socket.socketpair()
+    host = SocketCarrier(*await asyncio.open_connection(sock=left))
+    await exercise(host, DeviceCarrier(right.detach()))
+
+
+async def test_a_session_over_a_pty() -> None:
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    path = Path(os.ttyname(slave))
+    await exercise(DeviceCarrier(master), DeviceCarrier.open(path))
+    os.close(slave)
+
+
+async def test_a_host_that_is_gone_is_waited_for_without_spinning(tmp_path: Path) -> None:
+    fifo = tmp_path / "port"
+    os.mkfifo(fifo)
+    carrier = DeviceCarrier(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
+    for message in (b"first", b"second"):
+        reading = asyncio.create_task(carrier.read(100))
+        before = time.process_time()
+        await asyncio.sleep(0.2)  # a measurement: nothing must happen in this time
+        assert time.process_time() - before < 0.1
+        assert not reading.done()
+        host = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(host, message)
+        assert await asyncio.wait_for(reading, 5) == message
+        os.close(host)  # from now on the device is hung up, and always "readable"
+    carrier.close()
+    carrier.close()
+
+
+async def test_a_write_waits_for_room() -> None:
+    left, right = socket.socketpair()
+    carrier = DeviceCarrier(right.detach())
+    writing = asyncio.create_task(carrier.write([bytes(3_000_000), b"end"]))
+    await asyncio.sleep(0)
+    reader, writer = await asyncio.open_connection(sock=left)
+    assert (await reader.readexactly(3_000_003))[-3:] == b"end"
+    await writing
+    carrier.close()
+    writer.close()
