@@ -1,0 +1,199 @@
+"""`hypercelld image build | ls | inspect | rm`: the images that kernelspecs are made of."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gateway.places import default_state_dir
+from vm_runtime.images.errors import ImageError
+from vm_runtime.images.progress import LineProgress, Progress, TerminalProgress
+from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
+from vm_runtime.images.store import SHORT_DIGEST_LENGTH, Image, ImageStore
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# What a shell reports for a program ended by SIGINT.
+EXIT_INTERRUPTED = 130
+EXIT_FAILED = 1
+
+
+def register(subparsers: Subparsers) -> None:
+    """Adds `image` to the main parser; each of its commands sets `func(arguments) -> exit status`."""
+    image = subparsers.add_parser("image", help="build, list, inspect and remove images")
+    _add_commands(image)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m gateway.commands.image`."""
+    parser = argparse.ArgumentParser(prog="hypercelld image")
+    _add_commands(parser)
+    parsed = parser.parse_args(arguments)
+    status: int = parsed.func(parsed)
+    return status
+
+
+def _add_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    build = _command(commands, "build", "build the image of a recipe; does nothing if it has been built", _build)
+    build.add_argument(
+        "recipe", nargs="?", default=DEFAULT_RECIPE, metavar="RECIPE",
+        help="path of a TOML file, or the name of a recipe that comes with Hypercell (default: %(default)s)",
+    )  # fmt: skip
+    _command(commands, "ls", "list images, newest first", _ls)
+    inspect = _command(commands, "inspect", "check all files of an image and show what it is made of", _inspect)
+    remove = _command(commands, "rm", "remove an image that no template needs", _rm)
+    for command in (inspect, remove):
+        command.add_argument(
+            "image", metavar="IMAGE", help=f"name, or the first {SHORT_DIGEST_LENGTH} digits of the digest or more"
+        )
+
+
+def _command(
+    commands: Subparsers, name: str, help_text: str, handler: Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help_text)
+    command.add_argument("--state-dir", type=Path, default=default_state_dir(), help="default: %(default)s")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(func=lambda arguments: _run(handler(arguments)))
+    return command
+
+
+def _run(work: Coroutine[Any, Any, None]) -> int:
+    """Runs a command; SIGTERM ends it as Ctrl-C does. Returns the exit status."""
+
+    async def interruptible() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await work
+
+    try:
+        asyncio.run(interruptible())
+    except ImageError as error:
+        print(f"hypercelld: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except PermissionError as error:
+        print(
+            f"hypercelld: {error.filename} is not accessible; choose another place with --state-dir.", file=sys.stderr
+        )
+        return EXIT_FAILED
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("hypercelld: interrupted; nothing was left behind.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _store(arguments: argparse.Namespace) -> ImageStore:
+    return ImageStore(arguments.state_dir / "images")
+
+
+async def _build(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe)
+    # Progress goes to stderr, so that stdout has nothing but the answer.
+    terminal = sys.stderr.isatty()
+    progress: Progress = (
+        TerminalProgress(sys.stderr)
+        if terminal
+        else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
+    )
+    image = await _store(arguments).build(recipe, progress)
+    if arguments.json:
+        _print_json(_summary(image))
+    else:
+        print(f"{image.manifest.recipe.name} {image.files.digest[:SHORT_DIGEST_LENGTH]} ({image.size_bytes >> 20} MiB)")
+
+
+async def _ls(arguments: argparse.Namespace) -> None:
+    store = _store(arguments)
+    images = store.ls()
+    for problem in store.problems():
+        print(f"hypercelld: {problem}", file=sys.stderr)
+    if arguments.json:
+        _print_json([_summary(image) for image in images])
+        return
+    if images:
+        print(f"{'NAME':<20} {'DIGEST':<{SHORT_DIGEST_LENGTH}} {'SIZE':>9}  CREATED")
+    for image in images:
+        manifest = image.manifest
+        digest = manifest.digest[:SHORT_DIGEST_LENGTH]
+        print(
+            f"{manifest.recipe.name:<20} {digest} {image.size_bytes >> 20:>5} MiB  {manifest.created_at:%Y-%m-%d %H:%M} UTC"
+        )
+
+
+async def _inspect(arguments: argparse.Namespace) -> None:
+    store = _store(arguments)
+    image = store.get(arguments.image)
+    await store.verify(image)
+    manifest = image.manifest
+    if arguments.json:
+        _print_json({**manifest.model_dump(mode="json"), "path": str(image.files.rootfs.parent)})
+        return
+    recipe = manifest.recipe
+    print(f"name        {recipe.name} ({recipe.display_name})")
+    print(f"digest      {manifest.digest} (all files verified)")
+    print(f"path        {image.files.rootfs.parent}")
+    print(
+        f"created     {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, recipe {manifest.recipe_digest[:SHORT_DIGEST_LENGTH]}"
+    )
+    print(f"machine     {recipe.memory_mib} MiB memory, {recipe.vcpus} vCPU, {recipe.disk_mib} MiB disk")
+    for name, file in sorted(manifest.files.items()):
+        print(f"file        {name} {file.size_bytes} bytes, sha256 {file.sha256}")
+    for title, packages in (
+        ("kernel", manifest.kernel_packages),
+        ("python", manifest.python_packages),
+        ("debian", manifest.debian_packages),
+    ):
+        for package in packages:
+            print(f"{title:<11} {package}")
+
+
+async def _rm(arguments: argparse.Namespace) -> None:
+    def used_by(digest: str) -> list[str]:
+        return templates_using(arguments.state_dir, digest)
+
+    image = await _store(arguments).rm(arguments.image, used_by=used_by)
+    if arguments.json:
+        _print_json(_summary(image))
+    else:
+        print(f"removed {image.manifest.recipe.name} {image.files.digest[:SHORT_DIGEST_LENGTH]}")
+
+
+def templates_using(state_dir: Path, image_digest: str) -> list[str]:
+    """Digests of the templates below a state directory that were made from an image."""
+    users = []
+    for manifest in sorted((state_dir / "templates").glob("*/manifest.json")):
+        try:
+            values = json.loads(manifest.read_bytes())
+        except (OSError, ValueError):
+            continue  # Unreadable: nothing can be restored from it, so it needs no image.
+        if isinstance(values, dict) and values.get("image") == image_digest:
+            users.append(manifest.parent.name)
+    return users
+
+
+def _summary(image: Image) -> dict[str, object]:
+    manifest = image.manifest
+    return {
+        "name": manifest.recipe.name,
+        "digest": manifest.digest,
+        "path": str(image.files.rootfs.parent),
+        "size_bytes": image.size_bytes,
+        "created_at": manifest.created_at.isoformat(),
+    }
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
