@@ -158,7 +158,7 @@ class SnapshotStore:
         return self.part_path(PartKind.DEVICE, manifest.device.digest).read_bytes()
 
     def verify(self, snapshot_id: str) -> list[str]:
-        """Read and compare every part of a snapshot; answers what is wrong, as sentences. Raises UnknownSnapshotError."""
+        """Read and compare every part; answers what is wrong, as sentences. Raises UnknownSnapshotError."""
         try:
             manifest = self.get(snapshot_id)
         except BrokenSnapshotError as error:

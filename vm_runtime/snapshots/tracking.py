@@ -11,10 +11,15 @@ Blocking; knows nothing of the store or of VMMs.
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol, Self
 
+from vm_runtime.snapshots.errors import ProcessMemoryError
 from vm_runtime.snapshots.layers import CapturedPages
 from vm_runtime.snapshots.pages import PageBuffer, count_pages, read_pages, written_pages
+from vm_runtime.snapshots.writeprotect import WriteProtectTracker
+
+_log = logging.getLogger(__name__)
 
 # A machine goes on writing between `prepare` and its pause: room for a quarter more, and for a few MB in any case.
 _SLACK_PAGES = 1024
@@ -75,6 +80,19 @@ class CumulativeTracker:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def start_tracker(pid: int, *, address: int, size_bytes: int, clean: bool) -> DirtyTracker:
+    """The best tracker that this host allows, for guest memory mapped privately at `address`.
+
+    clean: the memory is that of the snapshot under the next one, as right after a restore, and has not run since.
+    Raises ProcessMemoryError only if the process is out of reach for both.
+    """
+    try:
+        return WriteProtectTracker.start(pid, address=address, size_bytes=size_bytes, clean=clean)
+    except ProcessMemoryError as error:
+        _log.info("Snapshots of process %d are cumulative: %s", pid, error)
+        return CumulativeTracker(pid, address=address, size_bytes=size_bytes)
 
 
 def capture(pid: int, address: int, length: int, *, buffer: PageBuffer | None = None) -> CapturedPages:

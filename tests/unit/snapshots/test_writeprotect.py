@@ -1,0 +1,158 @@
+"""Incremental tracking: what a capture holds is what was written since the last commit, and nothing is ever lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vm_runtime.snapshots.errors import ProcessMemoryError
+from vm_runtime.snapshots.injection import call_in_process
+from vm_runtime.snapshots.layers import Layer, MemoryImage
+from vm_runtime.snapshots.memory import PAGE_SIZE, BaseMemory
+from vm_runtime.snapshots.tracking import CumulativeTracker, start_tracker
+from vm_runtime.snapshots.writeprotect import WriteProtectTracker
+
+SIZE_BYTES = 8 << 20
+PAGES = SIZE_BYTES // PAGE_SIZE
+
+Start = Callable[[], Any]
+
+_WRITES = st.lists(
+    st.tuples(st.integers(0, PAGES - 1), st.integers(1, 300), st.sampled_from([0, 0x41, 0x42])), max_size=8
+)
+
+
+def _start(process: Any, *, clean: bool = True) -> WriteProtectTracker:
+    return WriteProtectTracker.start(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=clean)
+
+
+@pytest.fixture(autouse=True)
+def _needs_write_tracking(mapper: Start) -> Iterator[None]:
+    try:
+        _start(mapper()).close()
+    except ProcessMemoryError as error:
+        pytest.skip(f"needs userfaultfd's asynchronous write protection and ptrace: {error}")
+    yield
+
+
+def test_a_process_goes_on_undisturbed_after_an_injected_call(mapper: Start) -> None:
+    process = mapper()
+    seen = process.touch()
+    for _ in range(50):
+        assert call_in_process(process.pid, 39) == process.pid  # getpid
+    assert process.touch() == seen
+
+
+def test_a_failing_injected_call_is_an_error(mapper: Start) -> None:
+    with pytest.raises(ProcessMemoryError, match="Bad file descriptor"):
+        call_in_process(mapper().pid, 3, 999)  # close
+
+
+def test_a_capture_holds_what_was_written_since_the_last_commit(mapper: Start) -> None:
+    process = mapper()
+    process.write(0, 1000, 1)
+    with _start(process) as tracker:
+        assert tracker.capture().page_count == 0
+        process.touch()  # reading brings file pages in, which are not the process's own
+        process.write(5, 2, 2)
+        process.write(1500, 1, 2)
+        assert tracker.capture().page_count == 3
+        process.write(1600, 1, 2)
+        assert tracker.capture().page_count == 4  # not committed: held again
+        tracker.commit()
+        assert tracker.capture().page_count == 0
+
+
+def test_a_tracker_that_does_not_start_clean_begins_with_everything(mapper: Start) -> None:
+    process = mapper()
+    process.write(0, 1000, 1)
+    with _start(process, clean=False) as tracker:
+        assert tracker.capture().page_count == 1000
+        tracker.commit()
+    with _start(process, clean=False) as tracker:  # a gateway that starts again
+        assert tracker.capture().page_count == 1000
+        tracker.commit()
+        process.write(7, 1, 3)
+        assert tracker.capture().page_count == 1
+    assert (
+        len([link for link in Path(f"/proc/{process.pid}/fd").iterdir() if "userfaultfd" in str(link.readlink())]) == 1
+    )
+
+
+def test_what_is_written_after_the_copy_ahead_is_in_the_capture(
+    mapper: Start, base: BaseMemory, tmp_path: Path
+) -> None:
+    process = mapper()
+    with _start(process) as tracker:
+        process.write(0, 1500, 1)
+        tracker.prepare()
+        seen = process.write(700, 10, 2)
+        captured = tracker.capture()
+        assert captured.page_count == 1500
+        captured.write(tmp_path / "layer", under=MemoryImage(base, []))
+    layer = Layer.open(tmp_path / "layer", size_bytes=SIZE_BYTES)
+    restored = mapper()
+    MemoryImage(base, [layer]).restore_into(restored.pid, restored.address)
+    layer.close()
+    assert restored.touch() == seen
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rounds=st.lists(st.tuples(_WRITES, _WRITES, st.booleans()), min_size=1, max_size=4))
+def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
+    mapper: Start, base: BaseMemory, tmp_path_factory: pytest.TempPathFactory, rounds: list[Any]
+) -> None:
+    """Some snapshots fail (are not committed); restored processes are captured again, over the same chain."""
+    directory = tmp_path_factory.mktemp("layers")
+    process, layers = mapper(), []
+    tracker = start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
+    assert tracker.incremental
+    for number, (before, between, fails) in enumerate(rounds):
+        for page, pages, byte in before:
+            process.write(page, min(pages, PAGES - page), byte)
+        tracker.prepare()
+        for page, pages, byte in between:
+            process.write(page, min(pages, PAGES - page), byte)
+        captured, seen = tracker.capture(), process.touch()
+        if fails and number < len(rounds) - 1:
+            continue
+        path = directory / str(number)
+        captured.write(path, under=MemoryImage(base, layers))
+        layers.append(Layer.open(path, size_bytes=SIZE_BYTES))
+        tracker.commit()
+        if number % 2:  # go on with a child instead
+            tracker.close()
+            process.close()
+            process = mapper()
+            MemoryImage(base, layers).restore_into(process.pid, process.address)
+            tracker = start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
+    restored = mapper()
+    MemoryImage(base, layers).restore_into(restored.pid, restored.address)
+    assert restored.touch() == seen
+    tracker.close()
+    for layer in layers:
+        layer.close()
+    process.close()
+    restored.close()
+
+
+def test_a_process_out_of_reach_is_tracked_cumulatively(mapper: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    process = mapper()
+    with start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True) as tracker:
+        assert isinstance(tracker, CumulativeTracker)
+
+
+def test_closing_twice_is_harmless_and_leaves_no_descriptors(mapper: Start) -> None:
+    process = mapper()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    tracker = _start(process)
+    tracker.close()
+    tracker.close()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

@@ -1,0 +1,133 @@
+"""Make another process execute one system call, through ptrace; for the one call that nobody can make on its behalf.
+
+userfaultfd(2) is bound to the address space of its caller and does not survive execve(2), so the VMM must make it.
+x86-64 only. The thread is stopped for about half a millisecond, its registers are put back as they were, and an interrupted
+system call of its own is restarted by Linux. If this process is killed in these microseconds, the other one crashes.
+
+Knows nothing of memory or snapshots. Source: ptrace(2), `struct user_regs_struct` in <sys/user.h>.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import time
+from pathlib import Path
+
+from vm_runtime.snapshots.errors import ProcessMemoryError
+
+_PTRACE_SINGLESTEP = 9
+_PTRACE_GETREGS = 12
+_PTRACE_SETREGS = 13
+_PTRACE_DETACH = 17
+_PTRACE_SEIZE = 0x4206
+_PTRACE_INTERRUPT = 0x4207
+_WALL = 0x40000000
+# What waitid reports for the stop that PTRACE_INTERRUPT asked for: SIGTRAP | PTRACE_EVENT_STOP << 8.
+_INTERRUPTED = signal.SIGTRAP | 128 << 8
+
+_SYSCALL_INSTRUCTION = b"\x0f\x05"
+_NO_SYSCALL = 2**64 - 1
+
+# A thread stops within microseconds unless it sleeps uninterruptibly in a driver.
+_STOP_TIMEOUT_S = 1.0
+_POLL_S = 0.0001
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+_REGISTER_NAMES = "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs"
+
+
+class _Registers(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ulonglong) for name in _REGISTER_NAMES.split()]  # noqa: RUF012 (as ctypes wants it)
+
+
+def can_inject() -> bool:
+    """Whether this machine's registers are known here."""
+    return platform.machine() == "x86_64" and ctypes.sizeof(ctypes.c_void_p) == 8
+
+
+def call_in_process(pid: int, number: int, *arguments: int) -> int:
+    """Result of a system call made by the main thread of a process; blocks this thread for about half a millisecond.
+
+    Raises ProcessMemoryError if the process is gone, cannot be traced, is busy with a signal just now, or if the call
+    fails.
+    """
+    site = _syscall_site(pid)
+    try:
+        _ptrace(_PTRACE_SEIZE, pid)
+    except OSError as error:
+        raise ProcessMemoryError(f"Process {pid} cannot be traced: {error.strerror}.") from error
+    pending_signal = 0
+    try:
+        _ptrace(_PTRACE_INTERRUPT, pid)
+        stop = _wait_stopped(pid)
+        if stop != _INTERRUPTED:
+            pending_signal = stop & 0xFF
+            raise ProcessMemoryError(f"Process {pid} is handling signal {pending_signal} just now.")
+        saved = _get_registers(pid)
+        wanted = _Registers.from_buffer_copy(bytes(saved))
+        wanted.rip, wanted.rax, wanted.orig_rax = site, number, _NO_SYSCALL
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
+            setattr(wanted, name, value)
+        _ptrace(_PTRACE_SETREGS, pid, data=ctypes.addressof(wanted))
+        try:
+            _ptrace(_PTRACE_SINGLESTEP, pid)
+            stop = _wait_stopped(pid)
+            after = _get_registers(pid)
+        finally:
+            _ptrace(_PTRACE_SETREGS, pid, data=ctypes.addressof(saved))
+        if stop != signal.SIGTRAP or after.rip != site + len(_SYSCALL_INSTRUCTION):
+            pending_signal = 0 if stop == signal.SIGTRAP or stop >> 8 else stop
+            raise ProcessMemoryError(f"Process {pid} was interrupted by signal {stop & 0xFF} just now.")
+        result = ctypes.c_longlong(after.rax).value
+    except OSError as error:
+        raise ProcessMemoryError(f"Process {pid} cannot be traced: {error.strerror}.") from error
+    finally:
+        _libc.ptrace(_PTRACE_DETACH, pid, None, pending_signal)
+    if result < 0:
+        raise ProcessMemoryError(f"System call {number} failed in process {pid}: {os.strerror(-result)}.")
+    return result
+
+
+def _syscall_site(pid: int) -> int:
+    """Address of a system call instruction in the process; the vDSO always has one."""
+    try:
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            if line.endswith("[vdso]"):
+                start, end = (int(part, 16) for part in line.split(None, 1)[0].split("-"))
+                with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+                    position = os.pread(memory.fileno(), end - start, start).find(_SYSCALL_INSTRUCTION)
+                if position >= 0:
+                    return start + position
+    except OSError as error:
+        raise ProcessMemoryError(f"The memory of process {pid} cannot be read: {error.strerror}.") from error
+    raise ProcessMemoryError(f"Process {pid} has no vDSO.")
+
+
+def _get_registers(pid: int) -> _Registers:
+    registers = _Registers()
+    _ptrace(_PTRACE_GETREGS, pid, data=ctypes.addressof(registers))
+    return registers
+
+
+def _wait_stopped(pid: int) -> int:
+    """The status of the next stop. Never collects an exit status, which belongs to whoever started the process."""
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | _WALL)
+        if found is not None:
+            return found.si_status
+        time.sleep(_POLL_S)
+    raise ProcessMemoryError(f"Process {pid} did not stop within {_STOP_TIMEOUT_S} s.")
+
+
+def _ptrace(request: int, pid: int, *, data: int = 0) -> None:
+    if _libc.ptrace(request, pid, None, data) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

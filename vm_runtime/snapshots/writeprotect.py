@@ -1,0 +1,176 @@
+"""Exactly the pages written since the last snapshot, by userfaultfd's asynchronous write protection (Linux >= 6.7).
+
+Pages that a snapshot has are write-protected; Linux drops the protection of a page when it is written, without stopping
+anybody, and PAGEMAP_SCAN finds and protects those again in one atomic step. So the pause follows what was written since
+the last snapshot, and even that can be copied before it: what is written after the copy is found in the pause.
+
+The userfaultfd must belong to the VMM (see injection.py); it stays open there, so that a gateway that starts again finds
+it. Source: Documentation/admin-guide/mm/userfaultfd.rst and pagemap.rst of Linux 6.7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Self
+
+from vm_runtime.snapshots.errors import ProcessMemoryError
+from vm_runtime.snapshots.injection import call_in_process, can_inject
+from vm_runtime.snapshots.layers import CapturedPages
+from vm_runtime.snapshots.pages import (
+    PAGE_IS_WRITTEN,
+    PM_SCAN_CHECK_WPASYNC,
+    PM_SCAN_WP_MATCHING,
+    PageBuffer,
+    Run,
+    count_pages,
+    process_errors,
+    read_pages,
+    scan_pagemap,
+    union,
+    written_pages,
+)
+
+_NR_USERFAULTFD = 323  # x86-64
+_NR_PIDFD_GETFD = 438
+# Only faults of user mode would be reported, so that no privilege is needed; asynchronous protection reports none.
+_UFFD_USER_MODE_ONLY = 1
+_UFFD_API = 0xAA
+_UFFDIO_API = 0xC018AA3F
+_UFFDIO_REGISTER = 0xC020AA00
+_UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
+_UFFD_FEATURE_WP_ASYNC = 1 << 15
+_UFFDIO_REGISTER_MODE_WP = 1 << 1
+_UFFD_LINK = "anon_inode:[userfaultfd]"
+
+# Copying 2 MiB takes as long as the scan itself; below that, copying ahead of the pause gains nothing.
+_COPY_AHEAD_PAGES = 512
+# What a machine may write between `prepare` and its pause without the copy having to fault memory in.
+_SLACK_PAGES = 2048
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class WriteProtectTracker:
+    """See `tracking.DirtyTracker`. Make it with `WriteProtectTracker.start`."""
+
+    incremental = True
+
+    def __init__(self, pid: int, *, address: int, size_bytes: int, userfaultfd: int, pagemap: int) -> None:
+        self._pid = pid
+        self._address = address
+        self._size_bytes = size_bytes
+        self._userfaultfd = userfaultfd
+        self._pagemap = pagemap
+        # Written since the last commit as far as scans have seen it; protected again, so no later scan finds them.
+        self._pending: list[Run] = []
+        self._ahead: tuple[list[Run], PageBuffer] | None = None
+        self._buffer: PageBuffer | None = None
+
+    @classmethod
+    def start(cls, pid: int, *, address: int, size_bytes: int, clean: bool) -> Self:
+        """Begin to watch a private mapping. Stops the process for half a millisecond, unless it was watched before.
+
+        clean: memory is that of the snapshot under the next one, as right after a restore (the process must not have
+        run since). Otherwise the first capture holds every page the process ever wrote.
+        Raises ProcessMemoryError where Linux, the processor or the rights do not allow it.
+        """
+        if not can_inject():
+            raise ProcessMemoryError("System calls can be injected on x86-64 only.")
+        with contextlib.ExitStack() as stack, process_errors(pid):
+            userfaultfd, is_new = _find_or_make_userfaultfd(pid)
+            stack.callback(os.close, userfaultfd)
+            pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, pagemap)
+            try:
+                if is_new:
+                    features = _UFFD_FEATURE_WP_ASYNC | _UFFD_FEATURE_WP_UNPOPULATED
+                    fcntl.ioctl(userfaultfd, _UFFDIO_API, bytearray(struct.pack("<QQQ", _UFFD_API, features, 0)))
+                    request = bytearray(struct.pack("<QQQQ", address, size_bytes, _UFFDIO_REGISTER_MODE_WP, 0))
+                    fcntl.ioctl(userfaultfd, _UFFDIO_REGISTER, request)
+                tracker = cls(pid, address=address, size_bytes=size_bytes, userfaultfd=userfaultfd, pagemap=pagemap)
+                tracker._protect()
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EPERM):
+                    raise ProcessMemoryError(f"Writes cannot be tracked on this host: {error.strerror}.") from error
+                raise
+            if not clean:
+                tracker._pending = written_pages(pid, address, size_bytes)
+            stack.pop_all()
+        return tracker
+
+    def prepare(self) -> None:
+        """Reserve memory, and if much was written, copy it while the machine runs."""
+        self._pending = union(self._pending, self._protect())
+        pages = count_pages(self._pending)
+        if pages >= _COPY_AHEAD_PAGES:
+            ahead = PageBuffer(pages)
+            read_pages(self._pid, self._address, self._pending, ahead)
+            self._ahead = (list(self._pending), ahead)
+            pages = 0
+        self._buffer = PageBuffer(pages + _SLACK_PAGES)
+
+    def capture(self) -> CapturedPages:
+        fresh = self._protect()
+        ahead, self._ahead = self._ahead, None
+        runs = fresh if ahead else union(self._pending, fresh)
+        self._pending = union(self._pending, fresh)
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or buffer.capacity_pages < count_pages(runs):
+            buffer = PageBuffer(count_pages(runs))
+        read_pages(self._pid, self._address, runs, buffer)
+        parts = [(tuple(ahead[0]), ahead[1])] if ahead else []
+        return CapturedPages(size_bytes=self._size_bytes, parts=(*parts, (tuple(runs), buffer)))
+
+    def commit(self) -> None:
+        self._pending = []
+
+    def close(self) -> None:
+        """Give the descriptors back. The VMM keeps its own: protection ends with the VMM."""
+        self._ahead = self._buffer = None
+        for fd in (self._userfaultfd, self._pagemap):
+            if fd >= 0:
+                os.close(fd)
+        self._userfaultfd = self._pagemap = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _protect(self) -> list[Run]:
+        """The private pages written since they were last protected; protects them, in one step."""
+        flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC
+        with process_errors(self._pid):
+            return scan_pagemap(self._pagemap, self._address, self._size_bytes, required=PAGE_IS_WRITTEN, flags=flags)
+
+
+def _find_or_make_userfaultfd(pid: int) -> tuple[int, bool]:
+    """A descriptor of the process's userfaultfd, and whether it is new."""
+    number = next((link.name for link in Path(f"/proc/{pid}/fd").iterdir() if _leads_to_userfaultfd(link)), None)
+    is_new = number is None
+    if number is None:
+        number = str(call_in_process(pid, _NR_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY))
+    pidfd = os.pidfd_open(pid)
+    try:
+        fd: int = _libc.syscall(_NR_PIDFD_GETFD, pidfd, int(number), 0)
+        if fd < 0:
+            raise ProcessMemoryError(
+                f"A descriptor of process {pid} is out of reach: {os.strerror(ctypes.get_errno())}."
+            )
+        return fd, is_new
+    finally:
+        os.close(pidfd)
+
+
+def _leads_to_userfaultfd(link: Path) -> bool:
+    try:
+        return str(link.readlink()) == _UFFD_LINK
+    except FileNotFoundError:
+        return False
