@@ -1,1 +1,1 @@
-"""What runs inside the machine: init, agent, zygote and kernel. Standard library, and ipykernel in the kernel's process."""
+"""What runs inside the machine: init, agent, zygote and kernel. Standard library and ipykernel."""

@@ -1,4 +1,4 @@
-"""The agent: serves the host over the wire, and keeps zygote and kernel. The only thing in the guest that the host talks to."""
+"""The agent: serves the host over the wire, and keeps zygote and kernel. All that the host talks to in the guest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AGENT_VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-    """user: whom kernels run as, None for the agent's own. owns_machine: False in tests, where clock and hostname are not ours."""
+    """user: whom kernels run as, None for the agent's own. owns_machine: False where clock and name are not ours."""
 
     paths: Paths
     user: User | None
@@ -67,7 +67,7 @@ class Agent:
             task.add_done_callback(self._closing.discard)
 
     async def _welcome(self, hello: Hello) -> Welcome:
-        """All that follows a restore, then how things are here. A part that fails is told, and does not stop the rest."""
+        """All that follows a restore, then how things are here. A part that fails is told, and the rest goes on."""
         problems: list[str] = []
         if hello.restored or hello.identity:
             try:

@@ -1,6 +1,7 @@
 """The guest code as a small archive that is appended to an image's initramfs, so that a change of it rebuilds no image.
 
-An initramfs may be several cpio archives one after the other (vmlinux's Documentation/driver-api/early-userspace/buffer-format.rst).
+An initramfs may be several cpio archives one after the other (buffer-format.rst in vmlinux's
+Documentation/driver-api/early-userspace).
 Host side; the same sources give the same bytes.
 """
 
@@ -85,7 +86,7 @@ def _file(path: Path, source: Path) -> _Entry:
 
 
 def _cpio(entries: Iterable[_Entry]) -> bytes:
-    """A cpio of format newc (man 5 cpio): owner root, time 0, inodes counted, so that equal entries give equal bytes."""
+    """A cpio of format newc (man 5 cpio): owner root, time 0, inodes counted: equal entries give equal bytes."""
     out = bytearray()
     for inode, entry in enumerate((*entries, _Entry("TRAILER!!!", 0)), start=1):
         name = entry.name.encode() + b"\0"

@@ -1,4 +1,4 @@
-"""Requests and notices over a datagram socket, agent side (asyncio): the other end is a zygote or a kernel's side channel."""
+"""Requests and notices over a datagram socket, the agent's end: the other is a zygote or a kernel's side channel."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""PID 1 of the guest: mounts, loopback, the user's account; then it reaps, keeps the agent alive and powers off on request.
+"""PID 1 of the guest: mounts, loopback, the user's account; then it reaps, keeps the agent alive and powers off.
 
-Knows nothing of the wire. It runs after /hypercell/start, as `python3 -I -S`, and never imports what the agent does not need.
+Knows nothing of the wire. It runs after /hypercell/start, as `python3 -I -S`.
 """
 
 from __future__ import annotations

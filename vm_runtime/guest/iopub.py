@@ -1,6 +1,6 @@
 """iopub without loss: ipykernel's output thread and streams, on top of the bounded `Outbox`.
 
-ipykernel's own drops messages when a subscriber is slow or absent, and its streams grow without limit when the thread is slow.
+ipykernel's own drops messages when a subscriber is slow or absent, and its streams grow without limit meanwhile.
 Here a slow subscriber blocks the thread, and that blocks whoever prints; while nobody listens, output is spooled.
 """
 
@@ -21,11 +21,11 @@ from ipykernel.thread import CONTROL_THREAD_NAME, SHELL_CHANNEL_THREAD_NAME
 
 from vm_runtime.guest.outbox import Outbox
 
-# Text of one stream message: at most twice this many characters, so at most 1 MiB of UTF-8: far below the 10 MiB at which
-# jupyter_server's gateway client closes a connection, and few enough messages for 50 MB of output.
+# Text of one stream message: at most twice this many characters, so at most 1 MiB of UTF-8: far below the 10 MiB at
+# which jupyter_server's gateway client closes a connection, and few enough messages for 50 MB of output.
 STREAM_CHARS = 128 << 10
 
-# Messages that ZMQ holds per subscriber: times the largest stream message this is what a slow subscriber costs the guest.
+# Messages that ZMQ holds per subscriber: times the largest stream message it is what a slow one costs the guest.
 SEND_HWM = 16
 
 # How long the iopub thread waits for a slow subscriber before it looks at its other events (new subscribers, timers).
@@ -131,7 +131,9 @@ class LosslessIOPubThread(IOPubThread):
         """Queue the welcome before all else, and after it a word about what the spool could not keep."""
         dropped = self.outbox.take_dropped() if topic == b"" else None
         if dropped is not None:
-            text = f"\n[{dropped.bytes} bytes of older output were dropped: nobody was connected to receive them]\n"
+            text = (
+                f"\n[{dropped.byte_count} bytes of older output were dropped: nobody was connected to receive them]\n"
+            )
             content = {"name": "stderr", "text": text}
             parent = {"header": self.session.unpack(dropped.parent_header)}
             note = self.session.msg("stream", content, parent=parent if parent["header"] else None)
@@ -152,13 +154,13 @@ class BoundedOutStream(OutStream):
         stream = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_in_child(stream()))
 
-    def write(self, string: str) -> int | None:
+    def write(self, string: str) -> int:
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string)}")
         if self.pub_thread is None:
             raise ValueError("I/O operation on closed file")
         if not self._is_master_process():
-            return super().write(string)
+            return super().write(string) or 0
         if len(string) <= STREAM_CHARS:
             self._write_piece(string)
         else:

@@ -22,12 +22,12 @@ from vm_runtime.guest.calls import Calls, PeerError, PeerGoneError
 from vm_runtime.guest.paths import Paths
 from vm_runtime.wire.greeting import KernelStatus
 
-# Import of ipykernel, numpy, pandas and matplotlib under emulation takes tens of seconds; beyond this something is wrong.
+# Under emulation the imports take tens of seconds; beyond this something is wrong.
 ZYGOTE_START_LIMIT_S = 300.0
 KERNEL_START_LIMIT_S = 120.0
 PREPARE_LIMIT_S = 600.0
 
-# After a restore the kernel's new key is waited for this long. It is immediate unless a cell holds Python's interpreter lock.
+# After a restore a kernel's new key is waited for this long: immediate unless a cell holds the interpreter lock.
 RENEW_LIMIT_S = 5.0
 
 # Between SIGKILL and the report of the end: vmlinux has to free the memory first.
@@ -140,7 +140,7 @@ class KernelKeeper:
             await self._ask_kernel("renew", key=key, reseed=reseed, keep_random=keep_random)
 
     async def prepare(self, *, warmup: str) -> int:
-        """Run the recipe's warm-up in the zygote, start a kernel if none runs, and warm it. Returns the kernel's pid."""
+        """Run the recipe's warm-up in the zygote, start a kernel if none runs, warm it. Returns its pid."""
         async with self._changing, asyncio.timeout(PREPARE_LIMIT_S):
             zygote = await self._running_zygote()
             try:
@@ -153,6 +153,8 @@ class KernelKeeper:
             answer = await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code=warmup)
             if answer["error"]:
                 raise KernelError("warmup_failed", f"The warm-up failed in the kernel: {answer['error']}")
+            await zygote.ask("preload", modules=answer["modules"])
+            os.sync()
             return pid
 
     def _running(self) -> _Kernel:
@@ -296,7 +298,7 @@ class KernelKeeper:
             self._kernel_exited(event["pid"], {k: event[k] for k in ("exit_status", "signal") if k in event})
 
     def _zygote_gone(self) -> None:
-        """The zygote ended (memory exhaustion, most likely). Its kernel ends with it; the next start makes a new one."""
+        """The zygote ended (out of memory, most likely). Its kernel ends with it; the next start makes a new one."""
         if self._zygote_ready is not None and not self._zygote_ready.done():
             message = (
                 "The zygote ended while it started; the image's Python packages may be broken (see the serial log)."
@@ -330,7 +332,7 @@ class KernelKeeper:
             "TERM": "xterm-color",
             "OPENBLAS_NUM_THREADS": str(os.cpu_count() or 1),
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            # The image is the user's own to change: pip may install (into ~/.local) despite Debian's EXTERNALLY-MANAGED mark.
+            # The machine is the user's own: pip may install (into ~/.local) despite Debian's EXTERNALLY-MANAGED mark.
             "PIP_BREAK_SYSTEM_PACKAGES": "1",
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else debugpy warns about frozen modules in the first traceback
             "CLICOLOR": "1",

@@ -1,4 +1,4 @@
-"""The kernel process: ipykernel with lossless iopub, ipc sockets, and a side channel to the agent. Runs in a forked child."""
+"""The kernel process: ipykernel with lossless iopub, ipc sockets, and a side channel to the agent."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from vm_runtime.guest.paths import CHANNEL_PORTS
 from vm_runtime.guest.side import TRACEBACK_CHARS_MAX, SideChannel
 from vm_runtime.guest.warm import warm_up
 
-
 # What OpenSSL's generator asks for itself: the strength of its 256-bit state and half of that again as nonce.
 SSL_SEED_BYTES = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """directory: for the sockets; key: HMAC key of the messages; cwd: where it starts, `fallback_cwd` if it is not there."""
+    """directory: for the sockets; key: of the messages' HMAC; cwd: where it starts, else in `fallback_cwd`."""
 
     directory: Path
     key: str
@@ -91,13 +90,14 @@ class HypercellKernelApp(IPKernelApp):
 def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
     """Run a kernel in this process until it ends. The caller has set environment, signals and standard streams."""
     side = SideChannel(side_socket)
+    inherited = frozenset(sys.modules)
     try:
         app = _initialized_app(settings, side)
     except BaseException:
         side.notify("failed", reason=traceback.format_exc()[-TRACEBACK_CHARS_MAX:])
         raise
     reseed()
-    side.handlers.update(_handlers(app))
+    side.handlers.update(_handlers(app, inherited=inherited))
     side.start()
     side.notify("ready")
     app.start()
@@ -106,8 +106,8 @@ def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
 def reseed(*, keep_random: bool = False) -> None:
     """New random numbers for a process that has twins.
 
-    The global generators of `random` and `numpy.random`, unless they shall stay equal; generators that a user made are left
-    alone. OpenSSL's always: its state makes TLS keys (sources: man RAND_add, getrandom needs nothing since vmlinux reseeds).
+    The global generators of `random` and `numpy.random`, unless they shall stay equal; generators that a user made are
+    left alone. OpenSSL's always: its state makes TLS keys (man RAND_add). `os.urandom` is vmlinux's, reseeded there.
     """
     if not keep_random:
         random.seed()
@@ -147,8 +147,8 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     return app
 
 
-def _handlers(app: HypercellKernelApp) -> dict[str, Any]:
-    """What the agent may ask for; later hooks (resume, fork) are added here."""
+def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str, Any]:
+    """What the agent may ask for; later hooks (resume, fork) are added here. inherited: modules of the zygote."""
     session: Session = app.session
 
     def renew(request: dict[str, Any]) -> None:
@@ -170,8 +170,8 @@ def _handlers(app: HypercellKernelApp) -> dict[str, Any]:
         return {"cwd": str(Path.cwd())}
 
     def warm(request: dict[str, Any]) -> dict[str, Any]:
-        answer = warm_up(app, request["code"])
+        error = warm_up(app, request["code"])
         trim_memory()
-        return answer
+        return {"error": error, "modules": [name for name in sys.modules if name not in inherited]}
 
     return {"renew": renew, "configure": configure, "warm": warm}

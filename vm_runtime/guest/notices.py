@@ -33,7 +33,7 @@ class Notices:
         self._queue.clear()
 
     async def run(self, link: Link) -> None:
-        """Send events until the session ends. Raises LinkClosedError then, or StreamResetError if the host does not want them."""
+        """Send events until the session ends. Raises LinkClosedError then, StreamResetError if unwanted."""
         async with await link.open("events") as stream:
             while True:
                 await self._posted.wait()

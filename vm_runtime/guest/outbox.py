@@ -1,9 +1,9 @@
-"""The queue between the threads of the kernel and its iopub thread: bounded while someone listens, a spool while nobody does.
+"""The queue between the kernel's threads and its iopub thread: bounded while someone listens, a spool while not.
 
 Holds serialized messages only; knows nothing of ZMQ.
 
-While a subscriber listens, writers of bulk output wait for room (back pressure), so nothing is lost and memory stays bounded.
-While nobody listens, nobody waits: the newest output is kept, and what had to go is counted, to be told when someone comes.
+While a subscriber listens, writers of bulk output wait for room (back pressure): nothing is lost, memory stays bounded.
+While nobody listens, nobody waits: the newest output is kept, and what had to go is counted and told to who comes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUEUE_BYTES_MAX = 2 << 20
 # What is kept while nobody listens: enough for a long night's log, small beside the smallest machine (256 MiB).
 SPOOL_BYTES_MAX = 16 << 20
 
-# A full spool is brought down to this before anything is added, so that the search for old output is not repeated per message.
+# A full spool is brought down to this, so that the search for old output is not repeated per message.
 SPOOL_BYTES_AFTER_DROP = SPOOL_BYTES_MAX * 3 // 4
 
 # What Python itself needs for a queued message of a few frames, counted so that many tiny messages are bounded too.
@@ -34,14 +34,14 @@ DELIMITER = b"<IDS|MSG>"
 class Dropped:
     """Output that the spool could not keep. parent_header: JSON of the last dropped message's parent, or b"{}"."""
 
-    bytes: int
+    byte_count: int
     parent_header: bytes
 
 
 @dataclass(frozen=True)
 class _Message:
     frames: tuple[bytes, ...]
-    bytes: int
+    byte_count: int
 
     @property
     def is_stream(self) -> bool:
@@ -81,7 +81,7 @@ class Outbox:
                 self._messages.appendleft(message)
             else:
                 self._messages.append(message)
-            self._bytes += message.bytes
+            self._bytes += message.byte_count
             if not self._listening and self._bytes > SPOOL_BYTES_MAX:
                 self._drop_oldest()
 
@@ -104,7 +104,7 @@ class Outbox:
     def pop(self) -> None:
         """Forget the oldest message: it was sent."""
         with self._changed:
-            self._bytes -= self._messages.popleft().bytes
+            self._bytes -= self._messages.popleft().byte_count
             if self._bytes < QUEUE_BYTES_MAX:
                 self._changed.notify_all()
 
@@ -152,9 +152,9 @@ class Outbox:
             kept: deque[_Message] = deque()
             for message in self._messages:
                 if excess > 0 and (message.is_stream or not streams_only):
-                    excess -= message.bytes
-                    self._bytes -= message.bytes
-                    self._dropped_bytes += message.bytes - MESSAGE_OVERHEAD_BYTES
+                    excess -= message.byte_count
+                    self._bytes -= message.byte_count
+                    self._dropped_bytes += message.byte_count - MESSAGE_OVERHEAD_BYTES
                     self._dropped_parent = message.frames[message.frames.index(DELIMITER) + 3]
                 else:
                     kept.append(message)
@@ -166,4 +166,4 @@ class Outbox:
 def _resigned(message: _Message, sign: Callable[[list[bytes]], bytes]) -> _Message:
     at = message.frames.index(DELIMITER) + 1
     signature = sign(list(message.frames[at + 1 : at + 5]))
-    return _Message((*message.frames[:at], signature, *message.frames[at + 1 :]), message.bytes)
+    return _Message((*message.frames[:at], signature, *message.frames[at + 1 :]), message.byte_count)

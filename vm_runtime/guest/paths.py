@@ -1,4 +1,4 @@
-"""Where things lie inside the guest, as one value, so that tests can run the same processes in a directory of theirs."""
+"""Where things lie inside the guest, as one value, so that tests can run the same processes elsewhere."""
 
 from __future__ import annotations
 

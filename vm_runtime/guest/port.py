@@ -32,7 +32,7 @@ def open_port(path: Path) -> int:
 
 
 class HangUpWatch:
-    """Calls `on_hang_up` when the host closes its end of the port. Edge-triggered, so that a closed port costs nothing."""
+    """Calls `on_hang_up` when the host closes its end of the port. Edge-triggered: a closed port costs nothing."""
 
     def __init__(self, fd: int, on_hang_up: Callable[[], None]) -> None:
         self._fd = fd

@@ -27,7 +27,7 @@ HOSTNAME_MAX = 64
 
 
 class Renewal:
-    """`owns_machine`: False where the agent runs on someone else's machine (tests), whose clock and name are not ours."""
+    """`owns_machine`: False where the agent runs on someone else's machine, whose clock and name are not ours."""
 
     def __init__(self, *, paths: Paths, owns_machine: bool) -> None:
         self._paths = paths
@@ -49,7 +49,7 @@ def _set_clock(wall_clock_ns: int) -> None:
 
 
 def _feed_random_pool(entropy: bytes) -> None:
-    """Credit the host's entropy, then reseed at once: else clones share what vmlinux gives out until its next reseed."""
+    """Credit the host's entropy, then reseed at once: else clones share random numbers until vmlinux reseeds."""
     fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)

@@ -1,4 +1,4 @@
-"""What the host may ask of the guest: a table of stream kinds, and the check of their parameters. One function per kind."""
+"""What the host may ask of the guest: a table of stream kinds with one function each, and the check of parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vm_runtime.wire.errors import OpenRejectedError
 from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Incoming
 
-# The kernel has its sockets before it counts as started, so connecting takes no time; this only ends a wait on a broken one.
+# A started kernel has its sockets, so connecting takes no time; this only ends a wait on a broken one.
 CONNECT_LIMIT_S = 10.0
 
 

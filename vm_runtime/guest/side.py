@@ -1,7 +1,7 @@
 """The side channel between kernel process and agent: small JSON datagrams over a socket pair made before the fork.
 
-Kernel side: notices (`status`, `ready`, `failed`) go out from any thread; requests are served by one daemon thread that does
-nothing at rest. Knows nothing of what the requests do.
+Kernel side: notices (`status`, `ready`, `failed`) go out from any thread; requests are served by one daemon thread that
+does nothing at rest. Knows nothing of what the requests do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The first requests of a template's kernel, sent through its own sockets, so that every clone has run that code already.
+"""The first requests of a template's kernel, sent through its own sockets, so that every clone has run that code.
 
 Leaves no trace: namespace, execution count, history and spool are as new afterwards.
 """
@@ -27,10 +27,10 @@ _REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
 _CELLS = ("print('warm')", "1 + 1", "def warm():\n    return 1 / 0\nwarm()")
 
 
-def warm_up(app: Any, code: str) -> dict[str, Any]:
-    """Run `code` (the recipe's warm-up) and some typical requests in the kernel of `app`. Called on the side channel's thread.
+def warm_up(app: Any, code: str) -> str | None:
+    """Run `code` (the recipe's warm-up) and typical requests in the kernel of `app`. On the side channel's thread.
 
-    Returns {"error": str | None}: what the recipe's code raised. Raises TimeoutError if the kernel does not answer.
+    Returns what the recipe's code raised, or None. Raises TimeoutError if the kernel does not answer.
     """
     session = Session(key=app.session.key)
     context = zmq.Context()
@@ -58,10 +58,7 @@ def warm_up(app: Any, code: str) -> dict[str, Any]:
         context.destroy(linger=0)
     _forget_subscriber(app, deadline_s)
     app.session.digest_history = set()
-    error = None
-    if recipe.get("status") == "error":
-        error = f"{recipe['ename']}: {recipe['evalue']}"
-    return {"error": error}
+    return f"{recipe['ename']}: {recipe['evalue']}" if recipe["status"] == "error" else None
 
 
 def _cell(code: str) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def _ask(
     poller.register(iopub, zmq.POLLIN)
     while reply is None or not idle:
         left_s = deadline_s - time.monotonic()
-        ready = dict(poller.poll(max(0.0, left_s) * 1000))
+        ready = dict(poller.poll(max(0, int(left_s * 1000))))
         if not ready:
             raise TimeoutError(f"The kernel did not answer a {message_type} within {WARM_UP_LIMIT_S:.0f} s of warm-up.")
         for sock in ready:

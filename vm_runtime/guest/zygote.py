@@ -6,8 +6,10 @@ Commands come as JSON datagrams from the agent over the socket whose descriptor 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import select
@@ -61,8 +63,10 @@ class Zygote:
                     job = self._fork(request, socket.socket(fileno=fds[0]))
                     if job is not None:
                         return job
-                else:
+                elif request["op"] == "prepare":
                     self._answer(request, self._prepare(request["code"]))
+                else:
+                    self._answer(request, self._preload(request["modules"]))
 
     def _prepare(self, code: str) -> dict[str, Any]:
         """Run the recipe's warm-up here, so that every kernel has its modules. Returns {"error": str | None}."""
@@ -74,6 +78,18 @@ class Zygote:
         trim_memory()
         gc.freeze()  # what lives now is never collected, so that a collection in a kernel does not copy its pages
         return {"error": error}
+
+    def _preload(self, modules: list[str]) -> dict[str, Any]:
+        """Import what a warmed kernel has imported, so that a new one does not do it again. Returns {"loaded": int}."""
+        loaded = 0
+        for name in modules:
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):  # modules that only exist once made (__mp_main__ and its like)
+                    importlib.import_module(name)
+                    loaded += 1
+        trim_memory()
+        gc.freeze()
+        return {"loaded": loaded}
 
     def _fork(self, request: dict[str, Any], side: socket.socket) -> Callable[[], None] | None:
         pid = os.fork()
