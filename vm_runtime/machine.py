@@ -28,7 +28,8 @@ class Death:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUsage:
-    """unique_bytes: resident memory that only this machine's VMM has. shared_bytes: resident, shared with others."""
+    """unique_bytes: memory (in RAM or swap) that would be free if this machine ended: what VMM and guest have
+    written. shared_bytes: mapped pages of files and of the base, which the host has once for all machines."""
 
     unique_bytes: int
     shared_bytes: int

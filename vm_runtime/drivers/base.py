@@ -72,8 +72,8 @@ class Confinement:
 class Driver(ABC):
     """Makes machines of one kind. Safe to use from many tasks of one event loop at once.
 
-    Errors of all that make machines: MachineStartError (with the serial tail), DriverError. Nothing is left behind then,
-    also when the call is cancelled.
+    Errors of all that make machines: MachineStartError (with the serial tail), DriverError. Nothing is left behind
+    then, also when the call is cancelled.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Driver(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """What a device state depends on: VMM, version, machine type, CPU model, accelerator. Part of a template's digest."""
+        """What a device state depends on: VMM, version, machine type, CPU model. Part of a template's digest."""
 
     @abstractmethod
     def confinement(self) -> Confinement:

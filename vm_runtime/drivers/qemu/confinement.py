@@ -48,13 +48,14 @@ _MS_RELATIME = 0x200000
 _MNT_DETACH = 2
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_THP_DISABLE = 41
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 _SYS_CLONE = 56
 _SYS_PIVOT_ROOT = 155
 _SYS_CLOSE_RANGE = 436
 
-# A bind mount in a user namespace must keep these flags of the original when it is made read-only (mount_namespaces(7)).
+# In a user namespace a bind mount must keep these flags of the original (mount_namespaces(7)).
 _LOCKED_FLAGS = (
     (os.ST_NOSUID, _MS_NOSUID),
     (os.ST_NODEV, _MS_NODEV),
@@ -116,6 +117,8 @@ def put_up(walls: Walls) -> None:
         os.setgroups([])
         os.setresgid(walls.uid, walls.uid, walls.uid)
         os.setresuid(walls.uid, walls.uid, walls.uid)
+    # A page that is written takes 4 KiB and not 2 MiB: sparse writes are what a clone does (measured: 28 of 59 MiB).
+    _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     # The gateway reads guest pages with process_vm_readv, also one that is not the parent (Yama, scope 1).
     _prctl("dumpable", _PR_SET_DUMPABLE, 1)
@@ -145,7 +148,7 @@ def _enter_new_root(walls: Walls) -> None:
     _mount("tmpfs for the root", "tmpfs", _NEW_ROOT, "tmpfs", _MS_NOSUID, _ROOT_TMPFS)
     for source in (*_SYSTEM_DIRECTORIES, *walls.read_only):
         if os.path.islink(source):  # noqa: PTH114 - pathlib would be imported in every child for nothing
-            os.symlink(os.readlink(source), _NEW_ROOT + source)  # noqa: PTH115
+            os.symlink(os.readlink(source), _NEW_ROOT + source)  # noqa: PTH115, PTH211
         elif os.path.isdir(source):  # noqa: PTH112
             os.makedirs(_NEW_ROOT + source, mode=0o755, exist_ok=True)  # noqa: PTH103
             _bind_read_only(source)
@@ -173,7 +176,7 @@ def _enter_new_root(walls: Walls) -> None:
 
 
 def _make_device(path: str) -> None:
-    """A node of its own where allowed, open to the VMM's user, who has no rights on the host's; else the host's node."""
+    """A node of its own, open to the VMM's user, who has no rights on the host's; else the host's node."""
     information = os.stat(path)  # noqa: PTH116
     target = _NEW_ROOT + path
     try:

@@ -21,7 +21,7 @@ _HARMLESS = re.compile(r"warning:", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was seen. shutdown_reason: of QMP's SHUTDOWN event. stderr, serial: the ends of what VMM and guest printed."""
+    """What was seen. shutdown_reason: of QMP's SHUTDOWN event. stderr, serial: the ends of what was printed."""
 
     requested: bool
     exit_status: int | None

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import hashlib
 import os
-import re
 import resource
 import shutil
 import signal
 import socket
-from collections.abc import Sequence, Set
+from collections.abc import AsyncIterator, Iterator, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from vm_runtime.drivers.base import (
     Capabilities,
     Confinement,
-    ConfinementStep,
     Driver,
     MachinePlace,
     MachineState,
@@ -42,7 +37,7 @@ from vm_runtime.drivers.qemu.arguments import (
     arguments,
 )
 from vm_runtime.drivers.qemu.cgroups import Cgroup, CgroupRoot, Limits, find_root
-from vm_runtime.drivers.qemu.confinement import CLONE_NEWPID, CLONE_NEWUSER, NAMESPACES, Walls
+from vm_runtime.drivers.qemu.confinement import Walls
 from vm_runtime.drivers.qemu.machine import (
     QMP_SOCKET,
     SERIAL_SOCKET,
@@ -52,9 +47,10 @@ from vm_runtime.drivers.qemu.machine import (
     remove_runtime_files,
 )
 from vm_runtime.drivers.qemu.process import Process, Spawner, SpawnRequest, start_time_ticks
+from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
 from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord, boot_id
+from vm_runtime.drivers.qemu.walls import HostWalls, find_walls, machine_uid
 from vm_runtime.errors import (
-    DriverUnavailableError,
     MachineError,
     MachineGoneError,
     MachineStartError,
@@ -64,9 +60,6 @@ from vm_runtime.errors import (
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.spec import MachineShape, MachineSpec
-
-PROGRAM = "qemu-system-x86_64"
-OLDEST_VERSION = (7, 2)
 
 # A clone runs 50 ms after its spawn on an idle host; twenty at once under TCG on two busy CPUs take seconds.
 RESTORE_TIMEOUT_S = 60.0
@@ -82,25 +75,7 @@ VMM_OPEN_FILES = 1024
 # qcow2's own tables: one L2 table (64 KiB) for each 512 MiB, and refcounts; far below this.
 DISK_METADATA_MIB = 64
 
-# Users for VMMs where the gateway is root. No distribution hands out ids this high; systemd's dynamic and container ranges end below.
-FIRST_UID = 1_900_000_000
-UID_COUNT = 90_000_000
-
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "G_SLICE": "always-malloc", "MALLOC_ARENA_MAX": "1"}
-
-_USER_NAMESPACE_FIX = "sudo sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostWalls:
-    """What this host allows, found out once. errors: step -> why not."""
-
-    namespaces: int
-    user_namespace: bool
-    new_root: bool
-    new_proc: bool
-    drop_user: bool
-    errors: dict[str, str]
 
 
 class QemuDriver(Driver):
@@ -128,7 +103,7 @@ class QemuDriver(Driver):
 
     @classmethod
     async def start(cls, *, accelerator: Accelerator, program: str = PROGRAM) -> Self:
-        """Find QEMU, start the spawner and find out which walls this host allows. DriverUnavailableError, SpawnError."""
+        """Find QEMU, start the spawner, find out which walls stand here. DriverUnavailableError, SpawnError."""
         path, version = await find_program(program)
         spawner = Spawner()
         try:
@@ -160,16 +135,7 @@ class QemuDriver(Driver):
         return f"qemu {version} microvm {self._accelerator} cpu={self._cpu} arguments={ARGUMENTS_VERSION}"
 
     def confinement(self) -> Confinement:
-        errors = self._walls.errors
-        names = [*NAMESPACES, "own root", "own /proc", "unprivileged user"]
-        if self._walls.user_namespace or "user namespace" in errors:
-            names.insert(0, "user namespace")
-        steps = [
-            ConfinementStep(name=name, problem=errors.get(name), fix=_USER_NAMESPACE_FIX if name in errors else None)
-            for name in names
-        ]
-        seccomp = ConfinementStep(name="seccomp")
-        return Confinement(steps=(*steps, seccomp, *self._cgroups.steps()))
+        return Confinement(steps=(*self._walls.steps(), *self._cgroups.steps()))
 
     async def boot(
         self, spec: MachineSpec, *, place: MachinePlace, initramfs: Path, disk: Path, timeout_s: float
@@ -417,70 +383,6 @@ class QemuDriver(Driver):
 _DEVICE_FD = 3
 
 
-async def find_program(name: str) -> tuple[Path, tuple[int, int, int]]:
-    """QEMU's path, links resolved, and its version. DriverUnavailableError if it is missing or too old."""
-    found = shutil.which(name)
-    if found is None:
-        raise DriverUnavailableError(f"{name} is not installed: sudo apt install qemu-system-x86")
-    path = await asyncio.to_thread(lambda: Path(found).resolve())
-    process = await asyncio.create_subprocess_exec(
-        path, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-    )
-    output, _ = await process.communicate()
-    match = re.search(rb"version (\d+)\.(\d+)\.(\d+)", output)
-    if process.returncode != 0 or match is None:
-        raise DriverUnavailableError(f"{path} --version does not answer a version.")
-    version = (int(match[1]), int(match[2]), int(match[3]))
-    if version[:2] < OLDEST_VERSION:
-        raise DriverUnavailableError(f"{path} is QEMU {version[0]}.{version[1]}; 7.2 or later is needed.")
-    return path, version
-
-
-async def find_walls(spawner: Spawner, accelerator: Accelerator) -> HostWalls:
-    """Try every namespace and a root of its own, in children that end at once."""
-    user_namespace = os.geteuid() != 0
-    devices = ("/dev/kvm",) if accelerator is Accelerator.KVM else ()
-    answer = await spawner.probe(user_namespace=user_namespace, devices=devices)
-    errors = {str(name): f"{os.strerror(number)}." for name, number in answer["namespaces"] if number}
-    namespaces = sum(flag for name, flag in NAMESPACES.items() if name not in errors)
-    if "user namespace" in errors:
-        namespaces = 0
-    new_root, new_proc = True, True
-    if "mount namespace" in errors or answer["root_error"] is not None:
-        new_root = False
-        errors["own root"] = str(answer["root_error"] or errors["mount namespace"])
-    if not namespaces & CLONE_NEWPID or answer["proc_error"] is not None:
-        new_proc = False
-        errors["own /proc"] = str(answer["proc_error"] or "There is no pid namespace for it.")
-    drop_user = not user_namespace and _is_mapped(FIRST_UID + UID_COUNT)
-    if not drop_user and not user_namespace:
-        errors["unprivileged user"] = "The user ids from 1,900,000,000 on are not mapped in this container."
-    return HostWalls(
-        namespaces=namespaces | (CLONE_NEWUSER if user_namespace and "user namespace" not in errors else 0),
-        user_namespace=user_namespace and "user namespace" not in errors,
-        new_root=new_root,
-        new_proc=new_proc,
-        drop_user=drop_user,
-        errors=errors,
-    )
-
-
-def machine_uid(machine_id: str) -> int:
-    """The user of one machine's VMM, so that a VMM that was broken into has no rights over another one."""
-    return FIRST_UID + int.from_bytes(hashlib.sha256(machine_id.encode()).digest()[:8]) % UID_COUNT
-
-
-@functools.cache
-def cpu_model(accelerator: Accelerator) -> str:
-    """The guest's CPU. Fixed names under KVM, so that snapshots can move between hosts of one vendor and generation."""
-    if accelerator is Accelerator.TCG:
-        return "max"
-    information = Path("/proc/cpuinfo").read_text()
-    if not re.search(r"^flags\s*:.*\bavx2\b", information, re.MULTILINE):
-        return "Opteron_G3" if "AuthenticAMD" in information else "Nehalem"
-    return "EPYC" if "AuthenticAMD" in information else "Haswell-noTSX"
-
-
 def _limits(shape: MachineShape) -> Limits:
     return Limits(
         memory_bytes=(shape.memory_mib + VMM_OVERHEAD_MIB) << 20,
@@ -489,16 +391,8 @@ def _limits(shape: MachineShape) -> Limits:
     )
 
 
-def _is_mapped(uid: int) -> bool:
-    for line in Path("/proc/self/uid_map").read_text().splitlines():
-        inside, _, count = map(int, line.split())
-        if inside <= uid < inside + count:
-            return True
-    return False
-
-
 @contextlib.contextmanager
-def _closing(fd: int):  # type: ignore[no-untyped-def]
+def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:
@@ -506,7 +400,7 @@ def _closing(fd: int):  # type: ignore[no-untyped-def]
 
 
 @contextlib.asynccontextmanager
-async def _started(machine: QemuMachine):  # type: ignore[no-untyped-def]
+async def _started(machine: QemuMachine) -> AsyncIterator[None]:
     """Until the block has succeeded, any failure ends the machine and becomes a MachineStartError."""
     try:
         yield
@@ -521,7 +415,7 @@ async def _started(machine: QemuMachine):  # type: ignore[no-untyped-def]
 
 
 @contextlib.contextmanager
-def _listen(path: Path):  # type: ignore[no-untyped-def]
+def _listen(path: Path) -> Iterator[socket.socket]:
     """A listening socket to hand to the VMM. Clients can connect from now on; nobody waits for the VMM to make it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         path.unlink(missing_ok=True)
@@ -531,7 +425,7 @@ def _listen(path: Path):  # type: ignore[no-untyped-def]
 
 
 def _copy_to_memfd(path: Path) -> int:
-    """A copy that any user may read, for a VMM whose user has no rights on the original. Gone when both have closed it."""
+    """A copy that any user may read, for a VMM whose user has no rights on the original. Gone when closed."""
     fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
     try:
         with path.open("rb") as source, os.fdopen(os.dup(fd), "wb") as target:

@@ -81,9 +81,9 @@ class Process:
     async def wait(self) -> Exit:
         """Wait until it has ended."""
         loop = asyncio.get_running_loop()
-        ended = loop.create_future()
+        ended: asyncio.Future[None] = loop.create_future()
         pidfd = os.dup(self._pidfd)  # so that several tasks can wait
-        loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
+        loop.add_reader(pidfd, _resolve, ended)
         try:
             await ended
         finally:
@@ -99,7 +99,7 @@ class Process:
 
 
 class Spawner:
-    """The gateway's end of the helper process. `await start()` first, `await close()` at the end; VMMs go on running."""
+    """The gateway's end of the helper process. `await close()` at the end; VMMs go on running."""
 
     def __init__(self) -> None:
         self._channel: socket.socket | None = None
@@ -209,8 +209,8 @@ class Spawner:
                 channel.sendmsg([data], rights)
                 return
             except BlockingIOError:
-                writable = loop.create_future()
-                loop.add_writer(channel, lambda: writable.done() or writable.set_result(None))  # noqa: B023
+                writable: asyncio.Future[None] = loop.create_future()
+                loop.add_writer(channel, _resolve, writable)
                 try:
                     await writable
                 finally:
@@ -266,13 +266,18 @@ class Spawner:
 
 
 def start_time_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it is gone. With the pid it names a process for good."""
+    """When a process started, in clock ticks since boot; with the pid that names it for good. None if it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks and parentheses (proc(5))
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _end_unwanted(future: asyncio.Future[tuple[dict[str, Any], list[int]]]) -> None:

@@ -79,7 +79,7 @@ class Qmp:
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, descriptors: Sequence[int] = ()
-    ) -> Any:  # noqa: ANN401 - each command has a type of its own
+    ) -> Any:
         """Run a command and answer its `return` value. READY only.
 
         descriptors: sent along (for `add-fd` and `getfd`); the caller keeps its own copies.

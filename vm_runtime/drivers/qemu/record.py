@@ -1,7 +1,7 @@
 """`machine.json`: what a later gateway must know to find a running machine again.
 
-Written once the VMM has started and after each disk freeze; removed with the machine. In the runtime directory, so it is
-gone after a reboot. A record of another format version is not read: its machine is treated as unknown.
+Written once the VMM has started and after each disk freeze; removed with the machine. It lies in the runtime
+directory, so it is gone after a reboot. A record of another format version is not read: its machine is unknown then.
 """
 
 from __future__ import annotations

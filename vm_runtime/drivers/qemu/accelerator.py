@@ -1,0 +1,164 @@
+"""Chooses KVM or TCG by booting a real guest under KVM with a time limit, once per host and QEMU version.
+
+/dev/kvm existing, opening and creating VMs proves nothing: on some cloud machines an unmodified Linux guest then hangs.
+So the image's own vmlinux is booted until it starts its first program. The answer is kept in `STATE/accelerator.json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.qemu.arguments import Accelerator
+from vm_runtime.drivers.qemu.driver import QemuDriver
+from vm_runtime.drivers.qemu.program import PROGRAM, find_program
+from vm_runtime.errors import DriverUnavailableError, VmRuntimeError
+from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
+
+FILE_NAME = "accelerator.json"
+FORMAT_VERSION = 1
+KVM_DEVICE = Path("/dev/kvm")
+
+# A guest under working KVM starts its first program in about a second; a hanging one never does.
+PROBE_LIMIT_S = 8.0
+# Linux says so on its console just before it starts the first program.
+_FIRST_PROGRAM = "Run /init"
+_PROBE_SHAPE = MachineShape(memory_mib=256, vcpus=1, disk_mib=1)
+
+
+class Wish(StrEnum):
+    """What the operator asked for. AUTO: a real boot decides."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """accelerator: to use. why: a sentence. decided: False where the question is open, as there is no image to boot."""
+
+    accelerator: Accelerator
+    why: str
+    decided: bool
+
+
+class _Remembered(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    machine: str
+    kernel: str
+    qemu: str
+    accelerator: Accelerator
+    why: str
+
+
+async def choose(wish: Wish, *, state_dir: Path, image: ImageFiles | None, program: str = PROGRAM) -> Choice:
+    """The accelerator for this host. Boots a guest for at most PROBE_LIMIT_S if that was never done here.
+
+    image: None while none was built; then the answer is TCG and not decided, so ask again later.
+    Errors: DriverUnavailableError: no QEMU, or KVM was asked for and does not work.
+    """
+    path, version = await find_program(program)
+    if wish is Wish.TCG:
+        return Choice(accelerator=Accelerator.TCG, why="Emulation (TCG) was asked for.", decided=True)
+    problem = await asyncio.to_thread(_device_problem)
+    if problem is None:
+        if image is None:
+            why = "/dev/kvm opens, but whether Linux runs in it is unknown until there is an image to boot."
+            return Choice(accelerator=Accelerator.TCG, why=why, decided=False)
+        qemu = f"{path} {'.'.join(map(str, version))}"
+        remembered = await asyncio.to_thread(_read, state_dir, qemu)
+        if remembered is None:
+            remembered = await _boot_under_kvm(image, qemu, program)
+            await asyncio.to_thread(_write, state_dir, remembered)
+        if remembered.accelerator is Accelerator.KVM:
+            return Choice(accelerator=Accelerator.KVM, why=remembered.why, decided=True)
+        problem = remembered.why
+    if wish is Wish.KVM:
+        raise DriverUnavailableError(f"KVM was asked for but does not work here. {problem}")
+    return Choice(accelerator=Accelerator.TCG, why=f"Emulation (TCG), since KVM does not work: {problem}", decided=True)
+
+
+def _device_problem() -> str | None:
+    if not KVM_DEVICE.exists():
+        return (
+            "There is no /dev/kvm. On your own hardware: switch on virtualisation in the firmware, sudo modprobe kvm."
+        )
+    try:
+        os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/kvm does not open: {error.strerror}. Try: sudo usermod -aG kvm $USER, then log in again."
+    return None
+
+
+async def _boot_under_kvm(image: ImageFiles, qemu: str, program: str) -> _Remembered:
+    started = time.monotonic()
+    accelerator, outcome = Accelerator.TCG, ""
+    with tempfile.TemporaryDirectory(prefix="hypercell-probe-") as name:
+        place = MachinePlace(id=f"probe-{secrets.token_hex(4)}", run_dir=Path(name, "run"), disk_dir=Path(name))
+        disk = Path(name, "disk.raw")
+        await asyncio.to_thread(disk.write_bytes, bytes(_PROBE_SHAPE.disk_mib << 20))
+        spec = MachineSpec(shape=_PROBE_SHAPE, image=image)
+        driver = await QemuDriver.start(accelerator=Accelerator.KVM, program=program)
+        try:
+            machine = await driver.boot_kernel(
+                spec, place=place, initramfs=image.initramfs, disk=disk, timeout_s=PROBE_LIMIT_S, quiet=False
+            )
+            try:
+                if await machine.wait_serial(_FIRST_PROGRAM, timeout_s=PROBE_LIMIT_S):
+                    accelerator = Accelerator.KVM
+                    outcome = f"Linux started its first program in KVM after {time.monotonic() - started:.1f} s."
+                elif machine.is_dead:
+                    outcome = f"Linux ended in KVM. {(await machine.wait_dead()).reason}"
+                else:
+                    outcome = f"/dev/kvm opens, but Linux did not start in it within {PROBE_LIMIT_S:.0f} s."
+            finally:
+                await machine.kill()
+        except VmRuntimeError as error:
+            outcome = f"No guest starts in KVM. {error}"
+        finally:
+            await driver.close()
+    return _Remembered(
+        format=FORMAT_VERSION,
+        machine=_machine_id(),
+        kernel=platform.release(),
+        qemu=qemu,
+        accelerator=accelerator,
+        why=outcome,
+    )
+
+
+def _machine_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/etc/machine-id").read_text().strip()
+    return platform.node()
+
+
+def _read(state_dir: Path, qemu: str) -> _Remembered | None:
+    """What was found out earlier, if host, its kernel and QEMU are still the same."""
+    try:
+        found = _Remembered.model_validate_json((state_dir / FILE_NAME).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    same = (FORMAT_VERSION, _machine_id(), platform.release(), qemu)
+    return found if (found.format, found.machine, found.kernel, found.qemu) == same else None
+
+
+def _write(state_dir: Path, remembered: _Remembered) -> None:
+    state_dir.mkdir(parents=True, exist_ok=True)
+    temporary = state_dir / f".{FILE_NAME}"
+    temporary.write_text(remembered.model_dump_json(indent=1))
+    temporary.replace(state_dir / FILE_NAME)
