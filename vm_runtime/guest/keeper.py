@@ -157,6 +157,10 @@ class KernelKeeper:
             os.sync()
             return pid
 
+    async def exercise(self) -> None:
+        """Has an idle kernel answer typical requests, so that an emulator has their code translated before a user comes."""
+        await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code="")
+
     def _running(self) -> _Kernel:
         if self._kernel is None:
             raise KernelError("no_kernel", "No kernel runs in this machine; start one with kernel.start.")

@@ -38,8 +38,12 @@ class Renewal:
         if self._owns_machine:
             _set_clock(wall_clock_ns)
             _feed_random_pool(entropy)
-            if hostname := identity.get("hostname"):
-                socket.sethostname(hostname[:HOSTNAME_MAX])
+        self.identify(identity)
+
+    def identify(self, identity: Mapping[str, str]) -> None:
+        """Who this machine is from now on. Also called when a warm machine is given to a sandbox."""
+        if self._owns_machine and (hostname := identity.get("hostname")):
+            socket.sethostname(hostname[:HOSTNAME_MAX])
         _write_identity(self._paths, identity)
 
 

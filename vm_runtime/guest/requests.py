@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from vm_runtime.guest.keeper import KernelError, KernelKeeper
 from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
+from vm_runtime.guest.renewal import Renewal
 from vm_runtime.wire.errors import OpenRejectedError
 from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Incoming
@@ -22,6 +23,7 @@ class Guest:
     """What the functions below act on."""
 
     keeper: KernelKeeper
+    renewal: Renewal
     paths: Paths
     power_off: Callable[[], None]
 
@@ -85,6 +87,19 @@ async def _template_prepare(guest: Guest, incoming: Incoming) -> None:
     await incoming.answer({"pid": pid})
 
 
+async def _kernel_exercise(guest: Guest, incoming: Incoming) -> None:
+    await guest.keeper.exercise()
+    await incoming.answer()
+
+
+async def _sandbox_identify(guest: Guest, incoming: Incoming) -> None:
+    identity = _param(incoming.params, "identity", dict)
+    if not all(isinstance(value, str) for value in identity.values()):
+        raise OpenRejectedError("bad_params", "identity is an object of strings.")
+    guest.renewal.identify(identity)
+    await incoming.answer()
+
+
 async def _machine_poweroff(guest: Guest, incoming: Incoming) -> None:
     await incoming.answer()
     guest.power_off()
@@ -97,6 +112,8 @@ HANDLERS: dict[str, Handle] = {
     "kernel.stop": _kernel_stop,
     "kernel.interrupt": _kernel_interrupt,
     "kernel.channel": _kernel_channel,
+    "kernel.exercise": _kernel_exercise,
+    "sandbox.identify": _sandbox_identify,
     "template.prepare": _template_prepare,
     "tunnel": _tunnel,
     "machine.poweroff": _machine_poweroff,
