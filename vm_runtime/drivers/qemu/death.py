@@ -56,8 +56,7 @@ def reason(evidence: Evidence) -> str:
         case _:
             pass
     if evidence.signal is not None:
-        name = signal.Signals(evidence.signal).name if evidence.signal in signal.valid_signals() else evidence.signal
-        return f"Its VMM was killed by the signal {name}{_complaint(evidence.stderr)}"
+        return f"Its VMM was killed by the signal {_signal_name(evidence.signal)}{_complaint(evidence.stderr)}"
     if evidence.exit_status is not None:
         return f"Its VMM exited with status {evidence.exit_status}{_complaint(evidence.stderr)}"
     return f"Its VMM ended, and nobody could see how{_complaint(evidence.stderr)}"
@@ -68,11 +67,18 @@ def printable(data: bytes) -> str:
     return _CONTROL.sub("", data.decode(errors="replace"))
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name of its own
+        return str(number)
+
+
 def _complaint(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip() and not _HARMLESS.search(line)]
     return f": {_quote(lines[-1])}" if lines else "."
 
 
 def _quote(text: str) -> str:
-    text = text.strip()
+    text = "".join(character for character in text.strip() if character.isprintable())
     return text if len(text) <= MAX_QUOTE_CHARACTERS else text[:MAX_QUOTE_CHARACTERS] + "..."

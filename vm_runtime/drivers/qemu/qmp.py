@@ -142,12 +142,14 @@ class Qmp:
                     raise VmmProtocolError(f"The VMM sent a line of more than {MAX_LINE_BYTES} bytes.")
         except VmmProtocolError as error:
             self._fail(error)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             self._fail(VmmProtocolError(f"The VMM's control socket broke: {error!r}"))
 
-    def _dispatch(self, message: dict[str, Any]) -> None:
+    def _dispatch(self, message: Any) -> None:
+        if not isinstance(message, dict) or not isinstance(message.get("error", {}), dict):
+            raise VmmProtocolError("The VMM's control socket carried something that is no QMP message.")
         if "event" in message:
-            self._on_event(str(message["event"]), message.get("data") or {})
+            self._on_event(str(message["event"]), data if isinstance(data := message.get("data"), dict) else {})
         elif "QMP" in message:
             if not self._greeting.done():
                 self._greeting.set_result(None)
