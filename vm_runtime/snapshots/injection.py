@@ -1,8 +1,8 @@
 """Make another process execute one system call, through ptrace; for the one call that nobody can make on its behalf.
 
 userfaultfd(2) is bound to the address space of its caller and does not survive execve(2), so the VMM must make it.
-x86-64 only. The thread is stopped for about half a millisecond, its registers are put back as they were, and an interrupted
-system call of its own is restarted by Linux. If this process is killed in these microseconds, the other one crashes.
+x86-64 only. The thread is stopped for about half a millisecond, its registers are put back as they were, and Linux
+restarts the system call it may have been in. If this process is killed in these microseconds, the other one crashes.
 
 Knows nothing of memory or snapshots. Source: ptrace(2), `struct user_regs_struct` in <sys/user.h>.
 """
@@ -40,11 +40,14 @@ _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
 
-_REGISTER_NAMES = "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs"
+_REGISTER_NAMES = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi "
+    "orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs"
+)
 
 
 class _Registers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_ulonglong) for name in _REGISTER_NAMES.split()]  # noqa: RUF012 (as ctypes wants it)
+    _fields_ = [(name, ctypes.c_ulonglong) for name in _REGISTER_NAMES.split()]
 
 
 def can_inject() -> bool:

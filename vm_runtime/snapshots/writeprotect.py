@@ -2,9 +2,9 @@
 
 Pages that a snapshot has are write-protected; Linux drops the protection of a page when it is written, without stopping
 anybody, and PAGEMAP_SCAN finds and protects those again in one atomic step. So the pause follows what was written since
-the last snapshot, and even that can be copied before it: what is written after the copy is found in the pause.
+the last snapshot, and even that can be copied before it: what is written after the copy is found again.
 
-The userfaultfd must belong to the VMM (see injection.py); it stays open there, so that a gateway that starts again finds
+The userfaultfd must belong to the VMM (see injection.py) and stays open there, so a gateway that starts again finds
 it. Source: Documentation/admin-guide/mm/userfaultfd.rst and pagemap.rst of Linux 6.7.
 """
 

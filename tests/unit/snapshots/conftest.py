@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vm_runtime.snapshots.layers import copy_sparse
 from vm_runtime.snapshots.manifest import (
     DiskPart,
     MemoryParts,
@@ -114,7 +115,9 @@ def fill(base_file: tuple[Path, str]) -> Callable[..., SnapshotContents]:
         draft: Draft, *, name: str | None = None, device: bytes = b"device", layer: Part | None = None
     ) -> SnapshotContents:
         path, digest = base_file
-        draft.path("base").write_bytes(path.read_bytes())
+        with path.open("rb") as source, draft.path("base").open("wb") as copy:
+            copy.truncate(SIZE_BYTES)
+            copy_sparse(source.fileno(), copy.fileno(), SIZE_BYTES)
         base = draft.add(PartKind.BASE, draft.path("base"), digest=digest)
         disk = draft.add_bytes(PartKind.DISK, b"QFI\xfb a disk")
         return SnapshotContents(

@@ -1,0 +1,250 @@
+"""The store: complete or invisible, nothing needed is removed, nothing broken is used, a full disk harms nobody."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vm_runtime.snapshots.errors import (
+    BrokenSnapshotError,
+    SnapshotInUseError,
+    SnapshotRequestError,
+    StoreFullError,
+    UnknownSnapshotError,
+)
+from vm_runtime.snapshots.layers import Layer, MemoryImage, file_digest
+from vm_runtime.snapshots.manifest import Manifest, PartKind, SnapshotContents
+from vm_runtime.snapshots.memory import PAGE_SIZE, BaseMemory
+from vm_runtime.snapshots.store import Pin, SnapshotStore
+from vm_runtime.snapshots.tracking import capture
+
+SIZE_BYTES = 8 << 20
+
+Fill = Callable[..., SnapshotContents]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SnapshotStore]:
+    with SnapshotStore(tmp_path / "store") as store:
+        yield store
+
+
+def _publish(store: SnapshotStore, fill: Fill, **values: object) -> Manifest:
+    with store.begin() as draft:
+        return draft.publish(fill(draft, **values))
+
+
+def _files(store: SnapshotStore) -> set[str]:
+    """Everything but the index and the lock."""
+    names = {str(path.relative_to(store.directory)) for path in store.directory.rglob("*") if path.is_file()}
+    return {name for name in names if not name.startswith(("index.sqlite", "lock"))}
+
+
+def test_a_published_snapshot_can_be_found_and_is_whole(store: SnapshotStore, fill: Fill) -> None:
+    manifest = _publish(store, fill, name="one")
+    assert store.ls() == [manifest] == store.ls(name="one", owner="local")
+    assert store.ls(name="two") == []
+    assert store.get(manifest.id) == manifest
+    assert store.resolve(manifest.id[:8]) == store.resolve("one") == manifest.id
+    assert store.read_device(manifest) == b"device"
+    assert store.verify(manifest.id) == []
+
+
+def test_equal_parts_are_stored_once(store: SnapshotStore, fill: Fill) -> None:
+    one, two = _publish(store, fill, device=b"1"), _publish(store, fill, device=b"2")
+    assert one.id != two.id
+    assert len(list((store.directory / "parts" / "base").iterdir())) == 1
+
+
+def test_an_aborted_draft_leaves_nothing(store: SnapshotStore, fill: Fill) -> None:
+    before = _files(store)
+    with pytest.raises(ZeroDivisionError), store.begin() as draft:
+        fill(draft)
+        raise ZeroDivisionError
+    with store.begin() as draft:
+        fill(draft)
+    assert _files(store) == before
+    assert store.ls() == []
+
+
+def test_a_draft_without_one_of_its_parts_is_not_published(store: SnapshotStore, fill: Fill, tmp_path: Path) -> None:
+    with SnapshotStore(tmp_path / "other") as other, other.begin() as foreign:
+        contents = fill(foreign)
+    with pytest.raises(BrokenSnapshotError, match="missing"), store.begin() as draft:
+        draft.publish(contents)
+    assert _files(store) == set()
+
+
+def test_a_lost_or_damaged_index_is_made_again(store: SnapshotStore, fill: Fill) -> None:
+    manifest = _publish(store, fill)
+    store.close()
+    index = store.directory / "index.sqlite"
+    for damage in (index.unlink, lambda: index.write_bytes(b"nonsense" * 1000)):
+        damage()
+        with SnapshotStore(store.directory) as opened:
+            assert opened.ls() == [manifest]
+
+
+def test_an_index_that_names_a_removed_snapshot_is_corrected(store: SnapshotStore, fill: Fill) -> None:
+    store.manifest_path(_publish(store, fill).id).unlink()
+    with SnapshotStore(store.directory) as opened:
+        assert opened.ls() == []
+
+
+def test_what_a_sandbox_needs_is_not_removed(store: SnapshotStore, fill: Fill) -> None:
+    manifest = _publish(store, fill)
+    store.pin("sandbox-1", Pin(snapshots=(manifest.id,)))
+    with pytest.raises(SnapshotInUseError, match="sandbox-1"):
+        store.rm(manifest.id)
+    store.unpin("sandbox-1")
+    assert store.rm(manifest.id).parts == 3
+    assert _files(store) == set()
+    with pytest.raises(UnknownSnapshotError):
+        store.get(manifest.id)
+
+
+def test_parts_that_another_snapshot_or_a_live_machine_needs_stay(store: SnapshotStore, fill: Fill) -> None:
+    one, two = _publish(store, fill, device=b"1"), _publish(store, fill, device=b"2")
+    store.rm(one.id)
+    assert store.verify(two.id) == []
+    store.pin("machine", Pin(bases=(two.memory.base.digest,)))
+    store.rm(two.id)
+    assert _files(store) == {"pins/machine.json", f"parts/base/{two.memory.base.digest}"}
+
+
+def test_a_pin_needs_a_name_and_something_that_exists(store: SnapshotStore) -> None:
+    with pytest.raises(SnapshotRequestError):
+        store.pin("../escape", Pin())
+    with pytest.raises(UnknownSnapshotError):
+        store.pin("sandbox-1", Pin(snapshots=("0" * 32,)))
+
+
+def test_collection_removes_rubbish_and_waits_for_drafts(store: SnapshotStore, fill: Fill) -> None:
+    rubbish = store.directory / "drafts" / "left-by-a-crash"
+    rubbish.mkdir()
+    (rubbish / "base").write_bytes(bytes(100))
+    (store.directory / "parts" / "layer" / ("f" * 64)).write_bytes(bytes(100))
+    collected: list[int] = []
+    collector = threading.Thread(target=lambda: collected.append(store.gc().parts))
+    with store.begin() as draft:
+        contents = fill(draft)
+        collector.start()
+        manifest = draft.publish(contents)
+    collector.join()
+    assert collected == [1]
+    assert not rubbish.exists()
+    assert store.verify(manifest.id) == []
+
+
+def test_nothing_is_collected_while_a_manifest_cannot_be_read(store: SnapshotStore, fill: Fill) -> None:
+    manifest = _publish(store, fill)
+    path = store.manifest_path(manifest.id)
+    path.write_bytes(path.read_bytes().replace(b"local", b"other"))
+    with pytest.raises(BrokenSnapshotError):
+        store.gc()
+    assert store.read_device(manifest) == b"device"
+    assert "was changed" in store.verify(manifest.id)[0]
+
+
+@pytest.mark.parametrize("kind", [PartKind.BASE, PartKind.DEVICE, PartKind.DISK])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "tampered"])
+def test_a_damaged_part_is_found(store: SnapshotStore, fill: Fill, kind: PartKind, damage: str) -> None:
+    manifest = _publish(store, fill)
+    path = next((store.directory / "parts" / kind).iterdir())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        with path.open("r+b") as file:
+            file.write(b"?")
+    (problem,) = store.verify(manifest.id)
+    assert kind in problem
+    if kind is PartKind.DEVICE:
+        with pytest.raises(BrokenSnapshotError):
+            store.read_device(manifest)
+
+
+@pytest.mark.parametrize("reference", ["", "..", "../../etc/passwd", "0" * 32, "*"])
+def test_a_reference_to_nothing_is_unknown(store: SnapshotStore, reference: str) -> None:
+    for look in (store.get, store.resolve, store.rm, store.verify):
+        with pytest.raises(UnknownSnapshotError):
+            look(reference)
+
+
+def test_flattening_keeps_the_state_and_drops_the_layers(
+    store: SnapshotStore, fill: Fill, mapper: Callable[..., object], base: BaseMemory
+) -> None:
+    process = mapper()
+    seen = process.write(3, 20, 9)  # type: ignore[attr-defined]
+    captured = capture(process.pid, process.address, SIZE_BYTES)  # type: ignore[attr-defined]
+    with store.begin() as draft:
+        digest, _ = captured.write(draft.path("layer"), under=MemoryImage(base, []))
+        layer = draft.add(PartKind.LAYER, draft.path("layer"), digest=digest)
+        manifest = draft.publish(fill(draft, layer=layer))
+    assert [opened.payload_bytes for opened in _opened(store, manifest)] == [20 * PAGE_SIZE]
+    flat = store.flatten(manifest.id)
+    assert flat.memory.layers == ()
+    assert flat.flattened_from == manifest.id
+    assert store.verify(flat.id) == []
+    assert file_digest(store.part_path(PartKind.BASE, flat.memory.base.digest)) == seen
+    assert store.flatten(flat.id) == flat
+
+
+def _opened(store: SnapshotStore, manifest: Manifest) -> list[Layer]:
+    layers = store.open_layers(manifest.memory)
+    for layer in layers:
+        layer.close()
+    return layers
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Iterator[SnapshotStore]:
+    """A store on a real file system of one MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs")
+    directory = tmp_path / "small"
+    directory.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=1m"):
+        pytest.skip(f"needs to mount a small tmpfs: {os.strerror(ctypes.get_errno())}")
+    try:
+        with SnapshotStore(directory) as store:
+            yield store
+    finally:
+        libc.umount2(os.fsencode(directory), 0)
+
+
+def test_a_full_disk_fails_the_snapshot_and_nothing_else(small_store: SnapshotStore, fill: Fill) -> None:
+    kept = _publish(small_store, lambda draft: _small(fill, draft, b"kept"))
+    before = _files(small_store)
+    with pytest.raises(StoreFullError, match="No room"), small_store.begin() as draft:
+        draft.add_bytes(PartKind.DEVICE, bytes(2 << 20))
+    assert _files(small_store) == before
+    for free_kib in range(0, 64, 4):
+        _fill_up(small_store.directory / "ballast", free_kib=free_kib)
+        try:
+            added = _publish(small_store, lambda draft: _small(fill, draft, b"x" * 9000))
+        except StoreFullError:
+            assert _files(small_store) == before | {"ballast"}
+        else:
+            assert small_store.verify(added.id) == []
+            small_store.rm(added.id)
+        (small_store.directory / "ballast").unlink()
+    assert small_store.verify(kept.id) == []
+    assert small_store.ls() == [kept]
+
+
+def _small(fill: Fill, draft: object, device: bytes) -> SnapshotContents:
+    return fill(draft, device=device)
+
+
+def _fill_up(path: Path, *, free_kib: int) -> None:
+    status = os.statvfs(path.parent)
+    with path.open("wb") as file:
+        file.write(bytes(max(0, status.f_bavail * status.f_frsize - free_kib * 1024)))
