@@ -56,7 +56,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         self._silent_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    async def prepare(self) -> None:  # type: ignore[override]
+    async def prepare(self) -> None:
         self.check_host()
         if not self.has_token() and not await self._is_local_user():
             self.check_token()
@@ -98,7 +98,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         self._legacy = V1 not in subprotocols
         return None if self._legacy else V1
 
-    async def get(self, kernel_id: str) -> None:  # type: ignore[override]
+    async def get(self, kernel_id: str) -> None:
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise ApiError(400, "not_a_websocket", "This path is a WebSocket: ask for it with `Upgrade: websocket`.")
         self._kernel_id = kernel_id
@@ -112,7 +112,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         self.gateway.hub.check_room(kernel_id, self._session_id)
         await super().get(kernel_id)
 
-    async def open(self, *args: str, **kwargs: str) -> None:  # type: ignore[override]
+    async def open(self, *args: str, **kwargs: str) -> None:
         # Without this each small answer waits up to 40 ms for the client's delayed ACK.
         self.set_nodelay(True)
         self._silent_since = asyncio.get_running_loop().time()
@@ -125,7 +125,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
 
     def _write(self, data: bytes, binary: bool) -> asyncio.Future[None]:
         try:
-            return self.write_message(data, binary)  # type: ignore[return-value]
+            return self.write_message(data, binary)
         except WebSocketClosedError as error:
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
@@ -134,7 +134,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
     def _close_with(self, code: int, reason: str) -> None:
         self.close(code, reason.encode()[:MAX_REASON_BYTES].decode("utf-8", "ignore"))
 
-    async def on_message(self, data: str | bytes) -> None:  # type: ignore[override]
+    async def on_message(self, data: str | bytes) -> None:
         self._heard = True
         connection = self._connection
         if connection is None:

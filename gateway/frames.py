@@ -115,7 +115,8 @@ def decode_v1(data: bytes) -> KernelMessage:
     if offsets[0] < 8 * (count + 1) or ends[-1] > len(data) or any(a > b for a, b in zip(offsets, ends, strict=False)):
         raise FrameError("The offsets of a v1 message must rise and end within it.")
     pieces = [data[start:end] for start, end in zip(offsets, ends, strict=False)]
-    return KernelMessage(_channel(pieces[0].decode("ascii", "replace")), *pieces[1:5], buffers=tuple(pieces[5:]))
+    channel, header, parent, metadata, content, *buffers = pieces
+    return KernelMessage(_channel(channel.decode("ascii", "replace")), header, parent, metadata, content, buffers)
 
 
 def encode_legacy(message: KernelMessage) -> tuple[bytes, bool]:
@@ -169,12 +170,13 @@ def decode_legacy(data: str | bytes) -> KernelMessage:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise TypeError("it is no object")
-        parts = [_dump(value.get(name)) for name in ("header", "parent_header", "metadata", "content")]
+        names = ("header", "parent_header", "metadata", "content")
+        header, parent, metadata, content = (_dump(value.get(name)) for name in names)
     except (ValueError, TypeError, RecursionError) as error:
         raise FrameError(f"A kernel message must be a JSON object: {error}") from error
-    if parts[0] == b"{}":
+    if header == b"{}":
         raise FrameError('A kernel message must have a "header".')
-    return KernelMessage(_channel(value.get("channel") or "shell"), *parts, buffers=buffers)
+    return KernelMessage(_channel(value.get("channel") or "shell"), header, parent, metadata, content, buffers)
 
 
 def _split_legacy(data: bytes) -> tuple[bytes, tuple[bytes, ...]]:

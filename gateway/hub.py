@@ -79,7 +79,7 @@ class KernelHub:
         return sum(len(clients.connections) for clients in self._kernels.values())
 
     def check_room(self, kernel_id: str, session_id: str) -> None:
-        """Errors: ApiError 429 beyond the limits on connections; one that replaces its own older self is no further one."""
+        """Errors: ApiError 429 beyond the limits; a connection that replaces its own older self is no further one."""
         clients = self._kernels.get(kernel_id)
         if clients is not None and session_id in clients.connections:
             return

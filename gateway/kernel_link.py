@@ -23,11 +23,11 @@ from gateway.zmq_socket import ZmqSocket
 DEALERS = ("shell", "control", "stdin")
 # ipykernel 7 greets a new subscriber at once. Other kernels are asked for kernel_info, whose status messages prove the
 # subscription: first after a moment in which a greeting would have come, then at jupyter_server's interval.
-FIRST_NUDGE_S = 0.2
+FIRST_NUDGE_S = 0.1
 NUDGE_INTERVAL_S = 0.5
 # jupyter_server's kernel_info_timeout: after it the client is served anyway and may try for itself.
 SUBSCRIBE_TIMEOUT_S = 60.0
-# A busy kernel answers no nudge, but greets from its iopub thread.
+# A busy kernel that neither greets from its iopub thread nor answers from its control thread does so when its cell ends.
 BUSY_SUBSCRIBE_TIMEOUT_S = 1.0
 
 Receiver = Callable[[KernelMessage], None]
@@ -108,8 +108,7 @@ class KernelLink:
         limit_s = BUSY_SUBSCRIBE_TIMEOUT_S if busy else SUBSCRIBE_TIMEOUT_S
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                if await self._greeted_within(FIRST_NUDGE_S) or busy:
-                    await self._subscribed.wait()
+                if await self._greeted_within(FIRST_NUDGE_S):
                     return
                 # A socket of its own: the reply must not reach the client.
                 nudge = ZmqSocket(self._context, zmq.DEALER, self._address("control"))

@@ -1,7 +1,7 @@
 """Which user is at the other end of a TCP connection on loopback, from /proc/net/tcp.
 
-nbclient's gateway client opens its WebSocket without any token. A process of the gateway's own user could read the token
-from `gateway.json` anyway, so letting it in gives it nothing it does not have. Linux only (proc(5)).
+nbclient's gateway client opens its WebSocket without any token. A process of the gateway's own user could read the
+token from `gateway.json` anyway, so letting it in gives it nothing it does not have. Linux only (proc(5)).
 """
 
 from __future__ import annotations

@@ -81,21 +81,13 @@ class Resources(SandboxRequest):
     disk_mib: Size | None = None
 
 
-# What Jupyter's clients can only say through the environment.
-_RESOURCE_VARIABLES = {"memory_mib": "KERNEL_MEMORY_MIB", "vcpus": "KERNEL_VCPUS", "disk_mib": "KERNEL_DISK_MIB"}
-
-
-def _resources(resources: Resources | None, env: Mapping[str, str]) -> dict[str, int | None]:
-    sizes: dict[str, int | None] = {}
-    for field, variable in _RESOURCE_VARIABLES.items():
-        size = getattr(resources, field) if resources else None
-        if size is None and variable in env:
-            text = env[variable]
-            if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-                raise ValueError(f"{variable} must be a positive number, not {text[:40]!r}")
-            size = int(text)
-        sizes[field] = size
-    return sizes
+def _size_in(env: Mapping[str, str], variable: str) -> int | None:
+    text = env.get(variable)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise ValueError(f"{variable} must be a positive number, not {text[:40]!r}")
+    return int(text)
 
 
 class CreateKernel(JupyterRequest):
@@ -111,12 +103,15 @@ class CreateKernel(JupyterRequest):
 
     def to_create(self, default_template: str) -> CreateSandbox:
         """Errors: ValueError for a resource that is no number."""
+        resources = self.resources or Resources()
         return CreateSandbox(
             template=self.name or default_template,
             kernel_id=self.kernel_id,
             env=self.env,
             cwd=self.env.get("KERNEL_WORKING_DIR") or self.path or None,
-            **_resources(self.resources, self.env),
+            memory_mib=resources.memory_mib or _size_in(self.env, "KERNEL_MEMORY_MIB"),
+            vcpus=resources.vcpus or _size_in(self.env, "KERNEL_VCPUS"),
+            disk_mib=resources.disk_mib or _size_in(self.env, "KERNEL_DISK_MIB"),
         )
 
 
@@ -132,12 +127,15 @@ class NewSandbox(SandboxRequest):
     _env = field_validator("env")(_check_env)
 
     def to_create(self, default_template: str) -> CreateSandbox:
+        resources = self.resources or Resources()
         return CreateSandbox(
             template=self.template or default_template,
             name=self.name,
             env=self.env,
             cwd=self.cwd,
-            **_resources(self.resources, {}),
+            memory_mib=resources.memory_mib,
+            vcpus=resources.vcpus,
+            disk_mib=resources.disk_mib,
         )
 
 
@@ -239,7 +237,7 @@ class KernelspecsAnswer(Answer):
 
 
 class SessionKernel(JupyterRequest):
-    """The kernel that a session wants: one that runs (id) or a new one (name). An id that is not there is the new one's."""
+    """The kernel that a session wants: one that runs (id) or a new one (name), which gets the id if both are given."""
 
     id: KernelId | None = None
     name: Name | None = None

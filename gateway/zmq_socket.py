@@ -22,6 +22,9 @@ MESSAGES_PER_TURN = 64
 RECEIVE_HIGH_WATER = 4
 # Messages on their way to a kernel that does not read (busy in a cell); beyond it the client is made to wait.
 SEND_HIGH_WATER = 32
+# zmq allocates what a message's length says before its bytes come, so a hostile guest must not say terabytes. Beyond it
+# zmq drops the connection.
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 
 
 class ZmqSocket:
@@ -39,6 +42,7 @@ class ZmqSocket:
         self._socket.linger = 0
         self._socket.rcvhwm = RECEIVE_HIGH_WATER
         self._socket.sndhwm = SEND_HIGH_WATER
+        self._socket.maxmsgsize = MAX_MESSAGE_BYTES
         if identity:
             self._socket.identity = identity
         if kind == zmq.SUB:
@@ -112,7 +116,8 @@ class ZmqSocket:
         self._receive(limit=MESSAGES_PER_TURN)
         if self._socket.closed:
             return
-        events = self._socket.events
+        events = self._socket.getsockopt(zmq.EVENTS)
+        assert isinstance(events, int)
         if self._writable is not None and events & zmq.POLLOUT:
             self._writable.set()
         if events & zmq.POLLIN and self.on_message is not None and not self._paused:

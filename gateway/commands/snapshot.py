@@ -21,7 +21,7 @@ _Command = Callable[[SnapshotStore, argparse.Namespace], int]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `snapshot` and its commands; each sets `run`, which takes the parsed arguments and answers the exit code."""
+    """Add `snapshot` and its commands; each sets `func`, which takes the parsed arguments and answers the exit code."""
     parser = subparsers.add_parser("snapshot", help="look at, check, remove and carry snapshots")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -29,7 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         added = commands.add_parser(name, help=text, description=text)
         added.add_argument("--state-dir", type=Path, default=None, help="where the gateway keeps its state")
         added.add_argument("--json", action="store_true", help="print JSON")
-        added.set_defaults(run=lambda arguments: _run(command, arguments))
+        added.set_defaults(func=lambda arguments: _run(command, arguments))
         return added
 
     ls = add("ls", _ls, "list snapshots, oldest first")

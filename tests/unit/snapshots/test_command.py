@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Callable[..., int]:
 
     def run(*arguments: str, state: str = "state") -> int:
         parsed = parser.parse_args(["snapshot", *arguments, "--state-dir", str(tmp_path / state)])
-        return int(parsed.run(parsed))
+        return int(parsed.func(parsed))
 
     return run
 

@@ -1,0 +1,131 @@
+"""`hypercelld serve`: image, accelerator, driver, templates, then HTTP, each with a word to the person who waits."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic.fields import FieldInfo
+
+from gateway.errors import StartError
+from gateway.presence import gateway_files, state_lock
+from gateway.serving import Serving, serving
+from gateway.settings import GatewaySettings, load_settings
+from kernels.errors import KernelsError
+from kernels.service import SandboxService
+from vm_runtime.drivers.qemu.accelerator import Wish, choose
+from vm_runtime.drivers.qemu.driver import QemuDriver
+from vm_runtime.errors import VmRuntimeError
+from vm_runtime.images.errors import ImageError
+from vm_runtime.images.progress import LineProgress
+from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
+from vm_runtime.images.store import ImageStore
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def register(subparsers: Subparsers) -> None:
+    """Adds `serve`; every setting is a flag of it."""
+    parser = subparsers.add_parser("serve", help="serve kernels until SIGTERM or Ctrl-C")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    for name, field in GatewaySettings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=None, help=field.description)
+        else:
+            parser.add_argument(flag, default=None, metavar="VALUE", help=_help(field))
+    parser.set_defaults(func=run)
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.get_default()
+    text = str(field.description)
+    if default in (None, ()):
+        return text
+    return f"{text} Default: {default}".replace("%", "%%")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command. Ends with 0 after a signal, with 1 and a sentence when it cannot start."""
+    flags: dict[str, Any] = {
+        name: value for name in GatewaySettings.model_fields if (value := getattr(arguments, name)) is not None
+    }
+    try:
+        settings = load_settings(config=arguments.config, flags=flags)
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        asyncio.run(_until_signal(settings))
+    except (StartError, KernelsError, VmRuntimeError, ImageError) as error:
+        print(f"hypercelld: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def say(text: str) -> None:
+    """A line for the person who started the gateway."""
+    print(text, flush=True)
+
+
+async def _until_signal(settings: GatewaySettings) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    stopping = False
+
+    def stop() -> None:
+        # Once: a second signal must not break off the cleaning up that the first one began.
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            say("Stopping: ending kernels and connections.")
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        async with running(settings) as gateway:
+            say(f"Hypercell serves at {gateway.url}/?token={gateway.token}")
+            say(f"  jupyter lab --gateway-url={gateway.url} --GatewayClient.auth_token={gateway.token}")
+            say("Ctrl-C ends it and all its kernels.")
+            await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+    say("Stopped; nothing is left running.")
+
+
+@asynccontextmanager
+async def running(settings: GatewaySettings) -> AsyncIterator[Serving]:
+    """The whole gateway, from nothing to listening, and back. Errors: StartError, KernelsError, VmRuntimeError,
+    ImageError."""
+    with state_lock(settings.state_dir):
+        images = ImageStore(settings.state_dir / "images")
+        if not images.current():
+            say("There is no image yet; building the default one (`hypercelld image build`), which takes some minutes.")
+            await images.build(load_recipe(DEFAULT_RECIPE), LineProgress(say))
+        image = next(iter(images.current().values()))
+        choice = await choose(Wish(settings.accelerator), state_dir=settings.state_dir, image=image.files)
+        say(choice.why)
+        driver = await QemuDriver.start(accelerator=choice.accelerator)
+        try:
+            async with SandboxService(settings.service_settings(), driver) as service:
+                await service.prepare(progress=say)
+                async with serving(settings, service) as gateway:
+                    with gateway_files(
+                        url=gateway.url, token=gateway.token, state_dir=settings.state_dir, run_dir=settings.run_dir
+                    ):
+                        yield gateway
+        finally:
+            await driver.close()

@@ -1,0 +1,297 @@
+"""`hypercelld doctor`: what this host has, what it lacks, and the command that mends it. Changes nothing but what trying
+out the accelerator remembers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from gateway.places import default_state_dir, run_dir_of
+from gateway.version import VERSION
+from kernels.capacity import RESERVE_MIB, START_COST_MIB, available_mib
+from vm_runtime.drivers.qemu.accelerator import Wish, choose
+from vm_runtime.drivers.qemu.driver import QemuDriver
+from vm_runtime.drivers.qemu.program import PROGRAM, find_program
+from vm_runtime.errors import VmRuntimeError
+from vm_runtime.images.store import ImageStore
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+# Ten idle kernels and the template they share; below this the host is for trying it out only.
+COMFORTABLE_MEMORY_MIB = 2048
+# An image while it is built, and its template.
+COMFORTABLE_DISK_MIB = 5 * 1024
+# Program, Debian package, and what it is for.
+TOOLS = (
+    (PROGRAM, "qemu-system-x86", "machines"),
+    ("mmdebstrap", "mmdebstrap", "building images"),
+    ("mkfs.erofs", "erofs-utils", "building images"),
+    ("mkfs.ext4", "e2fsprogs", "building templates"),
+)
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(_Part):
+    """blocking: nothing runs without it. fix: the command that mends it, or None where none does."""
+
+    what: str
+    fix: str | None
+    blocking: bool
+
+
+class AcceleratorPart(_Part):
+    """name: kvm or tcg. decided: False while there is no image to try it with."""
+
+    name: str
+    why: str
+    decided: bool
+
+
+class QemuPart(_Part):
+    path: str
+    version: str
+
+
+class MemoryPart(_Part):
+    available_mib: int
+
+
+class DiskPart(_Part):
+    path: str
+    free_mib: int
+
+
+class WallPart(_Part):
+    """One wall around a VMM process."""
+
+    name: str
+    stands: bool
+    problem: str | None
+    fix: str | None
+
+
+class ToolPart(_Part):
+    name: str
+    path: str | None
+
+
+class ImagePart(_Part):
+    name: str
+    digest: str
+    size_mib: int
+
+
+class TemplatePart(_Part):
+    digest: str
+    image: str
+    memory_mib: int
+    vcpus: int
+
+
+class Report(_Part):
+    """The document of `hypercelld doctor --json`. ok: kernels can run here (problems that do not block may be left)."""
+
+    version: str
+    ok: bool
+    accelerator: AcceleratorPart | None
+    qemu: QemuPart | None
+    memory: MemoryPart
+    disk: DiskPart
+    user_namespaces: bool
+    cgroups: bool
+    walls: list[WallPart]
+    tools: list[ToolPart]
+    images: list[ImagePart]
+    templates: list[TemplatePart]
+    state_dir: str
+    run_dir: str
+    problems: list[Problem]
+
+
+def register(subparsers: Subparsers) -> None:
+    """Adds `doctor`."""
+    parser = subparsers.add_parser("doctor", help="say what this host has, lacks, and how to mend it")
+    parser.add_argument("--state-dir", type=Path, default=default_state_dir(), help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command. Ends with 0 when kernels can run here, else with 1."""
+    report = asyncio.run(examine(arguments.state_dir))
+    if arguments.json:
+        print(report.model_dump_json(indent=2))
+    else:
+        _print(report)
+    return 0 if report.ok else 1
+
+
+async def examine(state_dir: Path) -> Report:
+    """Looks at everything; boots a guest under KVM once where that was never tried here."""
+    problems: list[Problem] = []
+    tools = _tools(problems)
+    images, template_parts = await asyncio.to_thread(_stored, state_dir, problems)
+    memory, disk = _resources(state_dir, problems)
+    accelerator, qemu, walls = await _virtualisation(state_dir, problems)
+    user_namespaces = _user_namespaces()
+    if not user_namespaces and os.geteuid() != 0:
+        problems.append(
+            Problem(
+                what="User namespaces are switched off, so machines cannot be confined without root.",
+                fix="sudo sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000",
+                blocking=False,
+            )
+        )
+    return Report(
+        version=VERSION,
+        ok=not any(problem.blocking for problem in problems),
+        accelerator=accelerator,
+        qemu=qemu,
+        memory=memory,
+        disk=disk,
+        user_namespaces=user_namespaces,
+        cgroups=any("cgroup" in wall.name.lower() and wall.stands for wall in walls),
+        walls=walls,
+        tools=tools,
+        images=images,
+        templates=template_parts,
+        state_dir=str(state_dir),
+        run_dir=str(run_dir_of(state_dir)),
+        problems=problems,
+    )
+
+
+def _tools(problems: list[Problem]) -> list[ToolPart]:
+    path = f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"
+    tools = [ToolPart(name=name, path=shutil.which(name, path=path)) for name, _, _ in TOOLS]
+    for tool, (name, package, purpose) in zip(tools, TOOLS, strict=True):
+        if tool.path is None:
+            what = f"{name} is not installed; it is needed for {purpose}."
+            problems.append(Problem(what=what, fix=f"sudo apt-get install {package}", blocking=name == PROGRAM))
+    return tools
+
+
+def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], list[TemplatePart]]:
+    store = ImageStore(state_dir / "images")
+    images = [
+        ImagePart(name=image.manifest.recipe.name, digest=image.files.digest, size_mib=image.size_bytes >> 20)
+        for image in store.ls()
+    ]
+    problems.extend(
+        Problem(what=text, fix=f"hypercelld image build --state-dir {state_dir}", blocking=False)
+        for text in store.problems()
+    )
+    if not images:
+        problems.append(
+            Problem(
+                what="There is no image yet; `serve` builds the default one, which takes some minutes.",
+                fix=f"hypercelld image build --state-dir {state_dir}",
+                blocking=False,
+            )
+        )
+    templates = []
+    for manifest in sorted((state_dir / "templates").glob("*/manifest.json")):
+        try:
+            value = json.loads(manifest.read_bytes())
+            templates.append(
+                TemplatePart(
+                    digest=value["digest"], image=value["image"], memory_mib=value["memory_mib"], vcpus=value["vcpus"]
+                )
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"The template {manifest.parent.name} cannot be read ({error}); it will be built anew."
+            problems.append(Problem(what=what, fix=f"rm -r {manifest.parent}", blocking=False))
+    return images, templates
+
+
+def _resources(state_dir: Path, problems: list[Problem]) -> tuple[MemoryPart, DiskPart]:
+    memory_mib = available_mib()
+    least = RESERVE_MIB + START_COST_MIB
+    if memory_mib < COMFORTABLE_MEMORY_MIB:
+        what = f"{memory_mib} MiB of memory are available; {COMFORTABLE_MEMORY_MIB} are enough for some kernels."
+        problems.append(Problem(what=what, fix=None, blocking=memory_mib < least))
+    existing = next(path for path in (state_dir, *state_dir.parents) if path.exists())
+    free_mib = shutil.disk_usage(existing).free >> 20
+    if free_mib < COMFORTABLE_DISK_MIB:
+        what = f"{existing} has {free_mib} MiB free; an image and its template need {COMFORTABLE_DISK_MIB}."
+        problems.append(Problem(what=what, fix="hypercelld serve --state-dir /a/larger/disk", blocking=False))
+    return MemoryPart(available_mib=memory_mib), DiskPart(path=str(existing), free_mib=free_mib)
+
+
+async def _virtualisation(
+    state_dir: Path, problems: list[Problem]
+) -> tuple[AcceleratorPart | None, QemuPart | None, list[WallPart]]:
+    try:
+        path, version = await find_program(PROGRAM)
+        image = next(iter(ImageStore(state_dir / "images").current().values()), None)
+        choice = await choose(Wish.AUTO, state_dir=state_dir, image=image.files if image else None)
+        driver = await QemuDriver.start(accelerator=choice.accelerator)
+    except VmRuntimeError as error:
+        # A missing QEMU is among the tools already.
+        if shutil.which(PROGRAM) is not None:
+            problems.append(Problem(what=str(error), fix=None, blocking=True))
+        return None, None, []
+    try:
+        steps = driver.confinement().steps
+    finally:
+        await driver.close()
+    walls = [
+        WallPart(name=step.name, stands=step.problem is None, problem=step.problem, fix=step.fix) for step in steps
+    ]
+    problems.extend(
+        Problem(what=f"{wall.name}: {wall.problem}", fix=wall.fix, blocking=False) for wall in walls if not wall.stands
+    )
+    accelerator = AcceleratorPart(name=choice.accelerator.value, why=choice.why, decided=choice.decided)
+    qemu = QemuPart(path=str(path), version=".".join(map(str, version)))
+    return accelerator, qemu, walls
+
+
+def _user_namespaces() -> bool:
+    """Whether a user without rights may make them (Debian's switch, and the limit that containers set to 0)."""
+    for name in ("kernel/unprivileged_userns_clone", "user/max_user_namespaces"):
+        try:
+            if int(Path("/proc/sys", name).read_text()) == 0:
+                return False
+        except (OSError, ValueError):
+            continue
+    return Path("/proc/self/ns/user").exists()
+
+
+def _print(report: Report) -> None:
+    def line(name: str, text: str) -> None:
+        print(f"{name:<16}{text}")
+
+    line("hypercelld", report.version)
+    line("QEMU", f"{report.qemu.version} ({report.qemu.path})" if report.qemu else "missing")
+    line("accelerator", f"{report.accelerator.name}: {report.accelerator.why}" if report.accelerator else "none")
+    line("memory", f"{report.memory.available_mib} MiB available")
+    line("disk", f"{report.disk.free_mib} MiB free in {report.disk.path}")
+    line("user namespaces", "yes" if report.user_namespaces else "no")
+    line("cgroups", "writable" if report.cgroups else "not writable")
+    line("walls", ", ".join(wall.name for wall in report.walls if wall.stands) or "none")
+    line("tools", ", ".join(tool.name for tool in report.tools if tool.path) or "none")
+    line("images", ", ".join(f"{image.name} {image.digest[:12]}" for image in report.images) or "none")
+    line("templates", ", ".join(template.digest[:12] for template in report.templates) or "none")
+    line("state", report.state_dir)
+    if report.problems:
+        print("\nproblems")
+    for problem in report.problems:
+        print(f"  {'!' if problem.blocking else '-'} {problem.what}")
+        if problem.fix:
+            print(f"      {problem.fix}")
+    if not report.ok:
+        print("\nKernels cannot run here until the problems marked ! are mended.", file=sys.stderr)
