@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def open_service(settings: ServiceSettings) -> AsyncIterator[SandboxService]:
-    """A running service. Errors: DriverUnavailableError (no QEMU, no accelerator as asked), SpawnError, KernelsError."""
+    """A running service. Errors: DriverUnavailableError (no QEMU, or no accelerator as asked), KernelsError."""
     images = ImageStore(settings.state_dir / "images").ls()
     choice = await choose(
         Wish(settings.accelerator), state_dir=settings.state_dir, image=images[0].files if images else None
