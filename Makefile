@@ -34,7 +34,7 @@ check:
 
 bench:
 	@tools/setup test
-	@.venv/bin/python -m benchmarks
+	@.venv/bin/python -m benchmarks $(state_flag)
 
 lock:
 	@.venv/bin/python -m pip install -q uv

@@ -1,0 +1,1 @@
+"""The measurements, one module each: `async def measure(setup) -> list[Row]`."""
