@@ -1,4 +1,4 @@
-"""The gateway as Jupyter's own programs are told about it: by environment, by kernelspec, by jupyter_server's client."""
+"""The gateway as Jupyter's programs are told of it: by environment, kernelspec, or jupyter_server's client."""
 
 from __future__ import annotations
 
