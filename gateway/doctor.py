@@ -1,5 +1,6 @@
-"""`hypercelld doctor`: what this host has, what it lacks, and the command that mends it. Changes nothing but what trying
-out the accelerator remembers.
+"""`hypercelld doctor`: what this host has, what it lacks, and the command that mends it.
+
+Changes nothing; that an accelerator was tried out is remembered.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ TOOLS = (
     ("mkfs.erofs", "erofs-utils", "building images"),
     ("mkfs.ext4", "e2fsprogs", "building templates"),
 )
+# The walls that cgroups make (vm_runtime/drivers/qemu/cgroups.py).
+CGROUP_WALLS = ("memory limit", "cpu limit", "pids limit")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -164,7 +167,7 @@ async def examine(state_dir: Path) -> Report:
         memory=memory,
         disk=disk,
         user_namespaces=user_namespaces,
-        cgroups=any("cgroup" in wall.name.lower() and wall.stands for wall in walls),
+        cgroups=all(wall.stands for wall in walls if wall.name in CGROUP_WALLS) and bool(walls),
         walls=walls,
         tools=tools,
         images=images,

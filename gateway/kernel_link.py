@@ -27,7 +27,8 @@ FIRST_NUDGE_S = 0.1
 NUDGE_INTERVAL_S = 0.5
 # jupyter_server's kernel_info_timeout: after it the client is served anyway and may try for itself.
 SUBSCRIBE_TIMEOUT_S = 60.0
-# A busy kernel that neither greets from its iopub thread nor answers from its control thread does so when its cell ends.
+# A busy kernel that neither greets from its iopub thread nor answers from its control thread will not do so before its
+# cell has ended.
 BUSY_SUBSCRIBE_TIMEOUT_S = 1.0
 
 Receiver = Callable[[KernelMessage], None]

@@ -28,7 +28,8 @@ def split_stream(message: KernelMessage) -> Iterator[KernelMessage]:
 
     All pieces carry the header of the whole. A message that is no such stream, or not written as one, passes as it is.
     """
-    if message.size <= MAX_STREAM_BYTES or b'"stream"' not in bytes(message.header[:4096]):
+    is_stream = b'"stream"' in bytes(message.header[:4096]) and not message.buffers
+    if len(message.content) <= MAX_STREAM_BYTES or not is_stream:
         yield message
         return
     content = memoryview(message.content)
@@ -44,7 +45,7 @@ def split_stream(message: KernelMessage) -> Iterator[KernelMessage]:
     while start < end:
         stop = _cut(content, start, min(start + PIECE_BYTES, end), end)
         piece = b"".join([b'{"name": ', name, b', "text": "', content[start:stop], b'"}'])
-        yield KernelMessage(message.channel, message.header, message.parent, message.metadata, piece, message.buffers)
+        yield KernelMessage(message.channel, message.header, message.parent, message.metadata, piece)
         start = stop
 
 

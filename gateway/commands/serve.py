@@ -96,7 +96,7 @@ async def _until_signal(settings: GatewaySettings) -> None:
         loop.add_signal_handler(number, stop)
     try:
         async with running(settings) as gateway:
-            say(f"Hypercell serves at {gateway.url}/?token={gateway.token}")
+            say(f"Hypercell serves at {gateway.url} (try {gateway.url}/api/status?token={gateway.token})")
             say(f"  jupyter lab --gateway-url={gateway.url} --GatewayClient.auth_token={gateway.token}")
             say("Ctrl-C ends it and all its kernels.")
             await asyncio.Event().wait()

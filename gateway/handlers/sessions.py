@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 from gateway.endpoint import Call, Endpoint, Operation, Reply
@@ -48,10 +49,8 @@ async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: s
     """The id of the kernel that a session asks for, started where it is not there."""
     wanted = wanted or SessionKernel()
     if wanted.id is not None:
-        try:
+        with suppress(UnknownSandboxError):
             return gateway.service.get(wanted.id).id
-        except UnknownSandboxError:
-            pass
     request = CreateSandbox(
         template=wanted.name or gateway.default_template(), kernel_id=wanted.id, env={"JPY_SESSION_NAME": path}
     )
@@ -94,7 +93,7 @@ async def patch_session(call: Call) -> Reply:
         try:
             after = replace(after, kernel_id=gateway.service.get(body.kernel.id).id)
         except UnknownSandboxError as error:
-            raise ApiError(400, "kernel_not_found", f"No such kernel: {body.kernel.id}") from error
+            raise ApiError(404, "kernel_not_found", f"No such kernel: {body.kernel.id}") from error
     elif body.kernel is not None and body.kernel.name is not None:
         after = replace(after, kernel_id=await _kernel_for(gateway, body.kernel, path=after.path))
     gateway.sessions.put(after)
@@ -104,10 +103,9 @@ async def patch_session(call: Call) -> Reply:
 
 
 async def _delete_kernel(gateway: Gateway, kernel_id: str) -> None:
-    try:
+    # Unknown: someone else was faster.
+    with suppress(UnknownSandboxError):
         await gateway.service.delete(kernel_id)
-    except UnknownSandboxError:
-        pass  # someone else was faster
 
 
 async def delete_session(call: Call) -> Reply:
@@ -126,7 +124,7 @@ ENDPOINTS = (
             ),
             "POST": Operation(
                 name="createSession",
-                summary="A session for a document, with a new kernel or a given one; the one that is there if there is one.",
+                summary="A session for a document, with a new kernel or a given one; or the session it has.",
                 run=create_session,
                 body=CreateSession,
                 reply=SessionAnswer,
