@@ -124,9 +124,8 @@ async def _ls(arguments: argparse.Namespace) -> None:
     for image in images:
         manifest = image.manifest
         digest = manifest.digest[:SHORT_DIGEST_LENGTH]
-        print(
-            f"{manifest.recipe.name:<20} {digest} {image.size_bytes >> 20:>5} MiB  {manifest.created_at:%Y-%m-%d %H:%M} UTC"
-        )
+        created = f"{manifest.created_at:%Y-%m-%d %H:%M} UTC"
+        print(f"{manifest.recipe.name:<20} {digest} {image.size_bytes >> 20:>5} MiB  {created}")
 
 
 async def _inspect(arguments: argparse.Namespace) -> None:
@@ -141,9 +140,8 @@ async def _inspect(arguments: argparse.Namespace) -> None:
     print(f"name        {recipe.name} ({recipe.display_name})")
     print(f"digest      {manifest.digest} (all files verified)")
     print(f"path        {image.files.rootfs.parent}")
-    print(
-        f"created     {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC, recipe {manifest.recipe_digest[:SHORT_DIGEST_LENGTH]}"
-    )
+    print(f"created     {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC")
+    print(f"recipe      {manifest.recipe_digest}")
     print(f"machine     {recipe.memory_mib} MiB memory, {recipe.vcpus} vCPU, {recipe.disk_mib} MiB disk")
     for name, file in sorted(manifest.files.items()):
         print(f"file        {name} {file.size_bytes} bytes, sha256 {file.sha256}")

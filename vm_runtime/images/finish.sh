@@ -21,7 +21,10 @@ mv "$root"/usr/lib/modules/* "$out/modules"
 cp "$root/bin/busybox" "$out/busybox"
 # Its prerm asks for confirmation where the host runs the same version.
 rm -f "$root"/var/lib/dpkg/info/linux-image-*.prerm
-enter apt-get -q -y purge --autoremove 'linux-image-.*'
+# Only what the recipe names stays, with what it needs: mmdebstrap marks more than that as wanted (usrmerge and all of Perl).
+enter apt-mark showmanual | xargs chroot "$root" apt-mark auto >/dev/null
+xargs chroot "$root" apt-mark manual <"$build/packages" >/dev/null
+enter apt-get -q -y purge --autoremove 'linux-image-.*' usrmerge
 enter dpkg-query -W -f '${Package} ${Version}\n' >"$out/debian-packages"
 
 # The whole machine is the user's own: pip may install beside Debian's packages (PEP 668).

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from vm_runtime.images.errors import BuildHostError
 
-# The default image's root takes 0.7 GB, its packages 0.2 GB, their archive 0.4 GB and the image 0.3 GB; the rest is for larger recipes.
+# The default image: its root takes 0.7 GB, its Python packages 0.3 GB and their archive as much, its files 0.3 GB;
+# the rest is for larger recipes.
 NEEDED_SPACE_BYTES = 3 << 30
 # Output kept for an error's message: apt's and pip's reasons stand in the last few lines, after some noise.
 KEPT_LINES = 400

@@ -1,7 +1,8 @@
 """The initramfs of an image: busybox, the drivers that Debian's vmlinux has as modules, and /init.
 
-Its format is the newc cpio (Linux, Documentation/driver-api/early-userspace/buffer-format.rst), which may be followed by further
-archives: that is how the guest code is appended. Everything in it has a fixed time and order, so equal parts give equal bytes.
+Its format is the newc cpio (Linux, Documentation/driver-api/early-userspace/buffer-format.rst), which may be
+followed by further archives: that is how the guest code is appended. Everything in it has a fixed time and order, so
+equal parts give equal bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ from pathlib import Path, PurePosixPath
 
 from vm_runtime.images.errors import BuildFailedError
 
-# What the guest needs before it has a root: transport, disks, wire, entropy, the root's file systems (ext4 is built in).
+# What the guest needs before it has a root: transport, disks, wire, entropy, file systems (ext4 is built in).
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "erofs", "overlay")
 DIRECTORIES = ("bin", "dev", "disk", "hypercell", "image", "modules", "newroot", "proc", "sys", "tmp")
-APPLETS = ["sh", "[", "basename", "cat", "chmod", "chown", "chroot", "cp", "cut", "date", "dd", "df", "dirname", "dmesg", "echo", "env", "false", "find", "grep", "head", "hostname", "insmod", "ip", "ln", "ls", "mkdir", "mknod", "mount", "mv", "poweroff", "printf", "readlink", "reboot", "rm", "sed", "setsid", "sleep", "sort", "stat", "switch_root", "sync", "tail", "test", "touch", "tr", "true", "umount", "uname", "wc"]
+APPLETS = (
+    "sh", "[", "basename", "cat", "chmod", "chown", "chroot", "cp", "cut", "date", "dd", "df", "dirname", "dmesg",
+    "echo", "env", "false", "find", "grep", "head", "hostname", "insmod", "ip", "ln", "ls", "mkdir", "mknod",
+    "mount", "mv", "poweroff", "printf", "readlink", "reboot", "rm", "sed", "setsid", "sleep", "sort", "stat",
+    "switch_root", "sync", "tail", "test", "touch", "tr", "true", "umount", "uname", "wc",
+)  # fmt: skip
 INIT = Path(__file__).parent / "init.sh"
 # The next archive begins on a multiple of 4 bytes; 512 is what cpio itself pads to.
 _PADDING_BYTES = 512
@@ -59,7 +65,7 @@ class CpioArchive:
 
 
 def build_initramfs(*, busybox: bytes, modules: Path) -> bytes:
-    """modules: a `lib/modules/<version>` directory with its modules.dep. Errors: BuildFailedError (a driver is missing)."""
+    """modules: a `lib/modules/<version>` directory with its modules.dep. Errors: BuildFailedError (no such driver)."""
     archive = CpioArchive()
     for name in DIRECTORIES:
         archive.directory(name)

@@ -45,8 +45,8 @@ GuestPath = Annotated[str, AfterValidator(_absolute)]
 
 
 class RecipeFile(BaseModel):
-    """A file put into the image. path: absolute, in the guest. Exactly one of content (text) and source (a path relative to
-    the recipe) says what is in it. mode: permission bits, as an octal string."""
+    """A file put into the image. path: absolute, in the guest. Exactly one of content (text) and source (a path
+    relative to the recipe) says what is in it. mode: permission bits, as an octal string."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -25,8 +25,9 @@ from vm_runtime.images.host import find_pip, run_tool, tool_environment
 from vm_runtime.images.recipe import LoadedRecipe
 
 FINISH = Path(__file__).parent / "finish.sh"
-# python3: the guest code needs it. The others go into vmlinux and the initramfs.
-BASE_PACKAGES = ("python3", "linux-image-cloud-amd64", "busybox-static")
+# python3: the guest code needs it. linux-image and busybox: vmlinux and the initramfs are made of them.
+# usr-is-merged: stands in for usrmerge, which needs all of Perl (finish.sh removes it).
+BASE_PACKAGES = ("python3", "linux-image-cloud-amd64", "busybox-static", "usr-is-merged")
 PYTHON_VERSION = "3.11"  # bookworm's
 # Wheels for bookworm's glibc (2.36) and everything older that PyPI still has.
 _PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64",
@@ -40,11 +41,13 @@ _EPOCH = "1700000000"
 _ERROR_LINES = 25
 
 _NO_NETWORK = re.compile(
-    r"Temporary failure (?:in name resolution|resolving)|Could not resolve|Failed to establish a new connection|Could not connect"
-    r"|Network is unreachable|NameResolutionError|Connection timed out|ConnectTimeoutError|Unable to connect to|Connection refused"
+    r"Temporary failure (?:in name resolution|resolving)|Could not resolve|Failed to establish a new connection"
+    r"|Could not connect|Network is unreachable|NameResolutionError|Connection timed out|ConnectTimeoutError"
+    r"|Unable to connect to|Connection refused"
 )
 _UNKNOWN_DEBIAN = re.compile(
-    r"Unable to locate package (\S+)|Version '[^']*' for '(\S+)' was not found|Package '?(\S+?)'? has no installation candidate"
+    r"Unable to locate package (\S+)|Version '[^']*' for '(\S+)' was not found"
+    r"|Package '?(\S+?)'? has no installation candidate"
 )
 _UNKNOWN_PYTHON = re.compile(r"No matching distribution found for (\S+)")
 _CONFLICT = re.compile(r"Cannot install (.+?) because these package versions have conflicting dependencies")
@@ -76,8 +79,8 @@ async def install_python_packages(loaded: LoadedRecipe, overlay: Path) -> tuple[
 async def install_debian_packages(
     loaded: LoadedRecipe, *, work: Path, overlay: Path, on_step: Callable[[str], None]
 ) -> Path:
-    """Installs Debian with the overlay on top; returns a directory with rootfs.erofs, vmlinuz, modules/, busybox and the lists
-    of packages. `on_step` is told the steps after the installation.
+    """Installs Debian with the overlay on top; returns a directory with rootfs.erofs, vmlinuz, modules/, busybox and
+    the lists of packages. `on_step` is told the steps after the installation.
 
     Errors: UnknownPackageError, RecipeError (its warm-up fails), NetworkError, BuildHostError, BuildFailedError.
     """
@@ -132,6 +135,8 @@ def _write_build_files(loaded: LoadedRecipe, overlay: Path) -> None:
     build = overlay / "hypercell-build"
     build.mkdir()
     (build / "warmup.py").write_text(recipe.warmup)
+    wanted = ("python3", *(package.partition("=")[0] for package in recipe.debian_packages))
+    (build / "packages").write_text("".join(f"{package}\n" for package in wanted))
     (build / "remove").write_text("".join(f"{path}\n" for path in recipe.remove))
     (build / "uuid").write_text(f"{uuid.UUID(loaded.digest()[:32], version=4)}\n")
     exports = "".join(f"export {name}={_quoted(text)}\n" for name, text in sorted(recipe.environment.items()))
@@ -162,8 +167,8 @@ def pip_failure(origin: str, output: str) -> ImageError:
         )
     if found := _UNKNOWN_PYTHON.search(output):
         return UnknownPackageError(
-            f"The recipe {origin} is wrong: python_packages: there is no {found[1]} for Python {PYTHON_VERSION} on Linux "
-            "as a wheel; correct its name or version."
+            f"The recipe {origin} is wrong: python_packages: there is no {found[1]} for Python {PYTHON_VERSION} "
+            "on Linux as a wheel; correct its name or version."
         )
     if found := _CONFLICT.search(output):
         return RecipeError(
@@ -178,13 +183,14 @@ def debian_failure(origin: str, output: str) -> ImageError:
     if found := re.search(r"^hypercell-warmup-failed$", output, re.MULTILINE):
         before = output[: found.start()].rstrip().splitlines()
         return RecipeError(
-            f"The recipe {origin} is wrong: warmup: it fails in the new image ({before[-1].strip() if before else 'no output'}); "
-            "correct it or add the packages that it needs."
+            f"The recipe {origin} is wrong: warmup: it fails in the new image "
+            f"({before[-1].strip() if before else 'no output'}); correct it or add the packages that it needs."
         )
     if found := _UNKNOWN_DEBIAN.search(output):
         name = next(group for group in found.groups() if group)
         return UnknownPackageError(
-            f"The recipe {origin} is wrong: debian_packages: Debian bookworm has no {name}; correct its name or version."
+            f"The recipe {origin} is wrong: debian_packages: Debian bookworm has no {name}; "
+            "correct its name or version."
         )
     if _NO_NETWORK.search(output):
         return NetworkError(

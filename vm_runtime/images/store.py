@@ -38,7 +38,6 @@ from vm_runtime.images.progress import Progress
 from vm_runtime.images.recipe import LoadedRecipe
 from vm_runtime.spec import ImageFiles
 
-_DIGEST = re.compile("[0-9a-f]{64}")
 # Enough to be unique among a handful of images, and what `ls` prints.
 SHORT_DIGEST_LENGTH = 12
 # flock has no way to wait that a cancelled task could leave.
@@ -86,7 +85,10 @@ class ImageStore:
         return self._scan()[1]
 
     def get(self, name_or_digest: str) -> Image:
-        """The newest image of that name, or the one whose digest begins so. Errors: UnknownImageError, BrokenImageError."""
+        """The newest image of that name, or the one whose digest begins so.
+
+        Errors: UnknownImageError, BrokenImageError.
+        """
         images, problems = self._scan()
         for image in images:
             if image.manifest.recipe.name == name_or_digest or image.files.digest == name_or_digest:
@@ -243,7 +245,8 @@ def _verify(image: Image) -> None:
     for name, expected in image.manifest.files.items():
         if file_digest(directory / name) != expected:
             raise BrokenImageError(
-                f"{directory} is not a usable image: {name} has changed since it was built; remove it and build the image again."
+                f"{directory} is not a usable image: {name} has changed since it was built; "
+                "remove it and build the image again."
             )
 
 
