@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.host import describe_host
 from benchmarks.messages import BenchmarkError
-from benchmarks.peers import ROOT, build_image, given, hypercell, jupyter_kernel_gateway
+from benchmarks.peers import ROOT, given, hypercell, jupyter_kernel_gateway
 from benchmarks.results import Report, Row, from_json, to_json
 from benchmarks.setup import Setup
 from benchmarks.table import markdown, update_readme
@@ -80,8 +80,17 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
     """Runs the topics and writes the results' file. On SIGINT and SIGTERM all is cancelled, and so cleaned up."""
     task = asyncio.current_task()
     assert task is not None
+    stopping = False
+
+    def stop() -> None:
+        # Once: a second signal must not break off the cleaning up that the first one began.
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     if options.update_readme and options.only:
         raise BenchmarkError("--update-readme needs a whole run: a table with some lines missing would replace it.")
     rows: list[Row] = []
@@ -106,9 +115,7 @@ async def _set_up(options: argparse.Namespace, stack: AsyncExitStack) -> Setup:
     if options.url is not None:
         pooled, unpooled = await stack.enter_async_context(given(options.url, options.token)), None
     else:
-        _say("image ...")
-        await build_image(options.state_dir)
-        _say("Hypercell with a pool ... (the first start builds a template)")
+        _say("Hypercell with a pool ... (builds image and template where they are missing)")
         pooled = await stack.enter_async_context(
             hypercell(name="hypercell, pool", source_dir=options.state_dir, pool_size=POOL_SIZE)
         )
