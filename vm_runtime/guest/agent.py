@@ -44,9 +44,7 @@ class Agent:
         self._renewal = Renewal(paths=settings.paths, owns_machine=settings.owns_machine)
         self._keeper = KernelKeeper(paths=settings.paths, user=settings.user, notify=self._notices.post)
         power_off = _tell_init if settings.owns_machine else _nothing
-        self._guest = Guest(
-            keeper=self._keeper, renewal=self._renewal, paths=settings.paths, power_off=power_off
-        )
+        self._guest = Guest(keeper=self._keeper, renewal=self._renewal, paths=settings.paths, power_off=power_off)
         self._link: Link | None = None
         self._closing: set[asyncio.Task[None]] = set()
 

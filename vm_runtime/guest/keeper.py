@@ -158,7 +158,7 @@ class KernelKeeper:
             return pid
 
     async def exercise(self) -> None:
-        """Has an idle kernel answer typical requests, so that an emulator has their code translated before a user comes."""
+        """Have an idle kernel answer typical requests, so that an emulator has translated them before a user comes."""
         await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code="")
 
     def _running(self) -> _Kernel:

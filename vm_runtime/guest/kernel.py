@@ -48,26 +48,39 @@ class HypercellKernel(IPythonKernel):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._executing = 0
+        self._executing: set[object] = set()
         self._executing_lock = threading.Lock()
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
         """Run a cell. Only this counts as busy: idle limits must not be moved by completions or kernel_info."""
-        self._count_execution(1)
+        token = object()
         try:
+            # Inside the try: an interrupt may come the moment the agent has heard of the cell.
+            self._executes(token, True)
             await super().execute_request(stream, ident, parent)
+        except KeyboardInterrupt:
+            # Interrupted before the cell's code or after it: ipykernel would log it and never answer.
+            content = {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["KeyboardInterrupt"]}
+            self.send_response(self.iopub_socket, "error", content, ident=self._topic("error"))
+            reply = {"status": "error", "execution_count": self.execution_count, "user_expressions": {}, **content}
+            if self.session is not None:
+                self.session.send(stream, "execute_reply", reply, parent, ident=ident)
         finally:
-            self._count_execution(-1)
+            self._executes(token, False)
 
     async def do_shutdown(self, restart: bool) -> Any:
         self.iopub_thread.outbox.release()
         return await super().do_shutdown(restart)
 
-    def _count_execution(self, change: int) -> None:
+    def _executes(self, token: object, begins: bool) -> None:
+        """A cell begins or has ended (both may be said twice)."""
         with self._executing_lock:  # subshells run cells in threads of their own
-            before = self._executing
-            self._executing = before + change
-            if (before == 0) != (self._executing == 0):
+            before = bool(self._executing)
+            if begins:
+                self._executing.add(token)
+            else:
+                self._executing.discard(token)
+            if before != bool(self._executing):
                 self.side.notify("status", state="busy" if self._executing else "idle")
 
 
@@ -135,6 +148,8 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     config.IPKernelApp.kernel_class = HypercellKernel
     config.IPKernelApp.outstream_class = "vm_runtime.guest.iopub.BoundedOutStream"
     config.IPKernelApp.log_level = logging.CRITICAL
+    # The banner's tip is drawn with `random` at every kernel_info: a new client would change a seeded sequence.
+    config.InteractiveShell.enable_tip = False
     config.Session.key = settings.key.encode()
     HypercellKernel.side = side
     app = HypercellKernelApp.instance(config=config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 from vm_runtime.guest.keeper import KernelError, KernelKeeper
 from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
 from vm_runtime.guest.renewal import Renewal
-from vm_runtime.wire.errors import OpenRejectedError
+from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
 from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Incoming
 
@@ -101,7 +102,10 @@ async def _sandbox_identify(guest: Guest, incoming: Incoming) -> None:
 
 
 async def _machine_poweroff(guest: Guest, incoming: Incoming) -> None:
-    await incoming.answer()
+    async with await incoming.accept() as stream:
+        stream.end()
+        with contextlib.suppress(LinkClosedError, StreamResetError):
+            await stream.read()  # the host has our answer once it ends its side
     guest.power_off()
 
 

@@ -1,0 +1,346 @@
+"""The kernel as its clients see it: life cycle over the wire, output that is never lost, interrupts, renewal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.session import Session
+
+from tests.unit.guest.conftest import KEY, Host, client, run
+from vm_runtime.guest.iopub import STREAM_CHARS
+from vm_runtime.guest.outbox import QUEUE_BYTES_MAX, SPOOL_BYTES_MAX
+from vm_runtime.guest.paths import CHANNEL_PORTS
+from vm_runtime.wire.errors import OpenRejectedError
+
+
+async def start(host: Host) -> int:
+    return int((await host.call("kernel.start", key=KEY, env={"COLOUR": "blue"}, cwd="/tmp"))["pid"])
+
+
+async def test_start_runs_a_kernel_with_env_and_cwd(host: Host) -> None:
+    pid = await start(host)
+    async with client(host) as jupyter:
+        text, reply = await run(jupyter, "import os; print(os.getpid(), os.environ['COLOUR'], os.getcwd())")
+    assert text.split() == [str(pid), "blue", "/tmp"]
+    assert reply["execution_count"] == 1
+
+
+async def test_start_where_the_directory_is_missing_falls_back_to_home(host: Host) -> None:
+    await host.call("kernel.start", key=KEY, env={}, cwd="/no/such/place")
+    async with client(host) as jupyter:
+        text, _ = await run(jupyter, "import os; print(os.getcwd())")
+    assert text.strip() == str(host.paths.home)
+
+
+async def test_prepare_leaves_no_trace_and_start_takes_the_kernel_over(host: Host) -> None:
+    prepared = await host.call("template.prepare", warmup="import json; left_over = 1")
+    assert await start(host) == prepared["pid"]
+    async with client(host) as jupyter:
+        text, reply = await run(
+            jupyter, "import os; print(os.getcwd(), os.environ['COLOUR'], 'left_over' in globals(), len(Out), In)"
+        )
+    assert text.split()[:4] == ["/tmp", "blue", "False", "0"]
+    assert reply["execution_count"] == 1
+
+
+async def test_a_warm_up_that_fails_says_why(host: Host) -> None:
+    with pytest.raises(OpenRejectedError, match="no_such_module") as caught:
+        await host.call("template.prepare", warmup="import no_such_module")
+    assert caught.value.code == "warmup_failed"
+
+
+async def test_restart_is_a_new_process_on_the_same_sockets(host: Host) -> None:
+    first = await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "import numpy; numpy.ones((300, 300)) @ numpy.ones((300, 300)); x = 1")
+        second = (await host.call("kernel.restart"))["pid"]
+        assert second != first
+        await jupyter.wait_for_ready(timeout=30)
+        text, _ = await run(jupyter, "import numpy; print('x' in globals(), (numpy.eye(300) @ numpy.eye(300)).sum())")
+    assert text.split() == ["False", "300.0"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+async def test_kernels_of_one_zygote_have_different_random_numbers(host: Host) -> None:
+    code = "import random, numpy, uuid; print(random.random(), numpy.random.rand(), uuid.uuid4())"
+    await host.call("template.prepare", warmup="import random, numpy; random.seed(1); numpy.random.seed(1)")
+    await start(host)
+    async with client(host) as jupyter:
+        first, _ = await run(jupyter, code)
+        await host.call("kernel.restart")
+        await jupyter.wait_for_ready(timeout=30)
+        second, _ = await run(jupyter, code)
+    assert not set(first.split()) & set(second.split())
+
+
+async def test_renewal_changes_key_and_random_numbers(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "import random; random.seed(1); state = random.getstate()")
+    link = await host.hello(restored=True, kernel_key="second-key")
+    assert link.welcome is not None
+    assert link.welcome.kernel is not None
+    assert json.loads(host.paths.identity.read_text())["hostname"] == "box"
+    async with client(host, key="second-key") as jupyter:
+        text, _ = await run(jupyter, "print(random.getstate() == state)")
+        assert text.strip() == "False"
+        sessions = "import gc; from jupyter_client.session import Session\n"
+        text, _ = await run(jupyter, sessions + "print({o.key for o in gc.get_objects() if isinstance(o, Session)})")
+        assert text.strip() == "{b'second-key'}"
+        text, _ = await run(jupyter, "random.seed(1)\nprint(random.getstate() == state)")
+        assert text.strip() == "True"
+        text, _ = await run(jupyter, "print(random.getstate() == state)")
+        assert text.strip() == "True"
+    await host.hello(restored=True, keep_random=True)
+    async with client(host, key="second-key") as jupyter:
+        text, _ = await run(jupyter, "print(random.getstate() == state)")
+    assert text.strip() == "True"
+
+
+async def test_busy_means_cells_only(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        await host.wait_event(b'"idle"')
+        host.events.clear()
+        await jupyter.kernel_info(reply=True)
+        assert host.events == []
+        await run(jupyter, "pass")
+        assert b"busy" in await host.wait_event(b"kernel.status")
+        assert b"idle" in await host.wait_event(b"kernel.status")
+
+
+async def test_a_crash_is_told_and_a_stop_is_not(host: Host) -> None:
+    pid = await start(host)
+    os.kill(pid, signal.SIGSEGV)
+    event = json.loads(await host.wait_event(b"kernel.exited"))
+    assert event == {"event": "kernel.exited", "pid": pid, "signal": signal.SIGSEGV}
+    await start(host)
+    host.events.clear()
+    await host.call("kernel.stop", grace_s=5)
+    assert not any(b"exited" in event for event in host.events)
+    with pytest.raises(OpenRejectedError, match="No kernel"):
+        await host.call("kernel.interrupt")
+
+
+async def test_interrupt_ends_a_loop_over_both_ways(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        for interrupt in (_by_wire(host), _by_control(jupyter)):
+            cell = asyncio.create_task(run(jupyter, "while True: pass"))
+            await host.wait_event(b"busy")
+            await interrupt
+            _, reply = await cell
+            assert reply["ename"] == "KeyboardInterrupt"
+
+
+async def _by_wire(host: Host) -> None:
+    await host.call("kernel.interrupt")
+
+
+async def _by_control(jupyter: Any) -> None:
+    jupyter.control_channel.send(jupyter.session.msg("interrupt_request", {}))
+
+
+async def test_input_is_answered(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        text, _ = await run(
+            jupyter, "print('got', input('name? '))", allow_stdin=True, stdin_hook=lambda _: jupyter.input("Ada")
+        )
+    assert "got Ada" in text
+
+
+async def test_fifty_megabytes_arrive_through_a_slow_client(host: Host) -> None:
+    pid = await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "pass")
+    context = zmq.asyncio.Context()
+    slow = context.socket(zmq.SUB)
+    try:
+        slow.set(zmq.RCVHWM, 1)
+        slow.subscribe(b"")
+        slow.connect(f"ipc://{host.paths.kernel_socket(CHANNEL_PORTS['iopub'])}")
+        assert b"iopub_welcome" in b"".join(await slow.recv_multipart())
+        shell = context.socket(zmq.DEALER)
+        shell.connect(f"ipc://{host.paths.kernel_socket(CHANNEL_PORTS['shell'])}")
+        before = _rss_kib(pid)
+        session = Session(key=KEY.encode())
+        host.events.clear()
+        code = "for i in range(50): print('x' * 999_999)\nprint('y' * 100_000)"
+        session.send(shell, "execute_request", {"code": code, "silent": False, "allow_stdin": False})
+        await host.wait_event(b"busy")
+        await asyncio.sleep(1.0)  # nobody reads: the kernel must wait, not grow
+        assert not any(b"idle" in event for event in host.events)
+        assert _rss_kib(pid) - before < 24 * 1024
+        sizes: list[int] = []
+        while sum(sizes) < 50 * 1_000_000 + 100_001:
+            async with asyncio.timeout(30):
+                _, frames = session.feed_identities(await slow.recv_multipart())
+            message = session.deserialize(frames)
+            if message["msg_type"] == "stream":
+                sizes.append(len(message["content"]["text"]))
+        await host.wait_event(b"idle")
+    finally:
+        context.destroy(linger=0)
+    assert sum(sizes) == 50 * 1_000_000 + 100_001
+    assert max(sizes) < 2 * STREAM_CHARS
+
+
+async def test_an_interrupt_breaks_the_wait_for_a_slow_client(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        jupyter.execute(f"while True: print('x' * {QUEUE_BYTES_MAX})")
+        await host.wait_event(b"busy")
+        await asyncio.sleep(0.5)
+        await host.call("kernel.interrupt")
+        async with asyncio.timeout(30):
+            while True:
+                message = await jupyter.get_iopub_msg()
+                if message["msg_type"] == "error":
+                    break
+        assert message["content"]["ename"] == "KeyboardInterrupt"
+
+
+async def test_output_is_kept_while_nobody_listens(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        jupyter.execute("import time; time.sleep(1)\nprint('kept'); from IPython.display import display; display(42)")
+        await host.wait_event(b"busy")
+    await host.wait_event(b"idle")
+    await host.hello(restored=True, kernel_key="second-key")
+    texts = await _first_outputs(host, key="second-key", count=2)
+    assert texts == ["kept\n", "42"]
+
+
+async def test_more_than_the_spool_drops_the_oldest_and_says_so(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        jupyter.execute(
+            f"import time; time.sleep(1)\nfor i in range(40): print('x' * {SPOOL_BYTES_MAX // 20})\nprint('the end')"
+        )
+        await host.wait_event(b"busy")
+    await host.wait_event(b"idle")
+    texts = await _first_outputs(host, key=KEY, count=1000, until="the end\n")
+    assert "older output were dropped" in texts[0]
+    assert texts[-1].endswith("the end\n")
+    assert SPOOL_BYTES_MAX // 2 < sum(map(len, texts)) <= SPOOL_BYTES_MAX
+
+
+async def _first_outputs(host: Host, *, key: str, count: int, until: str = "\0") -> list[str]:
+    """What a client gets that connects to iopub alone."""
+    jupyter = AsyncKernelClient()
+    ip = str(host.paths.kernel_dir / "k")
+    ports = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
+    jupyter.load_connection_info({"transport": "ipc", "ip": ip, "key": key, "signature_scheme": "hmac-sha256", **ports})
+    jupyter.start_channels(shell=False, stdin=False, hb=False, control=False)
+    texts: list[str] = []
+    try:
+        while len(texts) < count and not (texts and texts[-1].endswith(until)):
+            message = await jupyter.get_iopub_msg(timeout=20)
+            if message["msg_type"] == "stream":
+                texts.append(message["content"]["text"])
+            elif message["msg_type"] == "display_data":
+                texts.append(message["content"]["data"]["text/plain"])
+    finally:
+        jupyter.stop_channels()
+    return texts
+
+
+async def test_output_of_children_and_descriptors(host: Host) -> None:
+    await start(host)
+    code = """
+import os, sys, subprocess, multiprocessing, time
+def child(): print('from a fork')
+process = multiprocessing.get_context('fork').Process(target=child)
+process.start(); process.join()
+subprocess.run(['echo', 'from a subprocess'])
+os.write(1, 'from the descriptor é'.encode())
+time.sleep(0.5)
+"""
+    async with client(host) as jupyter:
+        text, _ = await run(jupyter, code)
+    for part in ("from a fork", "from a subprocess", "from the descriptor é"):
+        assert text.count(part) == 1
+
+
+async def test_subshells_run_beside_a_cell(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        jupyter.control_channel.send(jupyter.session.msg("create_subshell_request", {}))
+        reply = await jupyter.get_control_msg(timeout=20)
+        jupyter.execute("import threading; e = threading.Event(); print(e.wait(20))")
+        message = jupyter.session.msg("execute_request", {"code": "e.set()", "silent": False, "allow_stdin": False})
+        message["header"]["subshell_id"] = reply["content"]["subshell_id"]
+        await host.wait_event(b"busy")
+        await asyncio.sleep(0.3)
+        jupyter.shell_channel.send(message)
+        async with asyncio.timeout(20):
+            while (message := await jupyter.get_iopub_msg())["msg_type"] != "stream":
+                pass
+    assert message["content"]["text"] == "True\n"
+
+
+async def test_channels_go_over_the_wire(host: Host) -> None:
+    await start(host)
+    assert host.link is not None
+    stream = await host.link.open("kernel.channel", {"channel": "shell"}, timeout_s=10)
+    assert (await stream.read(1)) == b"\xff"  # ZMTP's greeting
+    stream.reset()
+    with pytest.raises(OpenRejectedError, match="shell, iopub"):
+        await host.call("kernel.channel", channel="nonsense")
+
+
+async def test_a_tunnel_reaches_a_port(host: Host) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read(100)).upper())
+        writer.close()
+
+    assert host.link is not None
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        stream = await host.link.open("tunnel", {"port": port}, timeout_s=10)
+        await stream.write(b"hello")
+        assert await stream.read() == b"HELLO"
+        stream.end()
+    with pytest.raises(OpenRejectedError):
+        await host.call("tunnel", port=port)
+
+
+async def test_bad_requests_are_refused(host: Host) -> None:
+    for kind, params in (
+        ("no.such.kind", {}),
+        ("kernel.start", {"key": 1}),
+        ("kernel.start", {"key": "k", "env": {"A": 1}}),
+        ("kernel.start", {"key": "k", "env": {"A=B": "1"}}),
+        ("tunnel", {"port": 0}),
+        ("tunnel", {"port": "22"}),
+        ("kernel.channel", {}),
+        ("kernel.channel", {"channel": "shell"}),
+    ):
+        with pytest.raises(OpenRejectedError):
+            await host.call(kind, **params)
+
+
+async def test_the_zygote_killed_takes_the_kernel_along_and_is_replaced(host: Host) -> None:
+    pid = await start(host)
+    os.kill(_parent(pid), signal.SIGKILL)
+    await host.wait_event(b"kernel.exited")
+    assert await start(host) != pid
+
+
+def _rss_kib(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
