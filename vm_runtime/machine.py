@@ -79,6 +79,12 @@ class Machine(ABC):
     def disk_chain(self) -> tuple[Path, ...]:
         """The disk's files, oldest first; the last one is being written."""
 
+    @property
+    @abstractmethod
+    def disk_written(self) -> bool:
+        """Whether anything was written to the last file of a clone's chain since it was made. Exact when PAUSED; what
+        runs may have more in its caches."""
+
     @abstractmethod
     async def pause(self) -> None:
         """Stop the vCPUs. RUNNING -> PAUSED; harmless if already PAUSED."""

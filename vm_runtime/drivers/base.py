@@ -6,12 +6,13 @@ Knows no VMM. What a driver cannot do is data (`Capabilities`), never a question
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_runtime.machine import Machine
+from vm_runtime.machine import Machine, MemoryMapping
 from vm_runtime.snapshots.layers import Layer
+from vm_runtime.snapshots.manifest import Vmm
 from vm_runtime.snapshots.memory import BaseMemory
 from vm_runtime.spec import MachineSpec
 
@@ -30,7 +31,7 @@ class MachinePlace:
 class MachineState:
     """What a machine is restored from. base: mapped copy-on-write. layers: written over it, oldest first.
     device: file with the state of CPUs and devices. disk_chain: read-only disk files, oldest first; the first one is
-    raw (`.raw`) and the others are overlays (`.qcow2`)."""
+    raw and the others are qcow2 overlays."""
 
     base: BaseMemory
     layers: Sequence[Layer]
@@ -69,6 +70,23 @@ class Confinement:
         return tuple(step for step in self.steps if step.problem is not None)
 
 
+class PreparedMachine(ABC):
+    """A VMM that was started ahead of time, maps its base and waits for its state. End it with `load` or `discard`."""
+
+    pid: int
+
+    @abstractmethod
+    async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> Machine:
+        """Bring it to the state in `device` and answer when it runs; any failure ends it (MachineStartError).
+
+        fill: writes what the memory has over the base, in a thread, before anything reads it.
+        """
+
+    @abstractmethod
+    async def discard(self) -> None:
+        """End it; harmless after `load` has failed."""
+
+
 class Driver(ABC):
     """Makes machines of one kind. Safe to use from many tasks of one event loop at once.
 
@@ -86,6 +104,11 @@ class Driver(ABC):
     def identity(self) -> str:
         """What a device state depends on: VMM, version, machine type, CPU model. Part of a template's digest."""
 
+    @property
+    @abstractmethod
+    def vmm(self) -> Vmm:
+        """The same for a snapshot's manifest: only an equal one can load its device state."""
+
     @abstractmethod
     def confinement(self) -> Confinement:
         """Which walls around the VMM this host allows."""
@@ -102,6 +125,15 @@ class Driver(ABC):
     @abstractmethod
     async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> Machine:
         """Start a clone and answer when it runs. The base must stay open until then, the disk chain while it lives."""
+
+    @abstractmethod
+    async def prepare_restore(
+        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace
+    ) -> PreparedMachine:
+        """Start the VMM of a clone whose state comes later; answers when it has mapped the base.
+
+        The disk chain must not change any more when it is loaded; until then another machine may write its last file.
+        """
 
     @abstractmethod
     async def adopt(self, place: MachinePlace) -> Machine:

@@ -12,7 +12,7 @@ import resource
 import shutil
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -46,23 +46,17 @@ from vm_runtime.drivers.qemu.machine import (
     remove_leftovers,
     remove_runtime_files,
 )
+from vm_runtime.drivers.qemu.prepared import RESTORE_TIMEOUT_S, PreparedQemu, ending_on_error
 from vm_runtime.drivers.qemu.process import Process, Spawner, SpawnRequest, start_time_ticks
 from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
 from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord, boot_id
 from vm_runtime.drivers.qemu.walls import HostWalls, find_walls, machine_uid
-from vm_runtime.errors import (
-    MachineError,
-    MachineGoneError,
-    MachineStartError,
-    SpawnError,
-    VmmProtocolError,
-)
-from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.errors import MachineGoneError, MachineStartError, SpawnError
+from vm_runtime.machine import MemoryMapping
 from vm_runtime.snapshots.layers import MemoryImage
+from vm_runtime.snapshots.manifest import Vmm
+from vm_runtime.snapshots.memory import BaseMemory
 from vm_runtime.spec import MachineShape, MachineSpec
-
-# A clone runs 50 ms after its spawn on an idle host; twenty at once under TCG on two busy CPUs take seconds.
-RESTORE_TIMEOUT_S = 60.0
 
 # Beyond guest RAM: QEMU itself (40 MiB), translated code, stacks, buffers of 64 concurrent disk requests.
 VMM_OVERHEAD_MIB = 256
@@ -134,6 +128,16 @@ class QemuDriver(Driver):
         version = ".".join(map(str, self._version))
         return f"qemu {version} microvm {self._accelerator} cpu={self._cpu} arguments={ARGUMENTS_VERSION}"
 
+    @property
+    def vmm(self) -> Vmm:
+        return Vmm(
+            driver=self.name,
+            version=".".join(map(str, self._version)),
+            machine=f"microvm arguments={ARGUMENTS_VERSION}",
+            cpu_model=self._cpu,
+            accelerator=self._accelerator,
+        )
+
     def confinement(self) -> Confinement:
         return Confinement(steps=(*self._walls.steps(), *self._cgroups.steps()))
 
@@ -164,48 +168,49 @@ class QemuDriver(Driver):
             machine = await self._launch(
                 spec, place, memory_fd=own_memory_fd, own_memory=True, disk=[disk], kernel_files=copies, quiet=quiet
             )
-        async with _started(machine):
+        async with ending_on_error(machine):
             qmp = await machine.connect(timeout_s=timeout_s)
             await qmp.execute("cont")
             machine.become_running_if_starting()
         return machine
 
     async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> QemuMachine:
+        prepared = await self.prepare_restore(spec, state.base, state.disk_chain, place=place)
+
+        def fill(mapping: MemoryMapping) -> None:
+            if state.layers:
+                MemoryImage(state.base, state.layers).restore_into(prepared.pid, mapping.address)
+
+        return await prepared.load(state.device, fill=fill)
+
+    async def prepare_restore(
+        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace
+    ) -> PreparedQemu:
         place.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         overlay = place.disk_dir / "disk.qcow2"
         qcow2.create_overlay(overlay, virtual_bytes=spec.shape.disk_mib << 20)
         try:
-            with ExitStack() as stack:
-                device = stack.enter_context(_closing(os.open(state.device, os.O_RDONLY | os.O_CLOEXEC)))
-                machine = await self._launch(
-                    spec,
-                    place,
-                    memory_fd=state.base.fd,
-                    own_memory=False,
-                    memory_read_only=not state.base.sealed,
-                    disk=[*state.disk_chain, overlay],
-                    device=device,
-                )
+            machine = await self._launch(
+                spec,
+                place,
+                memory_fd=base.fd,
+                own_memory=False,
+                memory_read_only=not base.sealed and not self.capabilities.sealed_base,
+                disk=[*disk_chain, overlay],
+            )
         except BaseException:
             overlay.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 place.disk_dir.rmdir()
             raise
-        async with _started(machine):
-            async with asyncio.timeout(RESTORE_TIMEOUT_S):
-                qmp = await machine.connect()
-                if state.layers:
-                    image = MemoryImage(state.base, state.layers)
-                    address = machine.memory_mapping().address
-                    await asyncio.to_thread(image.restore_into, machine.pid, address)
-                await qmp.execute("migrate-incoming", {"uri": f"fd:{_DEVICE_FD}"})
-                await machine.wait_running()
-        return machine
+        async with ending_on_error(machine), asyncio.timeout(RESTORE_TIMEOUT_S):
+            await machine.connect()
+        return PreparedQemu(machine)
 
     async def adopt(self, place: MachinePlace) -> QemuMachine:
         record = await asyncio.to_thread(MachineRecord.read, place.run_dir)
         if record is None:
-            self._remove_unknown(place)
+            await asyncio.to_thread(self._remove_unknown, place)
             raise MachineGoneError(f"There is no machine at {place.run_dir}.")
         process = Process.find(record.pid, record.start_time) if record.boot_id == boot_id() else None
         if process is None:
@@ -222,7 +227,7 @@ class QemuDriver(Driver):
             memory_fd=memory_fd,
         )
         machine.watch(stderr=None)
-        async with _started(machine):
+        async with ending_on_error(machine, gone=True):
             qmp = await machine.connect()
             status: dict[str, Any] = await qmp.execute("query-status")
             if status["status"] in ("inmigrate", "prelaunch"):
@@ -252,7 +257,6 @@ class QemuDriver(Driver):
         memory_read_only: bool = False,
         kernel_files: Sequence[int] = (),
         quiet: bool = True,
-        device: int | None = None,
     ) -> QemuMachine:
         """Start the process and make its Machine, which watches it already."""
         place.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -264,15 +268,13 @@ class QemuDriver(Driver):
                 stack.callback(theirs.close)
                 on_error = stack.enter_context(ExitStack())
                 on_error.callback(ours.close)
-                # Numbers in the VMM: see SpawnRequest; the device state, if any, comes first to have a fixed one.
+                # Numbers in the VMM: see SpawnRequest.
                 passed: list[int] = [theirs.fileno()]
 
                 def give(fd: int) -> int:
                     passed.append(fd)
                     return len(passed) + 1
 
-                device_number = give(device if device is not None else theirs.fileno())
-                assert device_number == _DEVICE_FD
                 memory_number = give(memory_fd)
                 sockets = Sockets(
                     qmp=give(stack.enter_context(_listen(place.run_dir / QMP_SOCKET)).fileno()),
@@ -286,7 +288,7 @@ class QemuDriver(Driver):
                     for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
                         fd = stack.enter_context(_closing(os.open(path, flags | os.O_CLOEXEC)))
                         fdsets.append((fdset, give(fd)))
-                    return DiskFile(fdset=fdset, format="qcow2" if path.suffix == ".qcow2" else "raw")
+                    return DiskFile(fdset=fdset, format="qcow2" if path in disk[1:] else "raw")
 
                 kernel = None
                 if kernel_files:
@@ -338,6 +340,7 @@ class QemuDriver(Driver):
                     cgroups=cgroup.directories,
                 )
                 record.write(place.run_dir)
+                await self._spawner.keep(process)
                 machine = QemuMachine(
                     place=place,
                     record=record,
@@ -353,7 +356,7 @@ class QemuDriver(Driver):
                 process.send_signal(signal.SIGKILL)
                 await asyncio.shield(process.wait())
                 process.close()
-            remove_runtime_files(place, cgroup)
+            await asyncio.shield(asyncio.to_thread(remove_runtime_files, place, cgroup))
             if isinstance(error, OSError):
                 raise SpawnError(f"Machine {place.id} could not be prepared: {error}") from error
             raise
@@ -379,10 +382,6 @@ class QemuDriver(Driver):
         remove_runtime_files(place, Cgroup(directories=directories))
 
 
-# The number at which a VMM inherits the device state that it is to load.
-_DEVICE_FD = 3
-
-
 def _limits(shape: MachineShape) -> Limits:
     return Limits(
         memory_bytes=(shape.memory_mib + VMM_OVERHEAD_MIB) << 20,
@@ -397,21 +396,6 @@ def _closing(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextlib.asynccontextmanager
-async def _started(machine: QemuMachine) -> AsyncIterator[None]:
-    """Until the block has succeeded, any failure ends the machine and becomes a MachineStartError."""
-    try:
-        yield
-    except BaseException as error:
-        death = await asyncio.shield(machine.kill())
-        if isinstance(error, (MachineError, VmmProtocolError, SnapshotError, TimeoutError)):
-            why = str(error) or repr(error) if death.requested else death.reason
-            raise MachineStartError(
-                f"Machine {machine.id} did not start: {why}", serial_tail=death.serial_tail
-            ) from error
-        raise
 
 
 @contextlib.contextmanager

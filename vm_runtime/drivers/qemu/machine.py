@@ -44,6 +44,8 @@ _DRAIN_TIMEOUT_S = 0.5
 # Descriptor sets of overlays that are added to a running machine; the command line uses small numbers.
 _FIRST_OVERLAY_FDSET = 100
 _DEVICE_STATE_FDSET = 99
+# The name of the descriptor from which a clone loads its device state.
+_DEVICE_FD_NAME = "device"
 
 
 class Tail:
@@ -127,11 +129,12 @@ class QemuMachine(Machine):
                     death = await self.wait_dead()
                     raise MachineGoneError(death.reason)
                 error = connecting.exception()
-                # A VMM that closed its socket is about to be seen dead, with a better reason.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_DRAIN_TIMEOUT_S):
-                        death = await self.wait_dead()
-                        raise MachineGoneError(death.reason) from error
+                if not isinstance(error, TimeoutError):
+                    # A VMM that closed its socket is about to be seen dead, with a better reason.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                            death = await self.wait_dead()
+                            raise MachineGoneError(death.reason) from error
                 raise MachineError(f"The control socket of machine {self.id} does not answer: {error!r}") from error
             self._qmp = connecting.result()
             return self._qmp
@@ -199,6 +202,12 @@ class QemuMachine(Machine):
     def disk_chain(self) -> tuple[Path, ...]:
         return self._record.disk_chain
 
+    @property
+    def disk_written(self) -> bool:
+        # Every first write to a cluster makes the file longer; a stopped QEMU has written its tables out.
+        written = self._record.disk_chain[-1].stat().st_size
+        return written != qcow2.overlay_size(self.spec.shape.disk_mib << 20)
+
     async def pause(self) -> None:
         require(self._state, RunState.RUNNING, RunState.PAUSED)
         await self._execute("stop")
@@ -256,6 +265,16 @@ class QemuMachine(Machine):
             self._record = record.model_copy(update={"disk_chain": chain, "disk_node": node, "overlay": new_overlay})
             self._record.write(self.place.run_dir)
             return record.disk_chain[-1]
+
+    async def load_state(self, device: Path) -> None:
+        """Load the state of CPUs and devices into a VMM that waits for it; answers when it runs."""
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            await self._execute("getfd", {"fdname": _DEVICE_FD_NAME}, descriptors=(fd,))
+        finally:
+            os.close(fd)
+        await self._execute("migrate-incoming", {"uri": f"fd:{_DEVICE_FD_NAME}"})
+        await self.wait_running()
 
     async def add_disk_descriptors(self, fdset: int, path: Path, *, writable: bool) -> None:
         """Let the VMM open a file that it cannot see, for reading and, if asked, for writing."""
@@ -351,7 +370,7 @@ class QemuMachine(Machine):
         )
         await self._release()
         self._process.close()
-        remove_runtime_files(self.place, self._cgroup)
+        await asyncio.to_thread(remove_runtime_files, self.place, self._cgroup)
         death = Death(
             reason=reason(evidence),
             exit_status=ended.exit_status,
@@ -371,7 +390,7 @@ class QemuMachine(Machine):
 
 
 def remove_runtime_files(place: MachinePlace, cgroup: Cgroup) -> None:
-    """What a dead VMM no longer needs: sockets, record, cgroups. Twice is harmless."""
+    """What a dead VMM no longer needs: sockets, record, cgroups. Twice is harmless. Blocking."""
     for name in (QMP_SOCKET, WIRE_SOCKET, SERIAL_SOCKET, FILE_NAME, f".{FILE_NAME}"):
         (place.run_dir / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files may lie there

@@ -74,7 +74,9 @@ class Process:
         return cls(pid, pidfd, None)
 
     def send_signal(self, number: int) -> None:
-        """Harmless if it has ended."""
+        """Harmless if it has ended or was let go."""
+        if self._pidfd < 0:
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
@@ -137,12 +139,31 @@ class Spawner:
             "user_namespace": request.user_namespace,
             "cgroups": list(request.cgroups),
         }
-        answer, descriptors = await self._ask(message, request.descriptors)
+        asking = asyncio.create_task(self._ask(message, request.descriptors))
+        try:
+            answer, descriptors = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            # It is being started; wait for it, so that nothing of it is left when the caller cleans up.
+            with contextlib.suppress(SpawnError):
+                answer, descriptors = await asking
+                if "pid" in answer:
+                    unwanted = Process(int(answer["pid"]), descriptors[0], self)
+                    unwanted.send_signal(signal.SIGKILL)
+                    await unwanted.wait()
+                    unwanted.close()
+            raise
         if "error" in answer:
             raise SpawnError(f"{request.argv[0]} could not be started: {answer['error']}")
-        pid = int(answer["pid"])
-        self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
-        return Process(pid, descriptors[0], self), list(answer["problems"])
+        return Process(int(answer["pid"]), descriptors[0], self), list(answer["problems"])
+
+    async def keep(self, process: Process) -> None:
+        """Let a program outlive the helper: call it when a later gateway can find it. Harmless if it has ended."""
+        if self._channel is None:
+            raise SpawnError("The spawner has ended, and with it the program.")
+        try:
+            await self._send(self._channel, json.dumps({"keep": process.pid}).encode(), [])
+        except OSError as error:
+            raise SpawnError(f"The spawner cannot be reached: {error}") from error
 
     async def probe(self, *, user_namespace: bool, devices: Sequence[str]) -> dict[str, Any]:
         """Which namespaces and mounts this host allows; see the helper's module for the answer."""

@@ -25,8 +25,7 @@ _MAGIC = 0x514649FB
 
 def overlay_bytes(virtual_bytes: int) -> bytes:
     """An image of this virtual size without any allocated cluster."""
-    l1_entries = -(-virtual_bytes // (CLUSTER_BYTES * _L2_ENTRIES))
-    l1_clusters = max(1, -(-l1_entries * 8 // CLUSTER_BYTES))
+    l1_entries, l1_clusters = _l1_entries(virtual_bytes), _l1_clusters(virtual_bytes)
     header = struct.pack(
         ">IIQIIQIIQQIIQQQQII",
         _MAGIC, 3,
@@ -45,8 +44,21 @@ def overlay_bytes(virtual_bytes: int) -> bytes:
     return b"".join(cluster.ljust(CLUSTER_BYTES, b"\0") for cluster in clusters)
 
 
+def overlay_size(virtual_bytes: int) -> int:
+    """Length of the file of such an image. Every allocation makes it longer."""
+    return (3 + _l1_clusters(virtual_bytes)) * CLUSTER_BYTES
+
+
 def create_overlay(path: Path, *, virtual_bytes: int) -> None:
     """Write such an image to a new file, readable by its owner only. FileExistsError if there is one."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(overlay_bytes(virtual_bytes))
+
+
+def _l1_entries(virtual_bytes: int) -> int:
+    return -(-virtual_bytes // (CLUSTER_BYTES * _L2_ENTRIES))
+
+
+def _l1_clusters(virtual_bytes: int) -> int:
+    return max(1, -(-_l1_entries(virtual_bytes) * 8 // CLUSTER_BYTES))

@@ -7,11 +7,13 @@ gets an argument vector. The gateway talks to it over a SOCK_SEQPACKET socket pa
        the first becomes stdout and stderr, the others 3, 4, ... of the VMM
     <- {"id", "pid", "problems": [...]}  + a pidfd     the program has been executed
     <- {"id", "error"}                                 it has not; nothing is left
+    -> {"keep": pid}                                   its record is written: it may outlive us from now on
     <- {"exited": pid, "exit_status"|"signal"}         a VMM has ended
 
     -> {"id", "probe": true}      <- {"id", "namespaces": [[name, errno]...], "root_error", "proc_error"}
 
-VMMs outlive it: when the gateway's end closes it exits, and init adopts them.
+VMMs outlive it: when the gateway's end closes it exits, and init adopts them. Those that were not kept yet are ended
+then, since no later gateway could find them.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class Spawner:
         self._channel = channel
         self._starting: dict[int, _Starting] = {}
         self._children: set[int] = set()
+        self._unkept: set[int] = set()
         self._poll = select.poll()
         self._wakeup, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
@@ -72,6 +75,7 @@ class Spawner:
             for fd, _ in self._poll.poll():
                 if fd == self._channel.fileno():
                     if not self._receive():
+                        self._end_unkept()
                         return
                 elif fd == self._wakeup:
                     os.read(fd, 4096)
@@ -88,6 +92,9 @@ class Spawner:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(payload[: len(payload) - len(payload) % 4])
         request = json.loads(data)
+        if "keep" in request:
+            self._unkept.discard(request["keep"])
+            return True
         try:
             if request.get("probe"):
                 self._send(_probe(request))
@@ -127,6 +134,7 @@ class Spawner:
             except OSError as error:
                 problems.append(f"{path}: {error.strerror}")
         self._children.add(pid)
+        self._unkept.add(pid)
         self._starting[status_read] = _Starting(request["id"], pid, pidfd, status_read, problems)
         self._poll.register(status_read, select.POLLIN)
 
@@ -151,10 +159,17 @@ class Spawner:
             if found == 0:
                 continue
             self._children.discard(pid)
+            self._unkept.discard(pid)
             if os.WIFSIGNALED(status):
                 self._send({"exited": pid, "signal": os.WTERMSIG(status)})
             else:
                 self._send({"exited": pid, "exit_status": os.WEXITSTATUS(status)})
+
+    def _end_unkept(self) -> None:
+        for pid in self._unkept:
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        for pid in self._unkept:
+            os.waitpid(pid, 0)
 
     def _send(self, message: dict[str, object], descriptors: list[int] | None = None) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
