@@ -249,11 +249,7 @@ async def test_adopting_a_machine_that_died_unwatched_removes_its_leftovers(benc
 async def test_the_vmm_has_no_rights_and_limits(bench: Bench) -> None:
     machine = await bench.boot()
     try:
-        status = dict(
-            line.split(":\t", 1)
-            for line in Path(f"/proc/{machine.pid}/status").read_text().splitlines()
-            if ":\t" in line
-        )
+        status = dict(line.split(":\t", 1) for line in proc(machine.pid, "status").splitlines() if ":\t" in line)
         assert status["NoNewPrivs"] == "1"
         assert status["Seccomp"] == "2"
         assert int(status["CapEff"], 16) == 0
@@ -264,17 +260,22 @@ async def test_the_vmm_has_no_rights_and_limits(bench: Bench) -> None:
             if name not in missing:
                 assert namespace(machine.pid, kind) != namespace(os.getpid(), kind)
         if "own root" not in missing:
-            visible = {path.name for path in Path(f"/proc/{machine.pid}/root").iterdir()}
+            visible = entries(machine.pid)
             assert visible <= {"usr", "bin", "sbin", "lib", "lib32", "lib64", "etc", "dev", "proc"}
         if "memory limit" not in missing:
             assert "/hypercell/booted" in proc(machine.pid, "cgroup")
-        assert f"{(DISK_MIB + 64) << 20}" in proc(machine.pid, "limits")
+        assert str((DISK_MIB + 64) << 20) in proc(machine.pid, "limits")
     finally:
         await machine.kill()
 
 
 def proc(pid: int, name: str) -> str:
     return Path(f"/proc/{pid}/{name}").read_text()
+
+
+def entries(pid: int) -> set[str]:
+    """What the VMM sees in its root."""
+    return {path.name for path in Path(f"/proc/{pid}/root").iterdir()}
 
 
 def namespace(pid: int, kind: str) -> int:
