@@ -24,7 +24,7 @@ rm -f "$root"/var/lib/dpkg/info/linux-image-*.prerm
 # Only what the recipe names stays, with what it needs: mmdebstrap marks more than that as wanted (usrmerge and all of Perl).
 enter apt-mark showmanual | xargs chroot "$root" apt-mark auto >/dev/null
 xargs chroot "$root" apt-mark manual <"$build/packages" >/dev/null
-enter apt-get -q -y purge --autoremove 'linux-image-.*' usrmerge
+enter apt-get -q -y -o APT::AutoRemove::RecommendsImportant=false -o APT::AutoRemove::SuggestsImportant=false purge --autoremove 'linux-image-.*' usrmerge
 enter dpkg-query -W -f '${Package} ${Version}\n' >"$out/debian-packages"
 
 # The whole machine is the user's own: pip may install beside Debian's packages (PEP 668).

@@ -76,15 +76,19 @@ def _check_user_namespaces() -> None:
 
 
 async def run_tool(
-    arguments: Sequence[str | Path], *, environment: Mapping[str, str], on_line: Callable[[str], None] | None = None
+    arguments: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str],
+    on_line: Callable[[str], None] | None = None,
+    death_signal: str = "KILL",
 ) -> tuple[int, str]:
     """Runs a tool to its end; returns its exit status and the last lines of its output (both streams).
 
-    A cancelled call ends the tool and all that it started before it returns; so does the death of this process.
+    A cancelled call ends the tool and all that it started before it returns. death_signal: what the tool gets when this
+    process is killed.
     """
-    # setpriv: the tool gets SIGTERM when we are killed, and cleans up.
     process = await asyncio.create_subprocess_exec(
-        "setpriv", "--pdeathsig", "TERM", "--", *arguments,
+        "setpriv", "--pdeathsig", death_signal, "--", *arguments,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         env=environment, start_new_session=True, limit=MAX_LINE_BYTES,
     )  # fmt: skip

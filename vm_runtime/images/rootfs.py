@@ -113,9 +113,14 @@ async def install_debian_packages(
         arguments[1:1] = ["--mode=root"]
         arguments = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *arguments]
         environment["TMPDIR"] = str(work)
+        # unshare ignores SIGTERM; killed, it takes its namespaces and all that runs and is mounted in them along.
+        death_signal = "KILL"
     else:
         arguments[1:1] = ["--mode=unshare"]
-    status, output = await run_tool(arguments, environment=tool_environment(environment), on_line=on_line)
+        death_signal = "TERM"  # mmdebstrap removes its root then
+    status, output = await run_tool(
+        arguments, environment=tool_environment(environment), on_line=on_line, death_signal=death_signal
+    )
     if status != 0:
         # mmdebstrap prints the hook that failed, which would push its reason out of the message.
         script = set(FINISH.read_text().splitlines())

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vm_runtime.images.build import build_files, builder_version
-from vm_runtime.images.errors import BrokenImageError, ImageInUseError, UnknownImageError
+from vm_runtime.images.errors import BrokenImageError, BuildHostError, ImageInUseError, UnknownImageError
 from vm_runtime.images.manifest import (
     FILES,
     FORMAT_VERSION,
@@ -148,6 +148,8 @@ class ImageStore:
             try:
                 manifest = await build_files(recipe, work, progress)
                 await asyncio.to_thread(self._publish, work / "image", manifest)
+            except OSError as error:
+                raise BuildHostError(f"The image could not be built: {error}; free the way and try again.") from error
             finally:
                 # Shielded: a second Ctrl-C must not stop the removal.
                 await asyncio.shield(asyncio.to_thread(shutil.rmtree, work))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def make_image(directory: Path, *, name: str = "python3", content: str = "x", ag
     return manifest
 
 
-def unused(digest: str) -> Sequence[str]:
-    return ()
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 def test_lists_newest_first_and_finds_by_name_and_digest(tmp_path: Path) -> None:
@@ -115,8 +114,8 @@ async def test_removes_only_what_no_template_needs(tmp_path: Path) -> None:
     (template / "manifest.json").unlink()
     await store.rm("python3", used_by=lambda digest: templates_using(tmp_path, digest))
     assert store.ls() == []
-    assert {path.name for path in (tmp_path / "images").iterdir()} == {".lock", "recipes"}
-    assert list((tmp_path / "images/recipes").iterdir()) == []
+    assert names_in(tmp_path / "images") == {".lock", "recipes"}
+    assert names_in(tmp_path / "images/recipes") == set()
 
 
 async def test_a_build_that_was_done_does_nothing(tmp_path: Path) -> None:
@@ -149,7 +148,7 @@ async def test_a_cancelled_build_leaves_nothing_and_a_killed_one_is_cleaned_up(t
     build.cancel()
     with pytest.raises(asyncio.CancelledError):
         await build
-    assert set(os.listdir(tmp_path)) == {".lock", "recipes"}
+    assert names_in(tmp_path) == {".lock", "recipes"}
 
 
 def test_commands_print_json_and_one_sentence_for_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
