@@ -69,11 +69,17 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
             )
 
     async def _is_local_user(self) -> bool:
-        """Whether a program (no page, no proxy) of the gateway's own user asks from this machine."""
+        """Whether a program of the gateway's own user asks from this machine: no proxy, no page of another server.
+
+        websocket-client, which nbclient uses, names the gateway itself as its origin; a browser could only say that of
+        a page that the gateway served, and it serves none.
+        """
         headers = self.request.headers
         if not self.gateway.settings.trust_local_user or not is_loopback(self.request.remote_ip or ""):
             return False
-        if "Origin" in headers or any(name in headers for name in FORWARDING_HEADERS):
+        if any(name in headers for name in FORWARDING_HEADERS):
+            return False
+        if not origin_allowed(headers.get("Origin"), host=headers.get("Host"), cors_origins=()):
             return False
         stream: Any = self.request.connection.stream  # type: ignore[union-attr]
         peer, local = stream.socket.getpeername()[:2], stream.socket.getsockname()[:2]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, make_message
+from gateway.kernel_link import KernelLink, status_message
 from gateway.metrics import Metrics
 from gateway.outgoing import Outgoing, Write
 
@@ -36,12 +36,16 @@ class Connection:
         )
 
     def use(self, link: KernelLink, backlog: Iterable[KernelMessage] = ()) -> None:
-        """Begins to pass messages both ways, after those of the backlog."""
+        """Begins to pass the kernel's messages, after those of the backlog. The client's wait for `admit`."""
         self._link = link
         for message in backlog:
             self.outgoing.put(message)
         link.start(self.outgoing.put)
-        self._linked.set()
+
+    def admit(self, link: KernelLink) -> None:
+        """Lets the client's messages pass, now that no answer can be missed; unless `link` is no longer in use."""
+        if self._link is link:
+            self._linked.set()
 
     async def from_client(self, message: KernelMessage) -> None:
         """Passes one message to the kernel. Waits while the kernel restarts or takes no more."""
@@ -55,11 +59,10 @@ class Connection:
         """Tells the client that the kernel is `restarting` or `dead`, after all that the kernel still said."""
         if self._link is not None:
             self._link.drain_iopub()
-        content = {"execution_state": state} if reason is None else {"execution_state": state, "reason": reason}
-        self.outgoing.put(make_message("iopub", "status", content))
+        self.outgoing.put(status_message(state, reason))
 
     def unlink(self) -> None:
-        """The old kernel is gone: ends its sockets; messages from the client wait for `use`."""
+        """The old kernel is gone: ends its sockets; messages from the client wait for `admit`."""
         if not self._closed:
             self._linked.clear()
         link, self._link = self._link, None

@@ -6,9 +6,10 @@ HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import zmq
@@ -16,7 +17,7 @@ import zmq
 from gateway.connection import Client, Connection
 from gateway.errors import ApiError
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink
+from gateway.kernel_link import KernelLink, status_message
 from gateway.metrics import Metrics
 from gateway.parking import BufferBudget, Parked
 from gateway.settings import GatewaySettings
@@ -65,11 +66,9 @@ class KernelHub:
 
     async def follow(self, events: EventQueue) -> None:
         """Acts on the service's events until they end."""
-        async for event in events:
-            try:
-                await self._on_event(event)
-            except KernelsError as error:
-                log.warning("Clients of kernel %s were not served: %s", event.sandbox_id, error)
+        async with asyncio.TaskGroup() as reconnecting:
+            async for event in events:
+                self._on_event(event, reconnecting)
 
     def connection_count(self, kernel_id: str) -> int:
         clients = self._kernels.get(kernel_id)
@@ -122,6 +121,7 @@ class KernelHub:
         self._metrics.connections.inc()
         if link is not None:
             connection.use(link, backlog)
+            connection.admit(link)
             link.resume()
         else:
             await self._connect(kernel_id, connection)
@@ -136,6 +136,7 @@ class KernelHub:
             return
         connection.use(link)
         await link.wait_subscribed(busy=busy)
+        connection.admit(link)
 
     def _is_attached(self, kernel_id: str, connection: Connection) -> bool:
         clients = self._kernels.get(kernel_id)
@@ -160,27 +161,50 @@ class KernelHub:
             parked.keep(message)
         parked.start()
 
-    async def _on_event(self, event: SandboxEvent) -> None:
-        reason = event.data.get("reason")
+    def _on_event(self, event: SandboxEvent, reconnecting: asyncio.TaskGroup) -> None:
+        kernel_id, reason = event.sandbox_id, event.data.get("reason")
         match event.kind:
             case EventKind.KERNEL_RESTARTING:
-                for connection in self._connections(event.sandbox_id):
-                    connection.announce("restarting", reason)
+                self._announce(kernel_id, "restarting", reason)
+                for connection in self._connections(kernel_id):
                     connection.unlink()
             case EventKind.KERNEL_RESTARTED:
-                self._forget_parked(event.sandbox_id)
-                for connection in self._connections(event.sandbox_id):
+                for connection in self._connections(kernel_id):
                     connection.unlink()
-                    with suppress(KernelsError):
-                        await self._connect(event.sandbox_id, connection)
+                    # Not awaited: one kernel that does not answer must not keep the others' clients waiting.
+                    reconnecting.create_task(self._reconnect(kernel_id, connection))
+                self._relink_parked(kernel_id)
             case EventKind.KERNEL_DEAD:
-                for connection in self._connections(event.sandbox_id):
-                    connection.announce("dead", reason)
+                self._announce(kernel_id, "dead", reason)
             case EventKind.STATE if event.data.get("state") == "failed":
-                for connection in self._connections(event.sandbox_id):
-                    connection.announce("dead", reason)
+                self._announce(kernel_id, "dead", reason)
             case EventKind.DELETED:
-                self._drop(event.sandbox_id, CLOSE_NORMAL, "the kernel was deleted")
+                self._drop(kernel_id, CLOSE_NORMAL, "the kernel was deleted")
+
+    def _announce(self, kernel_id: str, state: str, reason: str | None) -> None:
+        for connection in self._connections(kernel_id):
+            connection.announce(state, reason)
+        clients = self._kernels.get(kernel_id)
+        if clients is not None and clients.parked is not None:
+            clients.parked.keep(status_message(state, reason))
+
+    async def _reconnect(self, kernel_id: str, connection: Connection) -> None:
+        try:
+            await self._connect(kernel_id, connection)
+        except KernelsError as error:
+            # It died again; the event that says so is on its way to the client.
+            log.info("A client of kernel %s was not connected again: %s", kernel_id, error)
+
+    def _relink_parked(self, kernel_id: str) -> None:
+        clients = self._kernels.get(kernel_id)
+        if clients is None or clients.parked is None:
+            return
+        try:
+            info = self._service.connection_info(kernel_id)
+        except KernelsError:
+            self._forget_parked(kernel_id)
+            return
+        clients.parked.relink(KernelLink(self._context, info, clients.parked.session_id))
 
     def _connections(self, kernel_id: str) -> list[Connection]:
         clients = self._kernels.get(kernel_id)

@@ -47,6 +47,12 @@ def make_message(channel: str, msg_type: str, content: Mapping[str, Any], parent
     return KernelMessage(channel, json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
 
 
+def status_message(state: str, reason: str | None) -> KernelMessage:
+    """Tells that the kernel is `restarting` or `dead`. The empty parent says that no request is the cause."""
+    content = {"execution_state": state} if reason is None else {"execution_state": state, "reason": reason}
+    return make_message("iopub", "status", content)
+
+
 class KernelLink:
     """Connects on construction. `start(receive)` begins delivery; `close()` ends it, twice is harmless.
 
@@ -136,7 +142,7 @@ class KernelLink:
             socket.resume()
 
     def drain_iopub(self) -> None:
-        """Delivers the output that has arrived already (unless paused)."""
+        """Delivers the output that has arrived already."""
         self._iopub.drain()
 
     def take_iopub(self) -> ZmqSocket:
@@ -147,5 +153,7 @@ class KernelLink:
         return self._iopub
 
     def close(self) -> None:
+        # Whoever waits for the first message must not wait on for one that cannot come.
+        self._subscribed.set()
         for socket in self._sockets().values():
             socket.close()

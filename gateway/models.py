@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
 from kernels.models import CreateSandbox, Kernelspec, Sandbox, SandboxState
 
@@ -25,7 +25,14 @@ PathText = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\u0000
 EnvName = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^=\u0000]*$")]
 EnvValue = Annotated[str, StringConstraints(max_length=MAX_ENV_BYTES, pattern=r"^[^\u0000]*$")]
 KernelId = Annotated[str, StringConstraints(pattern=_UUID)]
-Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+def _whole(value: Any) -> Any:
+    # JSON has one kind of number: 2.0 is an integer there.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 

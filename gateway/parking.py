@@ -47,6 +47,13 @@ class Parked:
         self.link.start(self.keep)
         self.link.resume()
 
+    def relink(self, link: KernelLink) -> None:
+        """Goes on with the link to a restarted kernel."""
+        self.link.drain_iopub()
+        self.link.close()
+        self.link = link
+        self.start()
+
     def keep(self, message: KernelMessage) -> None:
         """Adds one message; drops the oldest ones beyond the limits."""
         # A copy: the parts may lie in zmq's memory.

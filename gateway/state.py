@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from weakref import WeakValueDictionary
 
 from gateway.errors import ApiError
 from gateway.hub import KernelHub
@@ -17,7 +19,7 @@ from kernels.service import SandboxService
 
 @dataclass
 class Gateway:
-    """token: what clients must show. started: aware UTC time."""
+    """token: what clients must show. started: aware UTC time. session_locks: by path, while a session is made."""
 
     settings: GatewaySettings
     token: str
@@ -26,6 +28,7 @@ class Gateway:
     hub: KernelHub
     metrics: Metrics
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    session_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     async def create(self, request: CreateSandbox) -> Sandbox:
         """`SandboxService.create`, measured."""

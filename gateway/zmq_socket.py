@@ -89,8 +89,10 @@ class ZmqSocket:
             return
 
     def drain(self) -> None:
-        """Delivers at once what has already arrived."""
-        self._receive(limit=1_000_000)
+        """Delivers at once what has already arrived, paused or not: the last words of a kernel that is gone."""
+        paused, self._paused = self._paused, False
+        self._receive(limit=MESSAGES_PER_TURN)
+        self._paused = self._paused or paused
 
     def close(self) -> None:
         if self._socket.closed:

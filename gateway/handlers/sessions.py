@@ -16,8 +16,6 @@ from kernels.errors import UnknownSandboxError
 from kernels.models import CreateSandbox
 
 SESSION_ID = {"session_id": "The session's id."}
-# Two windows that open one notebook at the same moment must get one session.
-_creating = asyncio.Lock()
 
 
 def _answer(gateway: Gateway, session: Session) -> SessionAnswer | None:
@@ -64,7 +62,8 @@ async def list_sessions(call: Call) -> Reply:
 
 async def create_session(call: Call) -> Reply:
     gateway, body = call.gateway, call.body
-    async with _creating:
+    # Two windows that open one notebook at the same moment must get one session.
+    async with gateway.session_locks.setdefault(body.path, asyncio.Lock()):
         session = gateway.sessions.by_path(body.path)
         answer = _answer(gateway, session) if session else None
         if answer is None:
