@@ -114,9 +114,9 @@ def test_tab_completes_what_only_the_kernel_knows(open_notebook: OpenNotebook) -
 
 
 def test_interrupts_an_endless_loop(open_notebook: OpenNotebook) -> None:
-    notebook = open_notebook("kept = 'still here'\nwhile True: pass", "kept")
+    notebook = open_notebook("kept = 'still here'\nprint('looping')\nwhile True: pass", "kept")
     notebook.start_cell(0)
-    notebook.wait_kernel_status("Busy")
+    expect(notebook.output(0).last).to_contain_text("looping", timeout=CELL_TIMEOUT_MS)
     notebook.press_toolbar_button("interrupt")
     notebook.wait_cell_done(0)
     expect(notebook.output(0).last).to_contain_text("KeyboardInterrupt")
