@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -79,6 +80,10 @@ def _run(work: Coroutine[Any, Any, None]) -> int:
         asyncio.run(interruptible())
     except ImageError as error:
         print(f"hypercelld: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not complain when it flushes the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except PermissionError as error:
         print(

@@ -127,7 +127,9 @@ class ImageStore:
             doomed = self._directory / f".building-{os.getpid()}-removed"
             (self._directory / digest).rename(doomed)
             await asyncio.to_thread(shutil.rmtree, doomed)
-            (self._recipes / f"{image.manifest.recipe_digest}.json").unlink(missing_ok=True)
+            # The record may already be that of a newer image of the same recipe.
+            if self._record(image.manifest.recipe_digest).image == digest:
+                (self._recipes / f"{image.manifest.recipe_digest}.json").unlink()
             return image
 
     async def build(self, recipe: LoadedRecipe, progress: Progress) -> Image:
@@ -156,11 +158,18 @@ class ImageStore:
             return self.get(manifest.digest)
 
     def _built_before(self, recipe: LoadedRecipe) -> Image | None:
+        record = self._record(recipe.digest())
         try:
-            record = RecipeRecord.model_validate_json((self._recipes / f"{recipe.digest()}.json").read_bytes())
             return self.get(record.image) if record.builder == builder_version() else None
-        except (FileNotFoundError, ValidationError, UnknownImageError, BrokenImageError):
+        except (UnknownImageError, BrokenImageError):
             return None
+
+    def _record(self, recipe_digest: str) -> RecipeRecord:
+        """What is known of a recipe; a record without an image where that is nothing."""
+        try:
+            return RecipeRecord.model_validate_json((self._recipes / f"{recipe_digest}.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return RecipeRecord(image="", builder="")
 
     def _publish(self, image: Path, manifest: Manifest) -> None:
         (image / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")

@@ -118,6 +118,15 @@ async def test_removes_only_what_no_template_needs(tmp_path: Path) -> None:
     assert names_in(tmp_path / "images/recipes") == set()
 
 
+async def test_removing_an_older_image_keeps_the_record_of_the_newer(tmp_path: Path) -> None:
+    old = make_image(tmp_path, content="old", age_s=60)
+    new = make_image(tmp_path, content="new")
+    store = ImageStore(tmp_path)
+    await store.rm(old.digest, used_by=lambda digest: ())
+    loaded = LoadedRecipe(recipe=new.recipe, contents=(), origin="test")
+    assert (await store.build(loaded, LineProgress(print))).files.digest == new.digest
+
+
 async def test_a_build_that_was_done_does_nothing(tmp_path: Path) -> None:
     manifest = make_image(tmp_path)
     lines: list[str] = []
