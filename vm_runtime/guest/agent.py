@@ -10,12 +10,15 @@ import os
 import signal
 from dataclasses import dataclass
 
+from vm_runtime.guest.commands import Commands
+from vm_runtime.guest.files import Files
 from vm_runtime.guest.keeper import KernelError, KernelKeeper, User
 from vm_runtime.guest.notices import Notices
 from vm_runtime.guest.paths import Paths
 from vm_runtime.guest.port import HangUpWatch, find_port, open_port
 from vm_runtime.guest.renewal import Renewal
 from vm_runtime.guest.requests import Guest, handle
+from vm_runtime.guest.user_threads import UserThreads
 from vm_runtime.wire.carriers import Carrier, DeviceCarrier
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
 from vm_runtime.wire.greeting import Hello, Welcome
@@ -44,7 +47,19 @@ class Agent:
         self._renewal = Renewal(paths=settings.paths, owns_machine=settings.owns_machine)
         self._keeper = KernelKeeper(paths=settings.paths, user=settings.user, notify=self._notices.post)
         power_off = _tell_init if settings.owns_machine else _nothing
-        self._guest = Guest(keeper=self._keeper, renewal=self._renewal, paths=settings.paths, power_off=power_off)
+        home = str(settings.paths.home)
+        self._threads = UserThreads(settings.user)
+        self._commands = Commands(
+            user=settings.user, home=home, threads=self._threads, environment=self._keeper.environment
+        )
+        self._guest = Guest(
+            keeper=self._keeper,
+            renewal=self._renewal,
+            paths=settings.paths,
+            commands=self._commands,
+            files=Files(home=home, threads=self._threads),
+            power_off=power_off,
+        )
         self._link: Link | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -53,6 +68,8 @@ class Agent:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self._commands.__aexit__(*exc)
+        self._threads.close()
         await self._keeper.__aexit__(*exc)
 
     async def serve(self, carrier: Carrier) -> None:

@@ -95,6 +95,10 @@ class KernelKeeper:
             kernel.calls.close()
         self._end_zygote()
 
+    def environment(self) -> dict[str, str]:
+        """What a kernel that started now would get; commands get it, too."""
+        return {**self._base_env(), **self._env}
+
     def describe(self) -> KernelStatus | None:
         """The kernel for WELCOME, or None without one. Its state is Jupyter's word: starting, idle or busy."""
         kernel = self._kernel
@@ -192,7 +196,7 @@ class KernelKeeper:
                 answer = await zygote.ask(
                     "fork",
                     fds=[theirs.fileno()],
-                    env={**self._base_env(), **self._env},
+                    env=self.environment(),
                     cwd=self._cwd or str(self._paths.home),
                     fallback_cwd=str(self._paths.home),
                     key=self._key,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from vm_runtime.guest.commands import Commands
+from vm_runtime.guest.exec import HANDLERS as EXEC_HANDLERS
+from vm_runtime.guest.files import HANDLERS as FILES_HANDLERS
+from vm_runtime.guest.files import Files
 from vm_runtime.guest.keeper import KernelError, KernelKeeper
+from vm_runtime.guest.params import environment, param
 from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
 from vm_runtime.guest.renewal import Renewal
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
@@ -26,6 +31,8 @@ class Guest:
     keeper: KernelKeeper
     renewal: Renewal
     paths: Paths
+    commands: Commands
+    files: Files
     power_off: Callable[[], None]
 
 
@@ -49,17 +56,17 @@ async def _kernel_start(guest: Guest, incoming: Incoming) -> None:
     if params.get("argv") is not None:
         raise OpenRejectedError("not_supported", "This agent starts ipykernel only; leave argv out.")
     pid = await guest.keeper.start(
-        key=_param(params, "key", str, None), env=_env(params), cwd=_param(params, "cwd", str, None)
+        key=param(params, "key", str, None), env=environment(params), cwd=param(params, "cwd", str, None)
     )
     await incoming.answer({"pid": pid})
 
 
 async def _kernel_restart(guest: Guest, incoming: Incoming) -> None:
-    await incoming.answer({"pid": await guest.keeper.restart(env=_env(incoming.params))})
+    await incoming.answer({"pid": await guest.keeper.restart(env=environment(incoming.params))})
 
 
 async def _kernel_stop(guest: Guest, incoming: Incoming) -> None:
-    await guest.keeper.stop(grace_s=float(_param(incoming.params, "grace_s", (int, float), 0.0)))
+    await guest.keeper.stop(grace_s=float(param(incoming.params, "grace_s", (int, float), 0.0)))
     await incoming.answer()
 
 
@@ -69,7 +76,7 @@ async def _kernel_interrupt(guest: Guest, incoming: Incoming) -> None:
 
 
 async def _kernel_channel(guest: Guest, incoming: Incoming) -> None:
-    port = CHANNEL_PORTS.get(_param(incoming.params, "channel", str))
+    port = CHANNEL_PORTS.get(param(incoming.params, "channel", str))
     if port is None:
         raise OpenRejectedError("bad_params", f"channel must be one of {', '.join(CHANNEL_PORTS)}.")
     path = guest.paths.kernel_socket(port)
@@ -77,14 +84,14 @@ async def _kernel_channel(guest: Guest, incoming: Incoming) -> None:
 
 
 async def _tunnel(guest: Guest, incoming: Incoming) -> None:
-    port = _param(incoming.params, "port", int)
+    port = param(incoming.params, "port", int)
     if not 0 < port < 65536:
         raise OpenRejectedError("bad_params", "port must be from 1 to 65535.")
     await _relay_to(incoming, asyncio.open_connection("127.0.0.1", port), code="connection_refused")
 
 
 async def _template_prepare(guest: Guest, incoming: Incoming) -> None:
-    pid = await guest.keeper.prepare(warmup=_param(incoming.params, "warmup", str, ""))
+    pid = await guest.keeper.prepare(warmup=param(incoming.params, "warmup", str, ""))
     await incoming.answer({"pid": pid})
 
 
@@ -94,7 +101,7 @@ async def _kernel_exercise(guest: Guest, incoming: Incoming) -> None:
 
 
 async def _sandbox_identify(guest: Guest, incoming: Incoming) -> None:
-    identity = _param(incoming.params, "identity", dict)
+    identity = param(incoming.params, "identity", dict)
     if not all(isinstance(value, str) for value in identity.values()):
         raise OpenRejectedError("bad_params", "identity is an object of strings.")
     guest.renewal.identify(identity)
@@ -109,7 +116,15 @@ async def _machine_poweroff(guest: Guest, incoming: Incoming) -> None:
     guest.power_off()
 
 
-# Kinds to come (exec, files) get a line here and a module of their own.
+def _on(part: Callable[[Guest], T], serve: Callable[[T, Incoming], Awaitable[None]]) -> Handle:
+    """A handler that acts on one part of the guest only."""
+
+    async def run(guest: Guest, incoming: Incoming) -> None:
+        await serve(part(guest), incoming)
+
+    return run
+
+
 HANDLERS: dict[str, Handle] = {
     "kernel.start": _kernel_start,
     "kernel.restart": _kernel_restart,
@@ -121,6 +136,8 @@ HANDLERS: dict[str, Handle] = {
     "template.prepare": _template_prepare,
     "tunnel": _tunnel,
     "machine.poweroff": _machine_poweroff,
+    **{kind: _on(lambda guest: guest.commands, serve) for kind, serve in EXEC_HANDLERS.items()},
+    **{kind: _on(lambda guest: guest.files, serve) for kind, serve in FILES_HANDLERS.items()},
 }
 
 
@@ -138,24 +155,3 @@ async def _relay_to(
         await relay(stream, reader, writer)
     finally:
         writer.close()
-
-
-_REQUIRED: Any = object()
-
-
-def _param(params: Mapping[str, Any], name: str, kind: Any, default: Any = _REQUIRED) -> Any:
-    """A parameter of that type (bool is no number); without a default it must be there."""
-    value = params.get(name, default)
-    if value is _REQUIRED:
-        raise OpenRejectedError("bad_params", f"{name} is missing.")
-    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise OpenRejectedError("bad_params", f"{name} has the wrong type ({type(value).__name__}).")
-    return value
-
-
-def _env(params: Mapping[str, Any]) -> dict[str, str]:
-    env = _param(params, "env", dict, None) or {}
-    for name, value in env.items():
-        if not isinstance(value, str) or "\0" in name + value or "=" in name or not name:
-            raise OpenRejectedError("bad_params", f"env has an entry that no process can have: {name!r}.")
-    return env

@@ -45,6 +45,7 @@ class Stream:
         self._buffer = bytearray()  # bounded by the window: credit is given when it is read
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
+        self._lost = asyncio.Event()
         self._ended_local = False
         self._ended_remote = False
         self._discarding = False
@@ -96,6 +97,15 @@ class Stream:
             self._owner.session.send_data(self.id, view[:room])
             self._owner.wake_writer()
             view = view[room:]
+
+    async def wait_lost(self) -> WireError:
+        """Wait until the stream is given up or its session is over, even while nothing is read or written; why.
+
+        A stream that ends in both directions never is.
+        """
+        await self._lost.wait()
+        assert self._error is not None
+        return self._error
 
     def end(self) -> None:
         """Send no more, once what is queued has gone. Ending twice is harmless."""
@@ -153,6 +163,7 @@ class Stream:
     def on_lost(self, error: WireError) -> None:
         if self._error is None and not self.closed:
             self._error = error
+            self._lost.set()
         self._readable.set()
         self._writable.set()
 

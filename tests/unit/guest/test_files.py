@@ -1,0 +1,361 @@
+"""Files over the wire: content both ways, directories, watches, and what must leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.guest.conftest import Host
+from vm_runtime.guest.keeper import User
+from vm_runtime.guest.user_threads import UserThreads
+from vm_runtime.wire.chunks import CHUNK_HEADER, ChunkError, ChunkReader, ChunkWriter
+from vm_runtime.wire.errors import OpenRejectedError, StreamResetError
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def home(tmp_path: Path, host: Host) -> Path:
+    return tmp_path / "home"
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def run_program(*argv: str) -> int:
+    return subprocess.run(argv, check=False).returncode
+
+
+async def wait_for_names(directory: Path, count: int) -> None:
+    async with asyncio.timeout(10):
+        while len(names(directory)) != count:  # noqa: ASYNC110 (nothing tells when a file appears)
+            await asyncio.sleep(0.01)
+
+
+def chunks_of(content: bytes, size: int = 100_000) -> list[bytes]:
+    writer = ChunkWriter()
+    pieces = [content[at : at + size] for at in range(0, len(content), size)]
+    return [*(writer.header(piece) + piece for piece in pieces), writer.end()]
+
+
+async def read(host: Host, path: str, **params: Any) -> tuple[bytes, dict[str, Any]]:
+    assert host.link is not None
+    stream = await host.link.open("files.read", {"path": path, **params}, timeout_s=20)
+    reader = ChunkReader()
+    content = bytearray()
+    while data := await stream.read():
+        for piece in reader.feed(data):
+            content += piece
+    stream.end()
+    reader.check_done()
+    assert reader.crc32 == zlib.crc32(content)
+    return bytes(content), dict(stream.result)
+
+
+async def write(host: Host, path: str, content: bytes, **params: Any) -> dict[str, Any]:
+    assert host.link is not None
+    stream = await host.link.open("files.write", {"path": path, **params}, timeout_s=20)
+    for data in chunks_of(content):
+        await stream.write(data)
+    stream.end()
+    return dict(json.loads(await stream.read()))
+
+
+async def listing(host: Host, path: str, **params: Any) -> dict[str, Any]:
+    assert host.link is not None
+    stream = await host.link.open("files.list", {"path": path, **params}, timeout_s=20)
+    data = b""
+    while more := await stream.read():
+        data += more
+    stream.end()
+    return dict(json.loads(data))
+
+
+async def code_of(awaitable: Any) -> str:
+    with pytest.raises((OpenRejectedError, StreamResetError)) as refused:
+        await awaitable
+    return str(refused.value.code)
+
+
+async def test_there_and_back(host: Host, home: Path) -> None:
+    content = random.Random(1).randbytes(5 * MIB + 1)
+    assert await write(host, "a/b/c.bin", content) == {"size_bytes": len(content), "crc32": zlib.crc32(content)}
+    assert (home / "a/b/c.bin").read_bytes() == content
+    again, result = await read(host, "a/b/c.bin")
+    assert again == content
+    assert (result["size_bytes"], result["length"], result["mode"]) == (len(content), len(content), 0o644)
+    assert names(home / "a/b") == ["c.bin"]
+
+
+async def test_empty_file(host: Host, home: Path) -> None:
+    await write(host, "empty", b"")
+    assert (await read(host, "empty"))[0] == b""
+    assert (home / "empty").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [(2, 3, b"234"), (8, 100, b"89"), (-3, None, b"789"), (-100, 2, b"01"), (10, None, b""), (99, 1, b""), (0, 0, b"")],
+)
+async def test_ranges(host: Host, home: Path, offset: int, length: int | None, expected: bytes) -> None:
+    (home / "digits").write_bytes(b"0123456789")
+    content, result = await read(host, "digits", offset=offset, length=length)
+    assert content == expected
+    assert result["size_bytes"] == 10
+
+
+async def test_file_whose_size_only_reading_tells(host: Host) -> None:
+    content, result = await read(host, "/proc/self/status")
+    assert b"Threads:" in content
+    assert result["length"] is None
+
+
+async def test_mode_is_kept_or_as_asked(host: Host, home: Path) -> None:
+    (home / "script").write_text("old")
+    (home / "script").chmod(0o755)
+    await write(host, "script", b"new")
+    assert (home / "script").stat().st_mode & 0o7777 == 0o755
+    await write(host, "script", b"new", mode=0o600)
+    assert (home / "script").stat().st_mode & 0o7777 == 0o600
+
+
+async def test_writing_through_a_link_keeps_the_link(host: Host, home: Path) -> None:
+    (home / "target").write_text("old")
+    (home / "link").symlink_to("target")
+    await write(host, "link", b"new")
+    assert (home / "link").is_symlink()
+    assert (home / "target").read_bytes() == b"new"
+
+
+async def test_upload_that_is_given_up_leaves_nothing(host: Host, home: Path) -> None:
+    (home / "f").write_text("old")
+    assert host.link is not None
+    for give_up in ("reset", "cut off", "session"):
+        stream = await host.link.open("files.write", {"path": "f"}, timeout_s=20)
+        await stream.write(chunks_of(b"x" * 100_000)[0])
+        await wait_for_names(home, 2)
+        if give_up == "reset":
+            stream.reset()
+        elif give_up == "cut off":
+            stream.end()
+            assert await code_of(stream.read()) == "content_broken"
+        else:
+            await host.hello(restored=True)
+        await wait_for_names(home, 1)
+        assert (home / "f").read_text() == "old"
+
+
+async def test_broken_content_is_refused(host: Host, home: Path) -> None:
+    assert host.link is not None
+    stream = await host.link.open("files.write", {"path": "f"}, timeout_s=20)
+    await stream.write(CHUNK_HEADER.pack(4, zlib.crc32(b"good")) + b"evil")
+    assert await code_of(stream.read()) == "content_broken"
+    assert names(home) == []
+
+
+async def test_full_disk(host: Host, home: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if run_program("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)) != 0:
+        pytest.skip("a full disk takes the right to mount a tmpfs")
+    try:
+        assert host.link is not None
+        (disk / "f").write_text("old")
+        stream = await host.link.open("files.write", {"path": f"{disk}/f"}, timeout_s=20)
+        with pytest.raises(StreamResetError, match="No space left") as refused:
+            for data in chunks_of(bytes(4 * MIB)):
+                await stream.write(data)
+        assert refused.value.code == "disk_full"
+        assert names(disk) == ["f"]
+        assert (disk / "f").read_text() == "old"
+    finally:
+        assert run_program("umount", str(disk)) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("", "bad_path"),
+        ("a\0b", "bad_path"),
+        ("x" * 300, "bad_path"),
+        ("x" * 5000, "bad_path"),
+        ("nothing", "file_not_found"),
+        ("dir", "is_a_directory"),
+        ("file/below", "not_a_directory"),
+        ("pipe", "not_a_file"),
+        ("/dev/null", "not_a_file"),
+        ("loop", "bad_path"),
+    ],
+)
+async def test_what_cannot_be_read(host: Host, home: Path, path: str, code: str) -> None:
+    (home / "dir").mkdir()
+    (home / "file").touch()
+    (home / "loop").symlink_to("loop")
+    os.mkfifo(home / "pipe")
+    assert await code_of(read(host, path)) == code
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "code"),
+    [
+        ("dir", {}, "is_a_directory"),
+        ("new/", {}, "is_a_directory"),
+        ("pipe", {}, "not_a_file"),
+        ("file/below", {}, "not_a_directory"),
+        ("no/such", {"parents": False}, "file_not_found"),
+        ("x", {"mode": 0o10000}, "bad_params"),
+        ("x", {"parents": 1}, "bad_params"),
+    ],
+)
+async def test_what_cannot_be_written(host: Host, home: Path, path: str, params: dict[str, Any], code: str) -> None:
+    (home / "dir").mkdir()
+    (home / "file").touch()
+    os.mkfifo(home / "pipe")
+    assert await code_of(write(host, path, b"x", **params)) == code
+    assert names(home) == ["dir", "file", "pipe"]
+
+
+async def test_listing(host: Host, home: Path) -> None:
+    (home / "d/e").mkdir(parents=True)
+    (home / "d/e/f").write_text("12345")
+    (home / "link").symlink_to("/etc")
+    (home / os.fsdecode(b"\xff")).touch()
+    first = await listing(host, ".")
+    assert [(entry["name"], entry["kind"]) for entry in first["entries"]] == [
+        ("d", "directory"), ("link", "link"), ("\ufffd", "file"),
+    ]  # fmt: skip
+    assert first["entries"][1]["target"] == "/etc"
+    deep = await listing(host, "d", depth=3)
+    assert [entry["path"] for entry in deep["entries"]] == [f"{home}/d/e", f"{home}/d/e/f"]
+    assert (deep["entries"][1]["size_bytes"], deep["truncated"]) == (5, False)
+    assert await code_of(listing(host, "nothing")) == "file_not_found"
+    assert await code_of(listing(host, "d/e/f")) == "not_a_directory"
+
+
+async def test_stat_rename_remove(host: Host, home: Path) -> None:
+    (home / "a").write_text("abc")
+    (home / "link").symlink_to("a")
+    assert (await host.call("files.stat", path="link"))["kind"] == "file"
+    assert (await host.call("files.stat", path="link", follow=False))["target"] == "a"
+    assert (await host.call("files.rename", old_path="a", new_path="b"))["path"] == f"{home}/b"
+    assert await code_of(host.call("files.stat", path="link")) == "file_not_found"
+    (home / "d/e").mkdir(parents=True)
+    (home / "d/out").symlink_to(home / "b")
+    assert await code_of(host.call("files.remove", path="d")) == "directory_not_empty"
+    await host.call("files.remove", path="d", recursive=True)
+    await host.call("files.remove", path="link")
+    assert names(home) == ["b"]
+    assert await code_of(host.call("files.remove", path="nothing")) == "file_not_found"
+
+
+async def test_mkdir(host: Host, home: Path) -> None:
+    assert (await host.call("files.mkdir", path="a/b/c", mode=0o700))["mode"] == 0o700
+    await host.call("files.mkdir", path="a/b/c")
+    assert await code_of(host.call("files.mkdir", path="a/b", parents=False)) == "file_exists"
+    (home / "file").touch()
+    assert await code_of(host.call("files.mkdir", path="file")) == "file_exists"
+
+
+async def test_watch(host: Host, home: Path) -> None:
+    assert host.link is not None
+    stream = await host.link.open("files.watch", {"path": ".", "recursive": True}, timeout_s=20)
+    seen: list[dict[str, Any]] = []
+    rest = b""
+
+    async def until(event: str, name: str) -> dict[str, Any]:
+        nonlocal rest
+        async with asyncio.timeout(20):
+            while True:
+                for at, change in enumerate(seen):
+                    if (change["event"], change["path"]) == (event, f"{home}/{name}"):
+                        del seen[: at + 1]
+                        return change
+                *lines, rest = (rest + await stream.read()).split(b"\n")
+                seen.extend(json.loads(line) for line in lines)
+
+    (home / "f").write_text("x")
+    await until("created", "f")
+    await until("modified", "f")
+    (home / "f").rename(home / "g")
+    assert (await until("renamed", "g"))["old_path"] == f"{home}/f"
+    (home / "d/e").mkdir(parents=True)
+    (home / "d/e/early").touch()
+    await until("created", "d/e/early")
+    (home / "d/e/late").touch()
+    await until("created", "d/e/late")
+    (home / "g").unlink()
+    await until("deleted", "g")
+    stream.reset()
+
+
+async def test_watch_ends_with_what_it_watches(host: Host, home: Path) -> None:
+    assert host.link is not None
+    (home / "d").mkdir()
+    stream = await host.link.open("files.watch", {"path": "d"}, timeout_s=20)
+    (home / "d").rmdir()
+    data = b""
+    while more := await stream.read():
+        data += more
+    assert json.loads(data.splitlines()[-1]) == {"event": "deleted", "path": f"{home}/d"}
+    assert await code_of(host.link.open("files.watch", {"path": "nothing"})) == "file_not_found"
+
+
+async def test_threads_have_the_users_rights_only(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user takes root")
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(0o755)
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "secret").chmod(0o600)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    threads = UserThreads(User(uid=12345, gid=12346, name="someone"))
+    try:
+        with pytest.raises(PermissionError):
+            await threads.run((tmp_path / "secret").read_text)
+        await threads.run((tmp_path / "open" / "mine").touch)
+        status = (tmp_path / "open" / "mine").stat()
+        assert (status.st_uid, status.st_gid) == (12345, 12346)
+        effective = await threads.run(lambda: Path("/proc/thread-self/status").read_text())
+        assert "CapEff:\t0000000000000000" in effective
+    finally:
+        threads.close()
+    assert os.geteuid() == 0
+
+
+def test_chunks_in_any_pieces() -> None:
+    content = random.Random(2).randbytes(70_000)
+    data = b"".join(chunks_of(content, 30_000))
+    for size in (1, 7, 8, 9, 4096, len(data)):
+        reader = ChunkReader()
+        got = b"".join(bytes(piece) for at in range(0, len(data), size) for piece in reader.feed(data[at : at + size]))
+        reader.check_done()
+        assert (got, reader.size_bytes) == (content, len(content))
+
+
+@pytest.mark.parametrize("at", [0, 3, 5, 20, -1])
+def test_one_changed_byte_is_noticed(at: int) -> None:
+    data = bytearray(b"".join(chunks_of(b"some content", 5)))
+    data[at] ^= 0x40
+    reader = ChunkReader()
+    with pytest.raises(ChunkError):
+        reader.feed(data)
+        reader.check_done()
+
+
+def test_swapped_and_missing_chunks_are_noticed() -> None:
+    first, second, end = chunks_of(b"0123456789", 5)
+    for wrong in (second + first + end, first + end, second + end, first + second, first + second + end + end):
+        reader = ChunkReader()
+        with pytest.raises(ChunkError):
+            reader.feed(wrong)
+            reader.check_done()

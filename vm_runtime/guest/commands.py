@@ -1,0 +1,371 @@
+"""The commands that the agent runs for the host: a registry of them, and one object per command until it is forgotten.
+
+Knows nothing of the wire. A command leads a session of its own; when it ends, what it left running in that session is
+killed, so that nothing is orphaned. What should outlive it takes a session of its own (`setsid`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vm_runtime.guest.keeper import User
+from vm_runtime.guest.output import Cursor, OutputLog
+from vm_runtime.guest.process import CommandSpec, Started, session_members, set_size, start
+from vm_runtime.guest.user_threads import UserThreads
+from vm_runtime.wire.errors import OpenRejectedError
+
+# More at a time than any machine here has CPUs for, and a bound of what their output takes (output.LOG_BYTES_MAX).
+RUNNING_MAX = 64
+
+# Ended ones whose exit and last output can still be fetched; then the oldest is forgotten.
+ENDED_MAX = 32
+
+# Between the polite signal and SIGKILL, where a command's time is up or its client has gone.
+GRACE_S = 2.0
+
+# A session that forks as fast as it is killed is given up after so many rounds; each finds nearly all of them.
+KILL_ROUNDS = 8
+
+READ_BYTES = 64 * 1024
+
+# The most that can still be in a pipe when its writers are dead; an escaped writer that never stops must not hold us.
+REST_BYTES = 64 * 1024
+
+# How much of a command is shown in lists.
+SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """How a command ended: exit_status or signal is None."""
+
+    exit_status: int | None
+    signal: int | None
+    timed_out: bool
+
+
+class Command:
+    """A command that runs or has ended. `log` has its output; `changed` is set whenever there is more, or its end.
+
+    background: it stays when its client goes. owner: the cursor of a reader that must miss nothing.
+    """
+
+    def __init__(self, spec: CommandSpec, started: Started) -> None:
+        self.id = secrets.token_hex(6)
+        self.spec = spec
+        self.pid = started.process.pid
+        self.background = spec.background
+        self.log = OutputLog()
+        self.owner: Cursor | None = None
+        self.exit: Exit | None = None
+        self.started_at = time.time()
+        self._process = started.process
+        self._stdin_fd = started.stdin_fd
+        self._tty_fd = started.tty_fd
+        self._outputs = dict(started.outputs)  # kind by descriptor
+        self._paused = False
+        self._watchers: set[asyncio.Event] = set()
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._ending: asyncio.Task[None] | None = None
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"command {self.id}")
+        for fd in self._outputs:
+            self._loop.add_reader(fd, self._read, fd)
+
+    def describe(self) -> dict[str, Any]:
+        """For lists, as JSON."""
+        shown = self.spec.command if isinstance(self.spec.command, str) else " ".join(self.spec.command)
+        return {
+            "command_id": self.id,
+            "pid": self.pid,
+            "command": shown[:SHOWN_CHARACTERS],
+            "cwd": self.spec.cwd,
+            "background": self.background,
+            "tty": self.spec.size is not None,
+            "started_at": self.started_at,
+            "output_bytes": self.log.total_bytes,
+            "running": self.exit is None,
+            "exit_status": self.exit.exit_status if self.exit else None,
+            "signal": self.exit.signal if self.exit else None,
+            "timed_out": self.exit.timed_out if self.exit else False,
+        }
+
+    # Output
+
+    @contextlib.contextmanager
+    def watching(self) -> Any:
+        """An event that is set when there is more output, or the end."""
+        event = asyncio.Event()
+        self._watchers.add(event)
+        try:
+            yield event
+        finally:
+            self._watchers.discard(event)
+
+    def resume(self) -> None:
+        """The owner has read on, or there is none any more: read further if that was what stopped us."""
+        if self._paused and not self._is_far_ahead():
+            self._paused = False
+            for fd in self._outputs:
+                self._loop.add_reader(fd, self._read, fd)
+
+    def _is_far_ahead(self) -> bool:
+        return self.owner is not None and self.log.is_far_ahead(self.owner)
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: nobody has the terminal open any more
+            data = b""
+        if not data:
+            self._close_output(fd)
+            return
+        self.log.append(self._outputs[fd], data)
+        self._notify()
+        if self._is_far_ahead() and not self._paused:
+            self._paused = True
+            for output in self._outputs:
+                self._loop.remove_reader(output)
+
+    def _read_rest(self) -> None:
+        for fd, kind in list(self._outputs.items()):
+            left = REST_BYTES
+            with contextlib.suppress(OSError):
+                while left > 0 and (data := os.read(fd, left)):
+                    self.log.append(kind, data)
+                    left -= len(data)
+            self._close_output(fd)
+
+    def _close_output(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        del self._outputs[fd]
+        if fd != self._tty_fd:
+            os.close(fd)
+
+    def _notify(self) -> None:
+        for event in self._watchers:
+            event.set()
+
+    # Input
+
+    async def write(self, data: bytes) -> bool:
+        """Write to its standard input, waiting for room. False when it takes no more. One writer at a time."""
+        view = memoryview(data)
+        while view:
+            if self._stdin_fd is None:
+                return False
+            try:
+                view = view[os.write(self._stdin_fd, view) :]
+            except BlockingIOError:
+                await self._writable()
+            except OSError:
+                self.close_stdin()
+                return False
+        return True
+
+    async def _writable(self) -> None:
+        assert self._stdin_fd is not None
+        fd = self._stdin_fd
+        ready = asyncio.Event()
+        ended = asyncio.create_task(self._ended.wait())
+        waiting = asyncio.create_task(ready.wait())
+        self._loop.add_writer(fd, ready.set)
+        try:
+            await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            waiting.cancel()
+            if self._stdin_fd == fd:
+                self._loop.remove_writer(fd)
+
+    def close_stdin(self) -> None:
+        """The end of its input; on a terminal, where there is no such thing, the character for it (Ctrl-D)."""
+        fd = self._stdin_fd
+        if fd is None:
+            return
+        self._stdin_fd = None
+        self._loop.remove_writer(fd)
+        if fd == self._tty_fd:
+            with contextlib.suppress(OSError):
+                os.write(fd, b"\x04")
+        else:
+            os.close(fd)
+
+    def resize(self, *, rows: int, columns: int) -> None:
+        """Raises OpenRejectedError without a terminal."""
+        if self._tty_fd is None:
+            raise OpenRejectedError("no_terminal", f"Command {self.id} has no terminal, or has ended.")
+        set_size(self._tty_fd, rows=rows, columns=columns)
+
+    # Its end
+
+    async def signal(self, number: int) -> None:
+        """SIGTERM, SIGHUP and SIGKILL go to all of its session, others to the process group in the foreground."""
+        if self.exit is not None:
+            return
+        if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
+            await self._signal_session(number)
+            return
+        group = self.pid
+        if self._tty_fd is not None:
+            with contextlib.suppress(OSError):
+                group = os.tcgetpgrp(self._tty_fd)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+    def end_soon(self) -> None:
+        """Begin to end it: politely, and after GRACE_S with SIGKILL. Calling it again is harmless."""
+        if self._ending is None and self.exit is None:
+            self._ending = asyncio.create_task(self._end(), name=f"end of command {self.id}")
+
+    async def kill(self) -> None:
+        """SIGKILL to its session, and wait until it has ended."""
+        if self.exit is None:
+            await self._signal_session(signal.SIGKILL)
+        await self._ended.wait()
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    async def _end(self) -> None:
+        # An interactive shell ignores SIGTERM; what ends it is that its terminal hangs up.
+        polite = signal.SIGTERM if self._tty_fd is None else signal.SIGHUP
+        await self._signal_session(polite)
+        await self._signal_session(signal.SIGCONT)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await self._ended.wait()
+        if self.exit is None:
+            await self._signal_session(signal.SIGKILL)
+
+    async def _signal_session(self, number: int) -> None:
+        for pid in await asyncio.to_thread(session_members, self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    async def _supervise(self) -> None:
+        timed_out = False
+        exited = asyncio.Event()
+        pidfd = os.pidfd_open(self.pid)
+        self._loop.add_reader(pidfd, exited.set)
+        try:
+            try:
+                async with asyncio.timeout(self.spec.timeout_s):
+                    await exited.wait()
+            except TimeoutError:
+                timed_out = True
+                self.end_soon()
+                await exited.wait()
+        finally:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+        # Not reaped yet, so its pid cannot be another's, and neither can the session's number.
+        for _ in range(KILL_ROUNDS):
+            if await asyncio.to_thread(session_members, self.pid) == [self.pid]:
+                break
+            await self._signal_session(signal.SIGKILL)
+        code = self._process.wait()  # a zombie: this does not wait
+        self._read_rest()
+        self._release()
+        self.exit = Exit(
+            exit_status=code if code >= 0 else None, signal=-code if code < 0 else None, timed_out=timed_out
+        )
+        self._ended.set()
+        self._notify()
+
+    def _release(self) -> None:
+        if self._stdin_fd is not None and self._stdin_fd != self._tty_fd:
+            self._loop.remove_writer(self._stdin_fd)
+            os.close(self._stdin_fd)
+        self._stdin_fd = None
+        if self._tty_fd is not None:
+            self._loop.remove_writer(self._tty_fd)
+            os.close(self._tty_fd)
+            self._tty_fd = None
+
+
+class Commands:
+    """All commands. environment: what each gets beside its own variables. An async context manager: its end kills
+    them all."""
+
+    def __init__(
+        self, *, user: User | None, home: str, threads: UserThreads, environment: Callable[[], Mapping[str, str]]
+    ) -> None:
+        self._user = user
+        self._home = home
+        self._threads = threads
+        self._environment = environment
+        self._commands: dict[str, Command] = {}
+        self._starting = 0
+
+    async def __aenter__(self) -> Commands:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(command.kill() for command in self._commands.values()))
+        self._commands.clear()
+
+    async def start(self, spec: CommandSpec) -> Command:
+        """Start it. Raises OpenRejectedError: too_many_commands, bad_cwd, command_not_found, cannot_start."""
+        running = sum(command.exit is None for command in self._commands.values())
+        if running + self._starting >= RUNNING_MAX:
+            raise OpenRejectedError("too_many_commands", f"{RUNNING_MAX} commands run already; end one first.")
+        cwd = str(Path(self._home, spec.cwd or ""))
+        try:
+            # Only who may enter a directory can name an entry of it.
+            await self._threads.run(os.stat, f"{cwd}/.")
+        except OSError as error:
+            raise OpenRejectedError("bad_cwd", f"It cannot start in {cwd}: {error.strerror}.") from error
+        env = {**self._environment(), **({"TERM": "xterm-256color"} if spec.size else {}), **spec.env}
+        self._starting += 1
+        try:
+            starting = asyncio.create_task(asyncio.to_thread(start, spec, cwd=cwd, env=env, user=self._user))
+            try:
+                command = Command(spec, await asyncio.shield(starting))
+            except asyncio.CancelledError:
+                # It may have started all the same.
+                with contextlib.suppress(OSError):
+                    await Command(spec, await starting).kill()
+                raise
+        except FileNotFoundError as error:
+            raise OpenRejectedError("command_not_found", f"There is no program {spec.program!r}.") from error
+        except (OSError, ValueError) as error:
+            raise OpenRejectedError("cannot_start", f"{spec.program!r} cannot be started: {error}") from error
+        finally:
+            self._starting -= 1
+        self._commands[command.id] = command
+        self._forget_oldest()
+        return command
+
+    def get(self, command_id: str) -> Command:
+        """Raises OpenRejectedError unknown_command."""
+        command = self._commands.get(command_id)
+        if command is None:
+            raise OpenRejectedError(
+                "unknown_command", f"There is no command with the id {command_id[:64]!r}, or it is forgotten."
+            )
+        return command
+
+    def all(self) -> list[Command]:
+        """Oldest first."""
+        return list(self._commands.values())
+
+    def forget(self, command: Command) -> None:
+        """Drop an ended one with its output; twice is harmless."""
+        self._commands.pop(command.id, None)
+
+    def _forget_oldest(self) -> None:
+        ended = [command for command in self._commands.values() if command.exit is not None]
+        for command in ended[: max(0, len(ended) - ENDED_MAX)]:
+            self.forget(command)

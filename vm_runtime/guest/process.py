@@ -1,0 +1,154 @@
+"""Starts the process of a command, with pipes or a terminal, and finds the processes of its session. It blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import termios
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vm_runtime.guest.keeper import User
+from vm_runtime.wire.command_frames import CommandFrame
+
+# As the kernel's (zygote.KERNEL_OOM_SCORE_ADJ): where memory is short it is the larger of the two that ends.
+COMMAND_OOM_SCORE_ADJ = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSpec:
+    """A command line for /bin/bash (else /bin/sh), or a program and its arguments. cwd: from the home directory, which
+    it is where None. size: (rows, columns) of its terminal, None for pipes. stdin: whether there is any (a terminal
+    always has it). timeout_s: None for no limit."""
+
+    command: str | tuple[str, ...]
+    cwd: str | None
+    env: Mapping[str, str]
+    size: tuple[int, int] | None
+    stdin: bool
+    background: bool
+    timeout_s: float | None
+
+    @property
+    def program(self) -> str:
+        return self.argv[0]
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        if isinstance(self.command, str):
+            return (_shell(), "-c", self.command)
+        return self.command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A process and our ends, all non-blocking. outputs: the kind of frame by descriptor. With a terminal, all of them
+    are tty_fd."""
+
+    process: subprocess.Popen[bytes]
+    stdin_fd: int | None
+    outputs: Mapping[int, int]
+    tty_fd: int | None
+
+
+def start(spec: CommandSpec, *, cwd: str, env: Mapping[str, str], user: User | None) -> Started:
+    """Raises OSError, and ValueError for what no process can be given."""
+    if spec.size is not None:
+        return _start_on_terminal(spec, spec.size, cwd=cwd, env=env, user=user)
+    with ExitStack() as theirs, ExitStack() as ours:
+        stdin_fd: int | None = None
+        child_stdin = subprocess.DEVNULL
+        if spec.stdin:
+            child_stdin, stdin_fd = _pipe(theirs, ours)
+        stdout_fd, child_stdout = _pipe(ours, theirs)
+        stderr_fd, child_stderr = _pipe(ours, theirs)
+        process = subprocess.Popen(
+            spec.argv, stdin=child_stdin, stdout=child_stdout, stderr=child_stderr, **_how(cwd, env, user)
+        )
+        _make_killable(process.pid)
+        for fd in (stdout_fd, stderr_fd, *((stdin_fd,) if stdin_fd is not None else ())):
+            os.set_blocking(fd, False)
+        ours.pop_all()
+        outputs = {stdout_fd: int(CommandFrame.STDOUT), stderr_fd: int(CommandFrame.STDERR)}
+        return Started(process=process, stdin_fd=stdin_fd, outputs=outputs, tty_fd=None)
+
+
+def _start_on_terminal(
+    spec: CommandSpec, size: tuple[int, int], *, cwd: str, env: Mapping[str, str], user: User | None
+) -> Started:
+    with ExitStack() as theirs, ExitStack() as ours:
+        master, slave = pty.openpty()
+        ours.callback(os.close, master)
+        theirs.callback(os.close, slave)
+        set_size(master, rows=size[0], columns=size[1])
+        if user is not None:
+            os.fchown(slave, user.uid, user.gid)
+
+        def take_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        # preexec_fn, as no other way makes it the controlling terminal; it is one system call.
+        process = subprocess.Popen(
+            spec.argv,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=take_terminal,
+            **_how(cwd, env, user),
+        )
+        _make_killable(process.pid)
+        os.set_blocking(master, False)
+        ours.pop_all()
+        return Started(process=process, stdin_fd=master, outputs={master: int(CommandFrame.STDOUT)}, tty_fd=master)
+
+
+def _make_killable(pid: int) -> None:
+    """The agent's own place in the order of who dies when memory is short (init.OOM_SCORE_ADJ) is not for commands."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(COMMAND_OOM_SCORE_ADJ))
+
+
+def _how(cwd: str, env: Mapping[str, str], user: User | None) -> dict[str, Any]:
+    how: dict[str, Any] = {"cwd": cwd, "env": dict(env), "start_new_session": True}
+    if user is not None:
+        how |= {"user": user.uid, "group": user.gid, "extra_groups": []}
+    return how
+
+
+def _pipe(read_owner: ExitStack, write_owner: ExitStack) -> tuple[int, int]:
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    read_owner.callback(os.close, read_fd)
+    write_owner.callback(os.close, write_fd)
+    return read_fd, write_fd
+
+
+def _shell() -> str:
+    return "/bin/bash" if Path("/bin/bash").exists() else "/bin/sh"
+
+
+def set_size(tty_fd: int, *, rows: int, columns: int) -> None:
+    """A terminal's size; its foreground processes get SIGWINCH."""
+    fcntl.ioctl(tty_fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def session_members(session: int) -> list[int]:
+    """The pids of all processes of a session, its leader included, even as a zombie."""
+    members = []
+    for entry in os.listdir("/proc"):  # noqa: PTH208 (a Path per process takes time in an emulated guest)
+        if not entry.isdigit():
+            continue
+        try:
+            # pid (name, which may hold anything) state ppid pgrp session ...: man proc_pid_stat
+            fields = Path("/proc", entry, "stat").read_bytes().rpartition(b")")[2].split(None, 4)
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields[3]) == session and (fields[0] not in b"ZX" or int(entry) == session):
+            members.append(int(entry))
+    return members
