@@ -17,6 +17,7 @@ from pathlib import Path
 
 import zstandard
 
+from vm_runtime.snapshots.digests import part_digest
 from vm_runtime.snapshots.errors import BrokenSnapshotError
 from vm_runtime.snapshots.layers import Layer, encode_index
 from vm_runtime.snapshots.manifest import MAX_MANIFEST_BYTES, Manifest, Part, PartKind, SnapshotContents
@@ -29,7 +30,7 @@ from vm_runtime.snapshots.memory import (
     write_all,
 )
 from vm_runtime.snapshots.pages import Run, append_run
-from vm_runtime.snapshots.store import Draft, SnapshotStore, part_digest
+from vm_runtime.snapshots.store import Draft, SnapshotStore
 
 _MANIFEST_NAME = "manifest.json"
 

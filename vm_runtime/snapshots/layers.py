@@ -20,10 +20,11 @@ from __future__ import annotations
 import bisect
 import errno
 import hashlib
+import itertools
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -47,6 +48,8 @@ _RUN = struct.Struct("<QQ")
 _ZERO_FLAG = 1 << 63
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _CHUNK_PAGES = CHUNK_BYTES // PAGE_SIZE
+# Copied by one system call, which cannot be interrupted: some 10 ms.
+_COPY_BYTES = 16 << 20
 
 
 class Segment(NamedTuple):
@@ -179,6 +182,13 @@ class CapturedPages:
             os.fsync(file.fileno())
         return digest.hexdigest(), position
 
+    def restore_into(self, pid: int, address: int) -> None:
+        """Write the pages into a process that has not run, over what lies under them: a fork that needs no file."""
+        starts = [buffer.address for _, buffer in self.parts]
+        write_pages(
+            pid, address, ((starts[s.source] + s.position * PAGE_SIZE, s.first, s.pages) for s in self._segments())
+        )
+
     def _segments(self) -> list[Segment]:
         seen: list[Segment] = []
         for source, (runs, _) in enumerate(self.parts):
@@ -252,22 +262,48 @@ class MemoryImage:
                 mapping.close()
         return self.layered_bytes
 
-    def flatten(self, path: Path) -> str:
+    def flatten(self, path: Path, *, step: Callable[[], None] = lambda: None) -> str:
         """Write base and layers as one new base file, sparse and synced; answers its digest.
 
         Shares blocks with the base where the file system can (copy_file_range). Runs for as long as the base's data
-        needs, so do it in the background, for a chain that is restored often or has become long.
+        needs, so do it in the background, for a chain that is restored often or has become long. step: called between
+        the pieces, to wait in or to give up by raising.
         """
         with removed_on_error(path), path.open("x+b", buffering=0) as file:
             target = file.fileno()
             os.ftruncate(target, self.size_bytes)
-            copy_sparse(self.base.fd, target, self.size_bytes)
-            for segment in self._segments:
+            copy_sparse(self.base.fd, target, self.size_bytes, step=step)
+            for first, content in self._layered_pages(zeros=True):
+                step()
+                write_all(target, content, first * PAGE_SIZE)
+            os.fsync(target)
+            return memory_digest(path, step=step)
+
+    def merge_layers(self, path: Path, *, step: Callable[[], None] = lambda: None) -> str:
+        """Write all layers as one new layer file over the same base, synced; answers its digest."""
+        data: list[Run] = []
+        zeros: list[Run] = []
+        for segment in self._segments:
+            append_run(zeros if segment.source == ZERO_SOURCE else data, segment.first, segment.pages)
+        digest = hashlib.sha256()
+        with removed_on_error(path), path.open("xb", buffering=0) as file:
+            position = 0
+            pages = (content for _, content in self._layered_pages(zeros=False))
+            for content in itertools.chain([encode_index(self.size_bytes, data, zeros)], pages):
+                step()
+                digest.update(content)
+                write_all(file.fileno(), content, position)
+                position += len(content)
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def _layered_pages(self, *, zeros: bool) -> Iterator[tuple[int, bytes]]:
+        """(first page, content) of what lies over the base, ascending, in pieces. zeros: those that are zero too."""
+        for segment in self._segments:
+            if zeros or segment.source != ZERO_SOURCE:
                 for done in range(0, segment.pages, _CHUNK_PAGES):
                     size = min(_CHUNK_PAGES, segment.pages - done)
-                    write_all(target, self._read_source(segment, done, size), (segment.first + done) * PAGE_SIZE)
-            os.fsync(target)
-            return memory_digest(path)
+                    yield segment.first + done, self._read_source(segment, done, size)
 
     def _read_source(self, segment: Segment, skip: int, count: int) -> bytes:
         if segment.source == ZERO_SOURCE:
@@ -293,13 +329,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_sparse(source: int, target: int, size_bytes: int) -> None:
+def copy_sparse(source: int, target: int, size_bytes: int, *, step: Callable[[], None] = lambda: None) -> None:
     """Copy the data extents of a file into another, which is empty and of that size; shares blocks where it can."""
     for start, end in data_extents(source, size_bytes):
         position = start
         while position < end:
+            step()
             try:
-                copied = os.copy_file_range(source, target, end - position, position, position)
+                copied = os.copy_file_range(source, target, min(_COPY_BYTES, end - position), position, position)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise

@@ -55,7 +55,7 @@ class BaseMemory:
 
     fd: pass it to the VMM (`pass_fds=(base.fd,)`) and let it open `vmm_path`. size_bytes: size of guest RAM.
     digest: hex, see the module. path: where its data came from. sealed: whether it is a sealed memfd, which is safe
-    for a VMM that insists on opening it for writing (QEMU < 9); otherwise the VMM must open it read-only.
+    for a VMM that insists on opening it for writing (QEMU < 9); otherwise the VMM should open it read-only.
     """
 
     fd: int
@@ -86,9 +86,9 @@ class BaseMemory:
 
     @classmethod
     def open_file(cls, path: Path, *, digest: str, size_bytes: int, check: bool = True) -> Self:
-        """Open a base file itself, read-only, for a VMM that maps it read-only (QEMU 9 and later).
+        """Open a base file itself, read-only; the VMM maps it by opening `vmm_path`, as the file's mode lets it.
 
-        check: read all of its data and compare the digest; leave it out only for a file this process has just checked.
+        check: read all of its data and compare the digest; leave it out only for a file that was checked otherwise.
         """
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -210,10 +210,10 @@ def freeze_memfd(fd: int, path: Path) -> str:
     return digest
 
 
-def memory_digest(path: Path) -> str:
-    """The digest of a base file, by reading all of its data."""
+def memory_digest(path: Path, *, step: Callable[[], None] = lambda: None) -> str:
+    """The digest of a base file, by reading all of its data. step: called between the pieces of long work."""
     with path.open("rb", buffering=0) as file:
-        return _copy_pages(file.fileno(), size_bytes=os.fstat(file.fileno()).st_size, sink=None)
+        return _copy_pages(file.fileno(), size_bytes=os.fstat(file.fileno()).st_size, sink=None, step=step)
 
 
 @contextlib.contextmanager
@@ -257,8 +257,9 @@ def data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
 class MemoryDigest:
     """Computes a base's digest from its runs of non-zero pages, given in ascending order."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, *, magic: bytes = _DIGEST_MAGIC) -> None:
         self._size_bytes = size_bytes
+        self._magic = magic
         self._index = hashlib.sha256()
         self._content = hashlib.sha256()
         self._first = 0
@@ -274,7 +275,7 @@ class MemoryDigest:
 
     def hexdigest(self) -> str:
         self._close_run()
-        whole = hashlib.sha256(_DIGEST_MAGIC + struct.pack("<Q", self._size_bytes))
+        whole = hashlib.sha256(self._magic + struct.pack("<Q", self._size_bytes))
         whole.update(self._index.digest() + self._content.digest())
         return whole.hexdigest()
 
@@ -323,10 +324,11 @@ def non_zero_pages(fd: int, size_bytes: int) -> Iterator[tuple[int, memoryview]]
                 yield (offset + run_start) // PAGE_SIZE, view[run_start:run_end]
 
 
-def _copy_pages(source: int, *, size_bytes: int, sink: int | None) -> str:
+def _copy_pages(source: int, *, size_bytes: int, sink: int | None, step: Callable[[], None] = lambda: None) -> str:
     """Digest of the source's non-zero pages, which are written to the sink at the same places."""
     digest = MemoryDigest(size_bytes)
     for first_page, content in non_zero_pages(source, size_bytes):
+        step()
         digest.add(first_page, content)
         if sink is not None:
             write_all(sink, content, first_page * PAGE_SIZE)

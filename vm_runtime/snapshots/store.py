@@ -28,6 +28,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vm_runtime.snapshots.digests import FileIdentity, part_digest
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotError,
@@ -36,7 +37,7 @@ from vm_runtime.snapshots.errors import (
     UnknownSnapshotError,
 )
 from vm_runtime.snapshots.index import Index
-from vm_runtime.snapshots.layers import Layer, MemoryImage, file_digest
+from vm_runtime.snapshots.layers import Layer
 from vm_runtime.snapshots.manifest import (
     MAX_MANIFEST_BYTES,
     Digest,
@@ -47,7 +48,7 @@ from vm_runtime.snapshots.manifest import (
     SnapshotContents,
     SnapshotId,
 )
-from vm_runtime.snapshots.memory import BaseMemory, full_or_same, memory_digest
+from vm_runtime.snapshots.memory import full_or_same
 
 _USER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 _SNAPSHOT_ID = re.compile(r"^[0-9a-f]{32}$")
@@ -130,32 +131,48 @@ class SnapshotStore:
         return found[0]
 
     def ls(self, *, sandbox_id: str | None = None, owner: str | None = None, name: str | None = None) -> list[Manifest]:
-        """The snapshots that match everything given, oldest first, from the index."""
+        """The snapshots that match everything given, oldest first, from the index; flattened forms are left out."""
         return self.index.manifests(sandbox_id=sandbox_id, owner=owner, name=name)
+
+    def flattened(self, snapshot_id: str) -> Manifest | None:
+        """The shortest known form of the same state, if there is one. It is removed together with the snapshot."""
+        return next(iter(self.index.flattened(snapshot_id)), None)
 
     def part_path(self, kind: PartKind, digest: str) -> Path:
         """Where a part lies, or would lie. Its content is only what its digest says if somebody checked that."""
         return self.directory / "parts" / kind / digest
+
+    def checked_path(self, kind: PartKind, part: Part) -> Path:
+        """The path of a part whose content is what its digest says. Raises BrokenSnapshotError.
+
+        It is read only when its file is not the one that was written or read here last (FileIdentity), so that using a
+        large part again costs nothing. `verify` always reads.
+        """
+        path = self.part_path(kind, part.digest)
+        try:
+            identity = FileIdentity.of(kind, path)
+        except FileNotFoundError as error:
+            raise BrokenSnapshotError(f"The {kind} {part.digest} is missing.") from error
+        if identity.size_bytes != part.size_bytes or self.index.checked(kind, part.digest) != identity:
+            self._check_part(kind, part)
+            self.index.note_checked([(kind, part.digest, identity)])
+        return path
 
     def open_layers(self, memory: MemoryParts) -> list[Layer]:
         """Open and check the layers of a snapshot, lowest first; close each. Raises BrokenSnapshotError."""
         layers: list[Layer] = []
         try:
             for part in memory.layers:
-                path = self.part_path(PartKind.LAYER, part.digest)
-                layers.append(Layer.open(path, size_bytes=memory.size_bytes, digest=part.digest))
-        except BaseException as error:
+                layers.append(Layer.open(self.checked_path(PartKind.LAYER, part), size_bytes=memory.size_bytes))
+        except BaseException:
             for layer in layers:
                 layer.close()
-            if isinstance(error, FileNotFoundError):
-                raise BrokenSnapshotError(f"The layer {error.filename} is missing.") from error
             raise
         return layers
 
     def read_device(self, manifest: Manifest) -> bytes:
         """The device state of a snapshot, checked. Raises BrokenSnapshotError."""
-        self._check_part(PartKind.DEVICE, manifest.device)
-        return self.part_path(PartKind.DEVICE, manifest.device.digest).read_bytes()
+        return self.checked_path(PartKind.DEVICE, manifest.device).read_bytes()
 
     def verify(self, snapshot_id: str) -> list[str]:
         """Read and compare every part; answers what is wrong, as sentences. Raises UnknownSnapshotError."""
@@ -198,32 +215,6 @@ class SnapshotStore:
                 raise full_or_same(error, directory) from error
             raise
 
-    def flatten(self, snapshot_id: str) -> Manifest:
-        """Publish the same state with one new base instead of base and layers; costs the base's data, so do it aside.
-
-        The old snapshot stays until it is removed. One without layers is its own flattened form.
-        """
-        manifest = self.get(snapshot_id)
-        memory = manifest.memory
-        if not memory.layers:
-            return manifest
-        with contextlib.ExitStack() as stack:
-            draft = stack.enter_context(self.begin())
-            base_path = self.part_path(PartKind.BASE, memory.base.digest)
-            base = stack.enter_context(
-                BaseMemory.open_file(base_path, digest=memory.base.digest, size_bytes=memory.size_bytes)
-            )
-            layers = self.open_layers(memory)
-            for layer in layers:
-                stack.callback(layer.close)
-            digest = MemoryImage(base, layers).flatten(draft.path("base"))
-            flat = draft.add(PartKind.BASE, draft.path("base"), digest=digest)
-            contents = SnapshotContents.model_validate(
-                manifest.model_dump(exclude={"id"})
-                | {"memory": MemoryParts(size_bytes=memory.size_bytes, base=flat), "flattened_from": manifest.id}
-            )
-            return draft.publish(contents)
-
     # Keeping and removing
 
     def pin(self, user: str, pin: Pin) -> None:
@@ -256,7 +247,7 @@ class SnapshotStore:
         return pins
 
     def rm(self, snapshot_id: str) -> Collected:
-        """Remove a snapshot and the parts that only it needed.
+        """Remove a snapshot, its flattened forms, and the parts that only they needed.
 
         Raises UnknownSnapshotError; SnapshotInUseError if a live or sleeping sandbox needs it, naming it.
         """
@@ -267,9 +258,12 @@ class SnapshotStore:
             users = [f"sandbox {user}" for user, pin in self.pins().items() if snapshot_id in pin.snapshots]
             if users:
                 raise SnapshotInUseError(snapshot_id, users=users)
-            path.unlink()
+            # The snapshot last: a flattened form without it would stay for ever.
+            doomed = [*(flat.id for flat in self.index.flattened(snapshot_id)), snapshot_id]
+            for id_ in doomed:
+                self.manifest_path(id_).unlink(missing_ok=True)
             sync_directory(path.parent)
-            self.index.remove([snapshot_id])
+            self.index.remove(doomed)
             return self._collect()
 
     def gc(self) -> Collected:
@@ -286,17 +280,19 @@ class SnapshotStore:
         for snapshot_id in self.ids():
             # A manifest that cannot be read might need anything: nothing is collected until a person has looked.
             needed.update((kind, part.digest) for kind, part in self.get(snapshot_id).parts())
-        parts, freed_bytes = 0, 0
+        removed: list[tuple[PartKind, str]] = []
+        freed_bytes = 0
         for kind in PartKind:
             for path in (self.directory / "parts" / kind).iterdir():
                 if (kind, path.name) not in needed:
                     freed_bytes += path.stat().st_blocks * 512
                     path.unlink()
-                    parts += 1
+                    removed.append((kind, path.name))
+        self.index.forget_checked(removed)
         drafts = list((self.directory / "drafts").iterdir())
         for draft in drafts:
             shutil.rmtree(draft)
-        return Collected(parts=parts, drafts=len(drafts), freed_bytes=freed_bytes)
+        return Collected(parts=len(removed), drafts=len(drafts), freed_bytes=freed_bytes)
 
     def _reconcile(self) -> None:
         """Make the index say what the manifests say. Broken manifests stay out of it; `verify` names them."""
@@ -346,7 +342,7 @@ class Draft:
     def __init__(self, store: SnapshotStore, directory: Path) -> None:
         self._store = store
         self._directory = directory
-        self._staged: dict[tuple[PartKind, str], Path] = {}
+        self._staged: dict[tuple[PartKind, str], tuple[Path, FileIdentity]] = {}
 
     def path(self, name: str) -> Path:
         """A path for a new file on the store's file system; it is removed with the draft."""
@@ -354,13 +350,13 @@ class Draft:
 
     def add(self, kind: PartKind, path: Path, *, digest: str | None = None) -> Part:
         """Take a finished, synced file of this draft as a part. digest: if it is known already."""
+        identity = FileIdentity.of(kind, path)  # of before the reading, so that a later change is seen
         digest = digest or part_digest(kind, path)
-        size_bytes = path.stat().st_size
         if (kind, digest) in self._staged or self._store.part_path(kind, digest).exists():
             path.unlink()
         else:
-            self._staged[kind, digest] = path
-        return Part(digest=digest, size_bytes=size_bytes)
+            self._staged[kind, digest] = path, identity
+        return Part(digest=digest, size_bytes=identity.size_bytes)
 
     def add_bytes(self, kind: PartKind, content: bytes) -> Part:
         """Take a small part, such as device state, from memory."""
@@ -375,21 +371,24 @@ class Draft:
         """
         manifest = Manifest.of(contents)
         for kind, part in manifest.parts():
-            path = self._staged.get((kind, part.digest), self._store.part_path(kind, part.digest))
+            path, _ = self._staged.get((kind, part.digest), (self._store.part_path(kind, part.digest), None))
             if not path.exists() or path.stat().st_size != part.size_bytes:
                 raise BrokenSnapshotError(f"The {kind} {part.digest} of the new snapshot is missing or incomplete.")
-        placed: list[Path] = []
+        placed: list[tuple[PartKind, str, FileIdentity]] = []
         target = self._store.manifest_path(manifest.id)
         written = self.path("manifest.json")
         _write_synced(written, manifest.to_json())
         try:
-            for (kind, digest), path in self._staged.items():
-                placed.append(path.replace(self._store.part_path(kind, digest)))
-            for directory in {path.parent for path in placed}:
-                sync_directory(directory)
+            for (kind, digest), (path, before) in self._staged.items():
+                after = FileIdentity.of(kind, path.replace(self._store.part_path(kind, digest)))
+                if (before.mtime_ns, before.size_bytes) == (after.mtime_ns, after.size_bytes):
+                    placed.append((kind, digest, after))
+            for kind in {kind for kind, _ in self._staged}:
+                sync_directory(self._store.directory / "parts" / kind)
             written.replace(target)
             sync_directory(target.parent)
             self._store.index.add([manifest])
+            self._store.index.note_checked(placed)
         except BaseException:
             # Parts without a manifest are invisible, and those another draft came to need meanwhile are not ours to
             # remove: a collection tells them apart.
@@ -397,11 +396,6 @@ class Draft:
             raise
         self._staged.clear()
         return manifest
-
-
-def part_digest(kind: PartKind, path: Path) -> str:
-    """The digest of a part's file, which depends on its kind: a base's leaves out the pages that are zero."""
-    return memory_digest(path) if kind is PartKind.BASE else file_digest(path)
 
 
 def sync_directory(directory: Path) -> None:

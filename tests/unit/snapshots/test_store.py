@@ -17,11 +17,9 @@ from vm_runtime.snapshots.errors import (
     StoreFullError,
     UnknownSnapshotError,
 )
-from vm_runtime.snapshots.layers import Layer, MemoryImage, file_digest
+from vm_runtime.snapshots.layers import Layer
 from vm_runtime.snapshots.manifest import Manifest, PartKind, SnapshotContents
-from vm_runtime.snapshots.memory import PAGE_SIZE, BaseMemory
 from vm_runtime.snapshots.store import Pin, SnapshotStore
-from vm_runtime.snapshots.tracking import capture
 
 SIZE_BYTES = 8 << 20
 
@@ -175,25 +173,6 @@ def test_a_reference_to_nothing_is_unknown(store: SnapshotStore, reference: str)
     for look in (store.get, store.resolve, store.rm, store.verify):
         with pytest.raises(UnknownSnapshotError):
             look(reference)
-
-
-def test_flattening_keeps_the_state_and_drops_the_layers(
-    store: SnapshotStore, fill: Fill, mapper: Callable[..., object], base: BaseMemory
-) -> None:
-    process = mapper()
-    seen = process.write(3, 20, 9)  # type: ignore[attr-defined]
-    captured = capture(process.pid, process.address, SIZE_BYTES)  # type: ignore[attr-defined]
-    with store.begin() as draft:
-        digest, _ = captured.write(draft.path("layer"), under=MemoryImage(base, []))
-        layer = draft.add(PartKind.LAYER, draft.path("layer"), digest=digest)
-        manifest = draft.publish(fill(draft, layer=layer))
-    assert [opened.payload_bytes for opened in _opened(store, manifest)] == [20 * PAGE_SIZE]
-    flat = store.flatten(manifest.id)
-    assert flat.memory.layers == ()
-    assert flat.flattened_from == manifest.id
-    assert store.verify(flat.id) == []
-    assert file_digest(store.part_path(PartKind.BASE, flat.memory.base.digest)) == seen
-    assert store.flatten(flat.id) == flat
 
 
 def _opened(store: SnapshotStore, manifest: Manifest) -> list[Layer]:

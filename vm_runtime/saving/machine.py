@@ -1,0 +1,345 @@
+"""A running machine together with what lies under it, of which snapshots are taken.
+
+Knows no VMM and does not start machines (saver.py does). A snapshot goes through these steps; only those between the
+lines stop the guest:
+
+    prepare     the tracker reserves memory, and copies what was written so far
+    ---------   pause
+    capture     device state; the disk's overlay is frozen, if anything was written to it; the pages written since
+    ---------   resume
+    publish     the layer is compared with what lies under it, hashed, written; then parts and manifest are visible
+    commit      the next snapshot lies on this one
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.machine import Death, Machine
+from vm_runtime.saving.record import SavedRecord, remove_record
+from vm_runtime.saving.threads import open_draft, uncancelled
+from vm_runtime.saving.values import Description, Ground, Taken, Then, contents_of
+from vm_runtime.snapshots.layers import CapturedPages, Layer, MemoryImage
+from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, Vmm
+from vm_runtime.snapshots.memory import BaseMemory
+from vm_runtime.snapshots.store import Draft, SnapshotStore
+from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
+from vm_runtime.states import RunState
+
+_PIN_PREFIX = "machine-"
+
+# Called while the machine is paused, after its state was captured: short, it lengthens the pause.
+BeforeResume = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """A machine's state at one pause, not stored yet. pages: over the ground. device: a file that stays readable while
+    the snapshot is being taken. frozen_disk: written since the snapshot before, None if nothing was."""
+
+    pages: CapturedPages
+    device: Path
+    frozen_disk: Path | None
+
+
+class Surroundings(Protocol):
+    """What a machine tells whoever made it."""
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, nothing works in the background."""
+
+    def published(self, machine: SavedMachine) -> None:
+        """A snapshot of this machine is in the store."""
+
+    def ended(self, machine: SavedMachine) -> None:
+        """It was killed or detached."""
+
+
+class SavedMachine:
+    """Made by `Saver`. Its owner ends it with `kill()`, or lets go of it with `detach()`.
+
+    machine: the machine itself. snapshot: the one it was restored from, or the last one taken. All methods may be
+    called from several tasks; snapshots of one machine are taken one after the other.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: SnapshotStore,
+        vmm: Vmm,
+        surroundings: Surroundings,
+        machine: Machine,
+        place: MachinePlace,
+        snapshot: Manifest,
+        ground: Ground,
+        base: BaseMemory,
+        tracker: DirtyTracker | None,
+    ) -> None:
+        self.machine = machine
+        self.place = place
+        self.snapshot = snapshot
+        self.ground = ground
+        self._store = store
+        self._vmm = vmm
+        self._surroundings = surroundings
+        self._base = base
+        self._tracker = tracker
+        self._lock = asyncio.Lock()
+
+    async def take(self, description: Description, *, then: Then, before_resume: BeforeResume | None = None) -> Taken:
+        """Take a snapshot. RUNNING or PAUSED.
+
+        Raises StoreFullError, SnapshotError, MachineError, and what the hook raises: then nothing is stored, and the
+        machine goes on as before. When cancelled it is finished first, and a machine that was to stop goes on.
+        """
+        try:
+            return await uncancelled(self.take_with(description, then=then, before_resume=before_resume))
+        except asyncio.CancelledError:
+            if then is Then.STOP and not self.machine.is_dead:
+                await self.machine.resume()
+            raise
+
+    async def take_with(
+        self,
+        description: Description,
+        *,
+        then: Then,
+        before_resume: BeforeResume | None = None,
+        before_capture: Callable[[], Awaitable[None]] | None = None,
+        on_captured: Callable[[Captured], None] | None = None,
+    ) -> Taken:
+        """As `take`, for forks; must not be cancelled. before_capture: runs beside the preparation, and the pause comes
+        after both. on_captured: called when the machine runs again; its state may be used until this returns."""
+        async with self._lock:
+            started = time.perf_counter()
+            with self._surroundings.quiet():
+                tracker = await self._running_tracker()
+                async with open_draft(self._store) as draft:
+                    beside = [before_capture()] if before_capture is not None else []
+                    await asyncio.gather(asyncio.to_thread(tracker.prepare), *beside)
+                    captured, pause_ms = await self._capture(tracker, draft.path("device"), then, before_resume)
+                    with _kept_readable(captured) as kept:
+                        if on_captured is not None:
+                            on_captured(kept)
+                        manifest, ground, layer_bytes = await asyncio.to_thread(
+                            self._publish, draft, captured, description
+                        )
+                tracker.commit()
+                self.snapshot, self.ground = manifest, ground
+                await asyncio.to_thread(self._settle)
+            self._surroundings.published(self)
+            return Taken(
+                manifest=manifest,
+                pause_ms=pause_ms,
+                total_ms=(time.perf_counter() - started) * 1000,
+                layer_bytes=layer_bytes,
+            )
+
+    @asynccontextmanager
+    async def standing(self) -> AsyncIterator[None]:
+        """Within it no snapshot of this machine is taken, so that its ground can be changed for the same state."""
+        async with self._lock:
+            yield
+
+    async def rebase(self, ground: Ground, base: BaseMemory) -> None:
+        """Let the next snapshot lie on another form of the same state. Within `standing`. Takes the base over."""
+        old, self._base, self.ground = self._base, base, ground
+        old.close()
+        await asyncio.to_thread(self._settle)
+
+    async def kill(self) -> Death:
+        """End the machine, and let go of what it needs. Twice is harmless."""
+        try:
+            return await self.machine.kill()
+        finally:
+            self._release()
+            await asyncio.to_thread(forget_machine, self._store, self.place)
+
+    async def detach(self) -> None:
+        """Let go of a machine that goes on running, to be adopted later. Twice is harmless."""
+        await self.machine.detach()
+        self._release()
+
+    def write_record(self) -> None:
+        """For a later `adopt`. Blocking."""
+        SavedRecord(snapshot=self.snapshot, memory=self.ground.memory, disks=self.ground.disks).write(
+            self.place.run_dir
+        )
+
+    # -- the steps ------------------------------------------------------------------------------------------------
+
+    async def _running_tracker(self) -> DirtyTracker:
+        if self._tracker is None:
+            mapping = self.machine.memory_mapping()
+            self._tracker = await asyncio.to_thread(
+                start_tracker, self.machine.pid, address=mapping.address, size_bytes=mapping.length, clean=False
+            )
+        return self._tracker
+
+    async def _capture(
+        self, tracker: DirtyTracker, device: Path, then: Then, before_resume: BeforeResume | None
+    ) -> tuple[Captured, float]:
+        machine = self.machine
+        was_running = machine.state is RunState.RUNNING
+        started = time.perf_counter()
+        await machine.pause()
+        try:
+            # None of the three writes to guest memory, so they need not wait for each other.
+            results = await asyncio.gather(
+                machine.device_state(device),
+                self._freeze_disk(),
+                asyncio.to_thread(tracker.capture),
+                return_exceptions=True,
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            _, frozen_disk, pages = results
+            assert isinstance(pages, CapturedPages)
+            assert frozen_disk is None or isinstance(frozen_disk, Path)
+            if before_resume is not None:
+                await before_resume()
+        except BaseException:
+            if was_running and not machine.is_dead:
+                await machine.resume()
+            raise
+        if then is Then.RESUME:
+            await machine.resume()
+        pause_ms = (time.perf_counter() - started) * 1000
+        return Captured(pages=pages, device=device, frozen_disk=frozen_disk), pause_ms
+
+    async def _freeze_disk(self) -> Path | None:
+        if not self.machine.disk_written:
+            return None
+        return await self.machine.freeze_disk(self.place.disk_dir / f"disk-{secrets.token_hex(4)}.qcow2")
+
+    def _publish(self, draft: Draft, captured: Captured, description: Description) -> tuple[Manifest, Ground, int]:
+        memory, layer_bytes = self._store_layer(draft, captured.pages)
+        disks = self._store_disks(draft)
+        _sync(captured.device)
+        device = draft.add(PartKind.DEVICE, captured.device)
+        ground = Ground(memory=memory, disks=disks)
+        contents = contents_of(
+            description,
+            shape=self.machine.spec.shape,
+            vmm=self._vmm,
+            parents=(self.snapshot.id,),
+            ground=ground,
+            device=device,
+            created_at=datetime.datetime.now(datetime.UTC),
+        )
+        # Before there is a manifest that somebody could remove. It holds all of the old ground too.
+        pin_machine(self._store, self.place, ground)
+        return draft.publish(contents), ground, layer_bytes
+
+    def _store_layer(self, draft: Draft, pages: CapturedPages) -> tuple[MemoryParts, int]:
+        memory = self.ground.memory
+        layers = self._store.open_layers(memory)
+        try:
+            path = draft.path("layer")
+            digest, layer_bytes = pages.write(path, under=MemoryImage(self._base, layers))
+            with contextlib.closing(Layer.open(path, size_bytes=memory.size_bytes)) as layer:
+                if not layer.data_runs and not layer.zero_runs:
+                    return memory, 0
+            part = draft.add(PartKind.LAYER, path, digest=digest)
+            return memory.model_copy(update={"layers": (*memory.layers, part)}), layer_bytes
+        finally:
+            for layer in layers:
+                layer.close()
+
+    def _store_disks(self, draft: Draft) -> tuple[DiskPart, ...]:
+        disks = list(self.ground.disks)
+        for number, path in enumerate(self._frozen_disks()):
+            link = draft.path(f"disk-{number}")
+            os.link(path, link)
+            _sync(link)
+            part = draft.add(PartKind.DISK, link)
+            disks.append(
+                DiskPart(
+                    digest=part.digest,
+                    size_bytes=part.size_bytes,
+                    format="qcow2",
+                    backing=disks[-1].digest if disks else None,
+                )
+            )
+        return tuple(disks)
+
+    def _frozen_disks(self) -> list[Path]:
+        """Frozen files of this machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
+        that an earlier gateway did not finish."""
+        stored: set[int] = set()
+        for disk in self.ground.disks:
+            with contextlib.suppress(FileNotFoundError):
+                stored.add(self._store.part_path(PartKind.DISK, disk.digest).stat().st_ino)
+        own = [path for path in self.machine.disk_chain[:-1] if path.parent == self.place.disk_dir and path.exists()]
+        return [path for path in own if path.stat().st_ino not in stored]
+
+    def _settle(self) -> None:
+        """Write down what lies under the machine now, and drop the names of disk files that the store has."""
+        pin_machine(self._store, self.place, self.ground)
+        self.write_record()
+        unstored = self._frozen_disks()
+        for path in self.machine.disk_chain[:-1]:
+            if path.parent == self.place.disk_dir and path not in unstored:
+                path.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+        self._base.close()
+        self._surroundings.ended(self)
+
+
+def pin_machine(store: SnapshotStore, place: MachinePlace, ground: Ground) -> None:
+    """Keep what lies under a machine in the store. Blocking."""
+    store.pin(_PIN_PREFIX + place.id, ground.pin)
+
+
+def pinned_machines(store: SnapshotStore) -> set[str]:
+    """The ids of all machines that anything is kept for."""
+    return {user.removeprefix(_PIN_PREFIX) for user in store.pins() if user.startswith(_PIN_PREFIX)}
+
+
+def unpin_machine(store: SnapshotStore, machine_id: str) -> None:
+    store.unpin(_PIN_PREFIX + machine_id)
+
+
+def forget_machine(store: SnapshotStore, place: MachinePlace) -> None:
+    """What is left of a dead machine, beside what its driver removes. Twice is harmless. Blocking."""
+    unpin_machine(store, place.id)
+    remove_record(place.run_dir)
+    if place.disk_dir.is_dir():
+        for path in place.disk_dir.glob("disk-*.qcow2"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's files may lie there
+            place.disk_dir.rmdir()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _kept_readable(captured: Captured) -> Iterator[Captured]:
+    """The same with paths that lead to the files also when they are renamed."""
+    fd = os.open(captured.device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield Captured(pages=captured.pages, device=Path(f"/proc/self/fd/{fd}"), frozen_disk=captured.frozen_disk)
+    finally:
+        os.close(fd)

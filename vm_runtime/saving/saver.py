@@ -1,0 +1,294 @@
+"""Joins a driver's machines with the snapshot store: templates, sleep and wake, checkpoints and forks are all this.
+
+    template    freeze(booted machine)                 a snapshot without layers
+    restore     restore(manifest)                      a clone of any snapshot
+    checkpoint  SavedMachine.take(RESUME)
+    sleep       SavedMachine.take(STOP), kill()        wake: restore
+    fork        fork(machine, places)                  take and restores, overlapping
+
+Knows no VMM and no Jupyter. docs/saving.md has the order of steps and what was measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vm_runtime.drivers.base import Driver, MachinePlace, PreparedMachine
+from vm_runtime.errors import MachineGoneError, MachineStateError
+from vm_runtime.machine import Machine, MemoryMapping
+from vm_runtime.saving.bases import Bases
+from vm_runtime.saving.machine import (
+    SavedMachine,
+    forget_machine,
+    pin_machine,
+    pinned_machines,
+    unpin_machine,
+)
+from vm_runtime.saving.record import SavedRecord
+from vm_runtime.saving.threads import open_draft, uncancelled
+from vm_runtime.saving.values import Description, Ground, contents_of
+from vm_runtime.snapshots.errors import BrokenSnapshotError
+from vm_runtime.snapshots.layers import Layer, MemoryImage, copy_sparse
+from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, Shape, Vmm
+from vm_runtime.snapshots.memory import BaseMemory, freeze_memfd, removed_on_error
+from vm_runtime.snapshots.store import Draft, SnapshotStore
+from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
+from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """The checked parts that a machine is about to be loaded from."""
+
+    layers: Sequence[Layer]
+    device: Path
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.close()
+
+
+class Saver:
+    """Makes `SavedMachine`s. `await close()` at the end; machines go on running.
+
+    image_files: the files of an image by its digest; what it raises for one that is missing passes through `restore`.
+    """
+
+    def __init__(self, *, store: SnapshotStore, driver: Driver, image_files: Callable[[str], ImageFiles]) -> None:
+        self._store = store
+        self._driver = driver
+        self._bases = Bases(store, seal=driver.capabilities.sealed_base)
+        self._image_files = image_files
+
+    async def restore(self, manifest: Manifest, *, place: MachinePlace) -> SavedMachine:
+        """A running clone of a snapshot, also of a template's.
+
+        Raises BrokenSnapshotError (missing, tampered or foreign parts), MachineStartError, DriverError, and what
+        `image_files` raises; nothing is left behind then, also when cancelled.
+        """
+        self._check_vmm(manifest.vmm)
+        flattened = await asyncio.to_thread(self._store.flattened, manifest.id)
+        ground = Ground.of(flattened or manifest)
+        async with AsyncExitStack() as on_error:
+            on_error.callback(unpin_machine, self._store, place.id)
+            base = await self._bases.acquire(ground.memory.base)
+            on_error.callback(base.close)
+            opening = asyncio.create_task(asyncio.to_thread(self._open, place, ground, manifest))
+            on_error.push_async_callback(_close_opened, opening)
+            prepared = await self._prepare(manifest, ground, base, place)
+            on_error.push_async_callback(prepared.discard)
+            opened = await asyncio.shield(opening)
+            image = MemoryImage(base, opened.layers)
+            saved = await self._load(
+                prepared,
+                opened.device,
+                write=lambda mapping: _write_layers(image, prepared.pid, mapping),
+                place=place,
+                snapshot=manifest,
+                ground=ground,
+                base=base,
+            )
+            on_error.pop_all()
+            opened.close()
+            return saved
+
+    async def adopt(self, place: MachinePlace) -> SavedMachine:
+        """The machine that an earlier process left at this place, as it is: running, or paused in a snapshot.
+
+        Raises MachineGoneError if it is dead, or has no record of what lies under it; its leftovers are then removed.
+        """
+        record = await asyncio.to_thread(SavedRecord.read, place.run_dir)
+        try:
+            machine = await self._driver.adopt(place)
+            if record is None:
+                await machine.kill()
+                raise MachineGoneError(f"Nothing says what lies under machine {place.id}; it was ended.")
+        except MachineGoneError:
+            await asyncio.to_thread(forget_machine, self._store, place)
+            raise
+        try:
+            base = await self._bases.adopt(machine.pid, record.memory.base)
+        except BaseException:
+            await machine.detach()
+            raise
+        return self._saved(machine, place=place, snapshot=record.snapshot, ground=record.ground, base=base)
+
+    async def freeze(self, machine: Machine, description: Description) -> Manifest:
+        """The snapshot of a booted machine, whose RAM and disk are its own: a template. It stays paused; kill it.
+
+        Raises StoreFullError, MachineError; nothing is stored then.
+        """
+        return await uncancelled(self._freeze(machine, description))
+
+    async def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
+        """Forget the machines that are not in `keep`: disks (`machines_dir/<machine id>`) and what the store keeps."""
+        await asyncio.to_thread(self._driver.remove_leftovers, machines_dir, keep=keep)
+        for machine_id in await asyncio.to_thread(pinned_machines, self._store) - keep:
+            unpin_machine(self._store, machine_id)
+
+    async def close(self) -> None:
+        """Let go of everything but the machines. Twice is harmless."""
+        await asyncio.to_thread(self._bases.close)
+
+    # -- surroundings of the machines -----------------------------------------------------------------------------
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        yield
+
+    def published(self, machine: SavedMachine) -> None:
+        pass
+
+    def ended(self, machine: SavedMachine) -> None:
+        pass
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _check_vmm(self, vmm: Vmm) -> None:
+        here = self._driver.vmm
+        if vmm != here:
+            raise BrokenSnapshotError(f"The snapshot needs {_sentence(vmm)}; this host has {_sentence(here)}.")
+
+    def _open(self, place: MachinePlace, ground: Ground, manifest: Manifest) -> _Opened:
+        """Check what a clone needs and keep it in the store, in this order: what is there then, stays."""
+        pin_machine(self._store, place, ground)
+        device = self._store.checked_path(PartKind.DEVICE, manifest.device)
+        for disk in ground.disks:
+            self._store.checked_path(PartKind.DISK, disk)
+        return _Opened(layers=self._store.open_layers(ground.memory), device=device)
+
+    async def _prepare(
+        self,
+        manifest: Manifest,
+        ground: Ground,
+        base: BaseMemory,
+        place: MachinePlace,
+        *,
+        last_disk: Path | None = None,
+    ) -> PreparedMachine:
+        """Start the VMM of a clone. last_disk: one more disk file over those of the ground."""
+        spec = MachineSpec(shape=_machine_shape(manifest.shape), image=self._image_files(manifest.image_digest))
+        chain = [self._store.part_path(PartKind.DISK, disk.digest) for disk in ground.disks]
+        if last_disk is not None:
+            chain.append(last_disk)
+        return await self._driver.prepare_restore(spec, base, chain, place=place)
+
+    async def _load(
+        self,
+        prepared: PreparedMachine,
+        device: Path,
+        *,
+        write: Callable[[MemoryMapping], None],
+        place: MachinePlace,
+        snapshot: Manifest,
+        ground: Ground,
+        base: BaseMemory,
+    ) -> SavedMachine:
+        """Fill a prepared VMM and let it run. The base is the caller's until this has succeeded."""
+        trackers: list[DirtyTracker] = []
+
+        def fill(mapping: MemoryMapping) -> None:
+            write(mapping)
+            # Now it costs a millisecond; at the first snapshot all that was just written would be copied again.
+            address, length = mapping.address, mapping.length
+            trackers.append(start_tracker(prepared.pid, address=address, size_bytes=length, clean=True))
+
+        try:
+            machine = await prepared.load(device, fill=fill)
+            saved = self._saved(machine, place=place, snapshot=snapshot, ground=ground, base=base, tracker=trackers[0])
+            await asyncio.to_thread(saved.write_record)
+        except BaseException:
+            for tracker in trackers:
+                tracker.close()
+            raise
+        return saved
+
+    def _saved(
+        self,
+        machine: Machine,
+        *,
+        place: MachinePlace,
+        snapshot: Manifest,
+        ground: Ground,
+        base: BaseMemory,
+        tracker: DirtyTracker | None = None,
+    ) -> SavedMachine:
+        return SavedMachine(
+            store=self._store,
+            vmm=self._driver.vmm,
+            surroundings=self,
+            machine=machine,
+            place=place,
+            snapshot=snapshot,
+            ground=ground,
+            base=base,
+            tracker=tracker,
+        )
+
+    async def _freeze(self, machine: Machine, description: Description) -> Manifest:
+        if machine.memory_fd is None:
+            raise MachineStateError(found="a clone", wanted="booted")
+        async with open_draft(self._store) as draft:
+            await machine.pause()
+            await machine.device_state(draft.path("device"))
+            return await asyncio.to_thread(self._publish_frozen, draft, machine, description)
+
+    def _publish_frozen(self, draft: Draft, machine: Machine, description: Description) -> Manifest:
+        assert machine.memory_fd is not None
+        digest = freeze_memfd(machine.memory_fd, draft.path("base"))
+        draft.path("base").chmod(self._bases.mode(family=False))
+        base = draft.add(PartKind.BASE, draft.path("base"), digest=digest)
+        (disk_path,) = machine.disk_chain
+        _copy_disk(disk_path, draft.path("disk"))
+        disk = draft.add(PartKind.DISK, draft.path("disk"))
+        device = draft.add_bytes(PartKind.DEVICE, draft.path("device").read_bytes())
+        ground = Ground(
+            memory=MemoryParts(size_bytes=base.size_bytes, base=base),
+            disks=(DiskPart(digest=disk.digest, size_bytes=disk.size_bytes, format="raw"),),
+        )
+        return draft.publish(
+            contents_of(
+                description,
+                shape=machine.spec.shape,
+                vmm=self._driver.vmm,
+                parents=(),
+                ground=ground,
+                device=device,
+                created_at=datetime.datetime.now(datetime.UTC),
+            )
+        )
+
+
+async def _close_opened(opening: asyncio.Task[_Opened]) -> None:
+    """Let go of parts that are still being opened when they are not needed any more."""
+    with contextlib.suppress(Exception):
+        (await opening).close()
+
+
+def _write_layers(image: MemoryImage, pid: int, mapping: MemoryMapping) -> None:
+    if image.layers:
+        image.restore_into(pid, mapping.address)
+
+
+def _copy_disk(source: Path, target: Path) -> None:
+    """A sparse, synced copy: the machine goes on holding the original open for writing."""
+    with removed_on_error(target), source.open("rb") as original, target.open("xb") as copy:
+        size_bytes = os.fstat(original.fileno()).st_size
+        copy.truncate(size_bytes)
+        copy_sparse(original.fileno(), copy.fileno(), size_bytes)
+        os.fsync(copy.fileno())
+
+
+def _machine_shape(shape: Shape) -> MachineShape:
+    return MachineShape(memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib)
+
+
+def _sentence(vmm: Vmm) -> str:
+    return f"{vmm.driver} {vmm.version} with {vmm.machine}, {vmm.cpu_model}, {vmm.accelerator}"

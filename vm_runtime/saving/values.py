@@ -1,0 +1,105 @@
+"""The values that cross the seam of this package; pure data."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vm_runtime.snapshots.manifest import (
+    DiskPart,
+    KernelInformation,
+    Manifest,
+    MemoryParts,
+    Part,
+    Shape,
+    SnapshotContents,
+    Vmm,
+)
+from vm_runtime.snapshots.store import Pin
+from vm_runtime.spec import MachineShape
+
+
+class Then(StrEnum):
+    """What a machine does after its snapshot. RESUME: it runs. STOP: it stays paused, to be killed or resumed."""
+
+    RESUME = "resume"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a snapshot is called and whose it is; see `SnapshotContents` for the fields.
+
+    sandbox_id: None for a template. template: its name. wire_marker: hex, opens the guest's next session.
+    """
+
+    owner: str
+    name: str | None
+    sandbox_id: str | None
+    template: str
+    image_digest: str
+    kernel: KernelInformation | None
+    wire_marker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A published snapshot. pause_ms: how long the machine stood still. total_ms: until it was safely stored.
+    layer_bytes: of memory that differed from the snapshot before, as stored."""
+
+    manifest: Manifest
+    pause_ms: float
+    total_ms: float
+    layer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What the next snapshot of a machine lies on: the memory and disks of the last one, or a shorter form of them."""
+
+    memory: MemoryParts
+    disks: tuple[DiskPart, ...]
+
+    @classmethod
+    def of(cls, contents: SnapshotContents) -> Ground:
+        return cls(memory=contents.memory, disks=contents.disks)
+
+    @property
+    def pin(self) -> Pin:
+        """What the store must keep for it."""
+        return Pin(
+            bases=(self.memory.base.digest,),
+            layers=tuple(layer.digest for layer in self.memory.layers),
+            disks=tuple(disk.digest for disk in self.disks),
+        )
+
+
+def contents_of(
+    description: Description,
+    *,
+    shape: MachineShape,
+    vmm: Vmm,
+    parents: Sequence[str],
+    ground: Ground,
+    device: Part,
+    created_at: datetime.datetime,
+) -> SnapshotContents:
+    """All of a manifest but its id."""
+    return SnapshotContents(
+        created_at=created_at,
+        owner=description.owner,
+        name=description.name,
+        sandbox_id=description.sandbox_id,
+        template=description.template,
+        image_digest=description.image_digest,
+        parents=tuple(parents),
+        shape=Shape(memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib),
+        vmm=vmm,
+        memory=ground.memory,
+        device=device,
+        disks=ground.disks,
+        kernel=description.kernel,
+        wire_marker=description.wire_marker,
+    )
