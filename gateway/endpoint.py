@@ -158,7 +158,9 @@ class JsonHandler(web.RequestHandler):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=(typ, value, tb))
 
     def on_finish(self) -> None:
-        self.settings["gateway"].metrics.requests.labels(self.request.method, self.get_status()).inc()
+        # Clients choose the method: only those that exist become a time series.
+        method = self.request.method if self.request.method in self.SUPPORTED_METHODS else "other"
+        self.settings["gateway"].metrics.requests.labels(method, self.get_status()).inc()
 
 
 def _message_of(error: web.HTTPError) -> str:

@@ -123,8 +123,12 @@ class KernelHub:
             connection.use(link, backlog)
             connection.admit(link)
             link.resume()
-        else:
+            return connection
+        try:
             await self._connect(kernel_id, connection)
+        except BaseException:
+            self.detach(kernel_id, connection)
+            raise
         return connection
 
     async def _connect(self, kernel_id: str, connection: Connection) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from weakref import WeakValueDictionary
 
-from gateway.errors import ApiError
+from gateway.errors import ApiError, api_error
 from gateway.hub import KernelHub
 from gateway.metrics import Metrics
 from gateway.models import KernelAnswer
 from gateway.sessions import SessionStore
 from gateway.settings import GatewaySettings
+from kernels.errors import KernelsError
 from kernels.models import CreateSandbox, Sandbox
 from kernels.service import SandboxService
 
@@ -32,8 +33,12 @@ class Gateway:
 
     async def create(self, request: CreateSandbox) -> Sandbox:
         """`SandboxService.create`, measured."""
-        with self.metrics.start_seconds.time():
-            return await self.service.create(request)
+        try:
+            with self.metrics.start_seconds.time():
+                return await self.service.create(request)
+        except KernelsError as error:
+            self.metrics.failed_starts.labels(api_error(error).code).inc()
+            raise
 
     def default_template(self) -> str:
         """The kernelspec for requests that name none: python3 where it exists. Errors: ApiError 503 without any."""

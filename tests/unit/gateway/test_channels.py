@@ -1,0 +1,169 @@
+"""The WebSocket, over a real gateway and a real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.websocket import websocket_connect
+
+from tests.gateways import RunningGateway
+from tests.unit.gateway.client import KernelClient, request, stream_text
+
+
+@pytest.fixture
+async def kernel_id(gateway: RunningGateway) -> AsyncIterator[str]:
+    response = await request(gateway, "POST", "/api/kernels", {})
+    assert response.code == 201, response.body
+    kernel_id: str = json.loads(response.body)["id"]
+    yield kernel_id
+    await request(gateway, "DELETE", f"/api/kernels/{kernel_id}")
+
+
+@pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
+async def test_a_cell_in_both_forms(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
+    client = await KernelClient.connect(gateway, kernel_id, v1=v1)
+    messages = await client.run("print('é😀')\n6 * 7")
+    assert stream_text(messages) == "é😀\n"
+    assert [m["content"]["data"] for m in messages if m["header"]["msg_type"] == "execute_result"] == [
+        {"text/plain": "42"}
+    ]
+    if not v1:
+        assert all(m["msg_id"] == m["header"]["msg_id"] for m in messages)
+    await client.close()
+
+
+@pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
+async def test_buffers_in_both_forms(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
+    client = await KernelClient.connect(gateway, kernel_id, v1=v1)
+    code = "from comm import create_comm\ncreate_comm('t', data={'a': 1}, buffers=[b'a\\0b', b'c'])"
+    messages = await client.run(code)
+    (opened,) = [m for m in messages if m["header"]["msg_type"] == "comm_open"]
+    assert [bytes(buffer) for buffer in opened["buffers"]] == [b"a\0b", b"c"]
+    await client.close()
+
+
+async def test_input_is_answered(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    await client.execute("print('hello', input('name? '))")
+    await client.until("input_request", prompt="name? ")
+    await client.send("input_reply", {"value": "Ada"}, channel="stdin")
+    assert stream_text(await client.until("stream")) == "hello Ada\n"
+    await client.close()
+
+
+async def test_an_interrupt_reaches_the_cell(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    await client.execute("print('started', flush=True)\nwhile True: pass")
+    await client.until("stream")
+    assert (await request(gateway, "POST", f"/api/kernels/{kernel_id}/interrupt", {})).code == 204
+    reply = (await client.until("execute_reply"))[-1]
+    assert reply["content"]["ename"] == "KeyboardInterrupt"
+    await client.close()
+
+
+async def test_the_same_session_misses_nothing(gateway: RunningGateway, kernel_id: str) -> None:
+    first = await KernelClient.connect(gateway, kernel_id)
+    await first.execute("import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(0.5)")
+    seen = stream_text(await first.until("stream"))
+    await first.close()
+    await asyncio.sleep(2)
+    again = await KernelClient.connect(gateway, kernel_id, session_id=first.session_id)
+    seen += stream_text(await again.until("status", execution_state="idle"))
+    assert seen == "".join(f"{i}\n" for i in range(8))
+    await again.close()
+
+
+async def test_another_session_gets_the_output_but_no_replies(gateway: RunningGateway, kernel_id: str) -> None:
+    first = await KernelClient.connect(gateway, kernel_id)
+    await first.execute("import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)")
+    await first.until("stream")
+    await first.close()
+    await asyncio.sleep(5)
+    other = await KernelClient.connect(gateway, kernel_id)
+    messages = await other.until("status", execution_state="idle")
+    assert stream_text(messages).endswith("2\n")
+    assert {message["channel"] for message in messages} == {"iopub"}
+    await other.close()
+
+
+async def test_a_newer_connection_of_a_session_replaces_the_older(gateway: RunningGateway, kernel_id: str) -> None:
+    older = await KernelClient.connect(gateway, kernel_id)
+    newer = await KernelClient.connect(gateway, kernel_id, session_id=older.session_id)
+    while not older.ended:
+        await older.receive()
+    assert older.websocket.close_code == 1000
+    await older.close()
+    assert stream_text(await newer.run("print(1)")) == "1\n"
+    model = json.loads((await request(gateway, "GET", f"/api/kernels/{kernel_id}")).body)
+    assert model["connections"] == 1
+    await newer.close()
+
+
+async def test_every_client_sees_a_restart_and_a_crash(gateway: RunningGateway, kernel_id: str) -> None:
+    clients = [await KernelClient.connect(gateway, kernel_id, v1=v1) for v1 in (True, False)]
+    await clients[0].run("x = 1")
+    assert (await request(gateway, "POST", f"/api/kernels/{kernel_id}/restart", {})).code == 200
+    assert stream_text(await clients[0].run("print('x' in globals())")) == "False\n"
+    await clients[1].execute("import os; os._exit(1)")
+    for client in clients:
+        status = (await client.until("status", execution_state="restarting"))[-1]
+        assert status["parent_header"] == {}
+        assert stream_text(await client.run("print('alive')")) == "alive\n"
+        await client.close()
+
+
+async def test_fifty_megabytes_come_whole_in_messages_below_ten(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    size = 50_000_000
+    # The client is Tornado's with its default limit of 10 MiB: a larger message would end the connection.
+    messages = await client.run(f"import sys\nsys.stdout.write('0123456789' * {size // 10});\nNone")
+    assert stream_text(messages) == "0123456789" * (size // 10)
+    await client.close()
+
+
+async def test_what_is_no_message_ends_the_connection(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    await client.websocket.write_message(b"junk", binary=True)
+    while not client.ended:
+        await client.receive()
+    assert client.websocket.close_code == 1007
+    assert "v1 message" in (client.websocket.close_reason or "")
+    await client.close()
+
+
+async def test_a_deleted_kernel_closes_its_connections(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    assert (await request(gateway, "DELETE", f"/api/kernels/{kernel_id}")).code == 204
+    while not client.ended:
+        await client.receive()
+    assert client.websocket.close_reason == "the kernel was deleted"
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "query", "status"),
+    [
+        ({"X-Forwarded-For": "203.0.113.1"}, "", 401),
+        ({"Authorization": "token wrong", "X-Forwarded-For": "203.0.113.1"}, "", 401),
+        ({"Origin": "https://evil.example"}, "token={token}", 403),
+        ({}, "token={token}&session_id=a%2Fb", 400),
+    ],
+)
+async def test_strangers_are_refused(
+    gateway: RunningGateway, kernel_id: str, headers: dict[str, str], query: str, status: int
+) -> None:
+    url = f"{gateway.url.replace('http', 'ws', 1)}/api/kernels/{kernel_id}/channels?"
+    with pytest.raises(HTTPClientError) as refused:
+        await websocket_connect(HTTPRequest(url + query.format(token=gateway.token), headers=headers))
+    assert refused.value.code == status
+
+
+async def test_an_unknown_kernel_is_refused(gateway: RunningGateway) -> None:
+    with pytest.raises(HTTPClientError) as refused:
+        await KernelClient.connect(gateway, str(uuid.uuid4()))
+    assert refused.value.code == 404
