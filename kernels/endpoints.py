@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from kernels.zmtp import GREETING, GREETING_BYTES, Handshake, HandshakeError, ready
 from vm_runtime.wire.errors import WireError
 from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Stream
@@ -21,21 +22,33 @@ CHANNELS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
 # Each client opens four or five connections; the wire carries at most 256 streams; others need some too.
 MAX_CONNECTIONS = 200
 
+# What an endpoint claims to be while it holds a connection, and where a message is a request that wakes a kernel: not
+# on iopub (subscriptions), not on hb (every second), not on stdin (answers).
+SOCKET_TYPES = {"shell": b"ROUTER", "iopub": b"XPUB", "stdin": b"ROUTER", "control": b"ROUTER", "hb": b"REP"}
+REQUEST_CHANNELS = frozenset({"shell", "control"})
+READ_BYTES = 64 * 1024
+# Kept of a client that talks while there is no machine (subscriptions, heart beats): beyond it nothing more is read.
+MAX_HELD_BYTES = 256 * 1024
+
 OpenChannel = Callable[[str], Awaitable[Stream]]
 
 
 class Endpoints:
-    """The listening sockets of one kernel. `open_channel(name)` is called for each connection and may wait.
+    """The listening sockets of one kernel, for as long as its sandbox exists, with or without a machine.
 
-    Use `await start()`, and `await close()` when the kernel is gone; closing twice is harmless. The directory (mode
-    0700) is made by `start` and removed by `close`.
+    `attach(open_channel)` when there is a machine, `detach()` when it goes: while there is none, connections are held,
+    their handshakes answered, and the first message on shell or control calls `on_request`, which should see to it that
+    a machine is attached soon. `await start()` opens the sockets; `await close()` ends all (twice is harmless) and
+    removes the directory, which has mode 0700.
     """
 
-    def __init__(self, directory: Path, open_channel: OpenChannel) -> None:
+    def __init__(self, directory: Path, on_request: Callable[[], None]) -> None:
         self._directory = directory
-        self._open_channel = open_channel
+        self._on_request = on_request
+        self._open_channel: OpenChannel | None = None
+        self._attached = asyncio.Event()
         self._servers: list[asyncio.Server] = []
-        self._relays: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -47,37 +60,102 @@ class Endpoints:
 
             self._servers.append(await asyncio.start_unix_server(accept, self._directory / f"k-{number}"))
 
-    async def _accept(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        if len(self._relays) >= MAX_CONNECTIONS:
-            writer.close()
-            return
-        self._relays.add(task)
-        try:
-            # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
-            stream = await self._open_channel(name)
-            await relay(stream, reader, writer)
-        except (WireError, OSError, asyncio.CancelledError):
-            # The connection's own task, which nothing awaits: cancelled only by `drop_connections`.
-            pass
-        finally:
-            self._relays.discard(task)
-            writer.close()
+    def attach(self, open_channel: OpenChannel) -> None:
+        """A machine is there: connections, new and held, go to its kernel."""
+        self._open_channel = open_channel
+        self._attached.set()
+
+    async def detach(self) -> None:
+        """The machine is gone, or is about to be: connections to it end; clients connect anew and are held."""
+        self._open_channel = None
+        self._attached.clear()
+        await self.drop_connections()
 
     async def drop_connections(self) -> None:
         """Ends every connection, keeps listening: clients connect anew (their ZMQ sockets do so by themselves)."""
-        relays = list(self._relays)
-        for task in relays:
+        connections = list(self._connections)
+        for task in connections:
             task.cancel()
-        await asyncio.gather(*relays, return_exceptions=True)
+        await asyncio.gather(*connections, return_exceptions=True)
 
     async def close(self) -> None:
         servers, self._servers = self._servers, []
         for server in servers:
             server.close()
-        await self.drop_connections()
+        await self.detach()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _accept(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._connections) >= MAX_CONNECTIONS:
+            writer.close()
+            return
+        self._connections.add(task)
+        try:
+            # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
+            if self._open_channel is not None:
+                await relay(await self._open_channel(name), reader, writer)
+            else:
+                await self._hold(name, reader, writer)
+        except (WireError, OSError, HandshakeError, asyncio.CancelledError):
+            # The connection's own task, which nothing awaits: cancelled only by `drop_connections`.
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _hold(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the handshake, waits for a machine (asking for one once a request is there), and hands over to it."""
+        client = Handshake()
+        writer.write(GREETING)
+        while not client.done:
+            data = await reader.read(READ_BYTES)
+            if not data:
+                return
+            client.feed(data)
+        writer.write(ready(SOCKET_TYPES[name]))
+        while not self._attached.is_set():
+            request = bool(client.rest) and name in REQUEST_CHANNELS
+            if request:
+                self._on_request()
+            if not await self._more_or_attached(client, reader, read=not request):
+                return
+        assert self._open_channel is not None
+        stream = await self._open_channel(name)
+        await self._replay(client, stream, writer)
+        await relay(stream, reader, writer)
+
+    async def _more_or_attached(self, client: Handshake, reader: asyncio.StreamReader, *, read: bool) -> bool:
+        """Waits for a machine, or (if `read`) for more from the client. False when the client has gone."""
+        attached = asyncio.create_task(self._attached.wait())
+        more = asyncio.create_task(reader.read(READ_BYTES)) if read and len(client.rest) < MAX_HELD_BYTES else None
+        try:
+            await asyncio.wait([task for task in (attached, more) if task], return_when=asyncio.FIRST_COMPLETED)
+            if more is not None and more.done():
+                data = more.result()
+                client.feed(data)
+                return bool(data)
+            return True
+        finally:
+            for task in (attached, more):
+                if task is not None:
+                    task.cancel()
+            await asyncio.gather(*(task for task in (attached, more) if task), return_exceptions=True)
+
+    @staticmethod
+    async def _replay(client: Handshake, stream: Stream, writer: asyncio.StreamWriter) -> None:
+        """Says to the kernel's socket what the client said, step by step (libzmq takes no READY before its own
+        greeting has gone out), and drops the kernel's side of the handshake, which the client has had from us."""
+        kernel = Handshake()
+        await stream.write(bytes(client.said[:GREETING_BYTES]))
+        while len(kernel.said) < GREETING_BYTES:
+            kernel.feed(await _some(stream))
+        await stream.write(bytes(client.said[GREETING_BYTES:]))
+        while not kernel.done:
+            kernel.feed(await _some(stream))
+        await stream.write(bytes(client.rest))
+        writer.write(bytes(kernel.rest))
 
     def connection_info(self, key: str) -> dict[str, Any]:
         """Jupyter's connection file for these endpoints, `transport: ipc`."""
@@ -89,3 +167,10 @@ class Endpoints:
             "signature_scheme": "hmac-sha256",
             **ports,
         }
+
+
+async def _some(stream: Stream) -> bytes:
+    data = await stream.read()
+    if not data:
+        raise HandshakeError("the kernel's socket hung up")
+    return data

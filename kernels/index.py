@@ -20,19 +20,20 @@ FORMAT_VERSION = 1
 class SandboxRecord(BaseModel):
     """All that must be known of a sandbox to find it again. `sandbox` is what users see; the rest is the service's.
 
-    template_digest: the template its machine was restored from; machine_id: that machine ("" where there is none).
+    machine_id: its machine ("" where there is none).
     key: the kernel's HMAC key. marker: what opens the next session on its wire (hex). env, cwd: as asked for.
+    depth: generations of forks above it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sandbox: Sandbox
-    template_digest: str
     machine_id: str
     key: str
     marker: str
     env: dict[str, str]
     cwd: str | None
+    depth: int = 0
 
 
 class Index:

@@ -1,4 +1,4 @@
-"""Machines for sandboxes: from the pool, restored from a template, or adopted from an earlier gateway.
+"""Machines for sandboxes: from the pool, restored from a snapshot, or adopted from an earlier gateway.
 
 Knows nothing of records, states or HTTP.
 """
@@ -6,6 +6,7 @@ Knows nothing of records, states or HTTP.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
@@ -15,27 +16,42 @@ from kernels.settings import ServiceSettings
 from kernels.templates import Template, TemplateStore
 from kernels.warm import WarmMachine, new_place
 from vm_runtime.drivers.base import Driver, MachinePlace
-from vm_runtime.snapshots.memory import BaseCache
+from vm_runtime.saving.saver import Saver
+from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.snapshots.store import SnapshotStore
+from vm_runtime.spec import ImageFiles
 
 # Identity of a machine that waits in the pool; it gets its own when a sandbox takes it.
 SPARE_IDENTITY = {"sandbox_id": "", "hostname": "sandbox"}
 
 
-def identity_of(sandbox_id: str) -> dict[str, str]:
+def identity_of(sandbox_id: str, *, parent_id: str | None = None, index: int = 0) -> dict[str, str]:
     """What the guest is told of who it is. The host name is the id's first group: short enough for a shell prompt."""
-    return {"sandbox_id": sandbox_id, "hostname": f"sandbox-{sandbox_id.partition('-')[0]}"}
+    identity = {"sandbox_id": sandbox_id, "hostname": f"sandbox-{sandbox_id.partition('-')[0]}", "index": str(index)}
+    return identity if parent_id is None else {**identity, "parent_id": parent_id}
+
+
+def new_key() -> str:
+    """An HMAC key for a kernel."""
+    return secrets.token_hex(32)
 
 
 class Launcher:
     """`async with launcher.running():` keeps the pool filled; on exit the pool's machines end."""
 
     def __init__(
-        self, settings: ServiceSettings, driver: Driver, bases: BaseCache, has_room_for_spare: Callable[[], bool]
+        self,
+        settings: ServiceSettings,
+        driver: Driver,
+        store: SnapshotStore,
+        *,
+        image_files: Callable[[str], ImageFiles],
+        has_room_for_spare: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._driver = driver
-        self._bases = bases
-        self.templates = TemplateStore(settings.state_dir / "templates", settings.run_dir, driver)
+        self.saver = Saver(store=store, driver=driver, image_files=image_files)
+        self.templates = TemplateStore(settings.state_dir / "templates", settings.run_dir, driver, store, self.saver)
         self.pool = Pool(size=settings.pool_size, make=self._make_spare, has_room=has_room_for_spare)
 
     @asynccontextmanager
@@ -47,30 +63,43 @@ class Launcher:
             filler.cancel()
             await asyncio.gather(filler, return_exceptions=True)
             await self.pool.close()
+            await self.saver.close()
 
     async def launch(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
-        """A machine of the template, from the pool if one is ready. Errors: VmRuntimeError, MachineFailedError."""
+        """A machine of the template, from the pool if one is ready. Errors: VmRuntimeError, SnapshotError,
+        MachineFailedError."""
         warm = self.pool.take(template)
         if warm is not None:
             return warm
         with self.pool.demand():
-            return await self._restore(template, identity)
+            return await self._restore_template(template, identity)
+
+    async def restore(self, snapshot: Manifest, greeting: Greeting) -> WarmMachine:
+        """A machine in the state of a snapshot. Errors: as `launch`."""
+        with self.pool.demand():
+            saved = await self.saver.restore(
+                snapshot, place=new_place(self._settings.state_dir, self._settings.run_dir)
+            )
+            return await WarmMachine.greet(saved, greeting)
 
     async def adopt(self, place: MachinePlace, greeting: Greeting) -> WarmMachine:
-        """Takes over a machine that an earlier gateway left running. Errors: VmRuntimeError, MachineFailedError."""
-        return await WarmMachine.greet(await self._driver.adopt(place), greeting)
+        """Takes over a machine that an earlier gateway left running. Errors: as `launch`."""
+        return await WarmMachine.greet(await self.saver.adopt(place), greeting)
 
     async def end(self, place: MachinePlace) -> None:
         """Ends a machine that belongs to no sandbox, and removes what it left."""
         machine = await self._driver.adopt(place)
         await machine.kill()
 
-    async def _restore(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
-        place = new_place(self._settings.state_dir, self._settings.run_dir)
-        return await WarmMachine.restore(self._driver, self._bases, template, place, identity=identity)
+    async def _restore_template(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
+        saved = await self.saver.restore(
+            template.snapshot, place=new_place(self._settings.state_dir, self._settings.run_dir)
+        )
+        greeting = Greeting(marker=template.snapshot.wire_marker, identity=identity, key=new_key(), restored=True)
+        return await WarmMachine.greet(saved, greeting)
 
     async def _make_spare(self, template: Template) -> WarmMachine:
-        warm = await self._restore(template, SPARE_IDENTITY)
+        warm = await self._restore_template(template, SPARE_IDENTITY)
         try:
             # Runs the paths that a first cell takes, so that the emulator has them translated when a user comes.
             await warm.session.call("kernel.exercise")

@@ -1,4 +1,4 @@
-"""A running sandbox: its machine, the session with its guest, its endpoints, and what happens when one of them fails.
+"""A sandbox's machine while it has one: the session with its guest, and what happens when one of them fails.
 
 It reports through `Notices`; what follows from a report (states, events, records) is the service's business.
 """
@@ -10,13 +10,12 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError
-from kernels.session import GuestEvent, GuestSession, KernelExited, KernelStatus
-from vm_runtime.machine import Machine
+from kernels.session import GuestEvent, KernelExited, KernelStatus
+from kernels.warm import WarmMachine
 from vm_runtime.wire.stream import Stream
 
 RESTART_TIMEOUT_S = 60.0
@@ -28,7 +27,7 @@ class Notices(Protocol):
     """What a live sandbox tells the service. Called from the event loop, must not block.
     `machine_dead` takes the live sandbox down: it is the last thing that is reported."""
 
-    def execution_state(self, state: str) -> None: ...
+    def execution_state(self, state: str, cell: int | None) -> None: ...
 
     def kernel_restarting(self, reason: str) -> None: ...
 
@@ -40,40 +39,37 @@ class Notices(Protocol):
 
 
 class LiveSandbox:
-    """Owns machine, session and endpoints from construction on. `await run()` supervises; `await close()` ends all.
+    """Owns a machine and the session with its guest from construction on, until `close()` or `detach()`.
 
+    `await run()` supervises. endpoints: the sandbox's own, which outlive the machine; attached by `start`.
     restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead.
     """
 
     def __init__(
         self,
+        warm: WarmMachine,
         *,
-        machine: Machine,
-        session: GuestSession,
-        key: str,
-        endpoints_dir: Path,
+        endpoints: Endpoints,
         notices: Notices,
         restart_limit: int,
         restart_window_s: float,
     ) -> None:
-        self.machine = machine
-        self.session = session
-        self.key = key
+        self.saved = warm.saved
+        self.session = warm.session
+        self.key = warm.key
+        self._endpoints = endpoints
         self._notices = notices
-        self._endpoints = Endpoints(endpoints_dir, self._open_channel)
         self._restart_limit = restart_limit
         self._restart_window_s = restart_window_s
         self._crashes: deque[float] = deque()
         self._exits: asyncio.Queue[KernelExited] = asyncio.Queue()
         self._kernel_lock = asyncio.Lock()
         self._kernel_pid: int | None = None
+        warm.take(self.on_event)
 
-    async def start(self) -> None:
-        """Opens the endpoints."""
-        await self._endpoints.start()
-
-    def connection_info(self) -> dict[str, object]:
-        return self._endpoints.connection_info(self.key)
+    def start(self) -> None:
+        """From now on clients reach this machine's kernel."""
+        self._endpoints.attach(self._open_channel)
 
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
         """Gives a kernel that runs already its environment, directory and identity."""
@@ -86,7 +82,7 @@ class LiveSandbox:
     async def restart(self) -> None:
         """A new kernel process in the same machine: files stay, variables go."""
         async with self._kernel_lock:
-            self._notices.execution_state("restarting")
+            self._notices.execution_state("restarting", None)
             await self._start_anew()
         self._notices.kernel_restarted()
 
@@ -96,13 +92,13 @@ class LiveSandbox:
         self._kernel_pid = pid if isinstance(pid, int) else None
         # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
         await self._endpoints.drop_connections()
-        self._notices.execution_state("idle")
+        self._notices.execution_state("idle", None)
 
     def on_event(self, event: GuestEvent) -> None:
         """The guest's events come in here."""
         match event:
-            case KernelStatus(state=state):
-                self._notices.execution_state(state)
+            case KernelStatus():
+                self._notices.execution_state(event.state, event.cell)
             case KernelExited():
                 self._exits.put_nowait(event)
 
@@ -123,7 +119,7 @@ class LiveSandbox:
         await self._notices.machine_dead(reason)
 
     async def _machine_end(self) -> str:
-        death = await self.machine.wait_dead()
+        death = await self.saved.machine.wait_dead()
         log = f"\n--- end of the serial log ---\n{death.serial_tail}" if death.serial_tail else ""
         return f"The machine ended: {death.reason}{log}"
 
@@ -161,11 +157,13 @@ class LiveSandbox:
         return await self.session.open_channel(name)
 
     async def detach(self) -> None:
-        """Lets go of session and endpoints and leaves the machine running, for the next gateway to adopt."""
-        await self._endpoints.close()
+        """Lets go of the session and leaves the machine running, for the next gateway to adopt."""
+        await self._endpoints.detach()
         await self.session.close()
+        await self.saved.detach()
 
     async def close(self) -> None:
-        """Ends endpoints, session and machine; twice is harmless."""
-        await self.detach()
-        await self.machine.kill()
+        """Ends session and machine; twice is harmless."""
+        await self._endpoints.detach()
+        await self.session.close()
+        await self.saved.kill()

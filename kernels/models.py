@@ -24,6 +24,13 @@ class SandboxState(StrEnum):
     GONE = "gone"
 
 
+class CheckpointPolicy(StrEnum):
+    """When checkpoints are taken by themselves. OFF: only by name. CELL: after every cell. Or "timer:<minutes>"."""
+
+    OFF = "off"
+    CELL = "cell"
+
+
 class EventKind(StrEnum):
     CREATED = "created"
     STATE = "state"
@@ -32,6 +39,7 @@ class EventKind(StrEnum):
     KERNEL_RESTARTED = "kernel_restarted"
     KERNEL_DEAD = "kernel_dead"
     DELETED = "deleted"
+    CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,10 @@ class CreateSandbox:
 
     kernel_id: the id to use (a UUID), as Jupyter's gateway clients may choose it. env: for the kernel process.
     cwd: where the kernel starts, inside the guest; falls back to the home directory if it is not there.
+    notebook: the path of the notebook it is for: a later request of the same owner for the same path gets the sandbox
+    that was left behind, if there is one. idle_timeout_s: asleep after so long without activity (0: never).
+    max_lifetime_s: deleted so long after its creation (None: never). checkpoints: see `CheckpointPolicy`.
+    snapshot: start from this snapshot (id or name) instead of the template's.
     """
 
     template: str
@@ -51,6 +63,11 @@ class CreateSandbox:
     memory_mib: int | None = None
     vcpus: int | None = None
     disk_mib: int | None = None
+    notebook: str | None = None
+    idle_timeout_s: float | None = None
+    max_lifetime_s: float | None = None
+    checkpoints: str | None = None
+    snapshot: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +76,8 @@ class Sandbox:
 
     execution_state: Jupyter's word (starting, idle, busy, restarting, dead). reason: why it failed, or None.
     created_at, last_activity: aware UTC times. `name` is the sandbox's own name; `template` the kernelspec's.
+    index: which of its siblings it is, for a child of a fork, else 0. snapshot_id: what it wakes from, or its newest
+    checkpoint. released: its Jupyter client has deleted it; it is kept asleep for the next who opens `notebook`.
     """
 
     id: str
@@ -75,6 +94,25 @@ class Sandbox:
     memory_mib: int
     vcpus: int
     disk_mib: int
+    index: int = 0
+    snapshot_id: str | None = None
+    notebook: str | None = None
+    released: bool = False
+    idle_timeout_s: float = 0.0
+    max_lifetime_s: float | None = None
+    checkpoints: str = CheckpointPolicy.OFF
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A snapshot on a sandbox's time line. cell: the execution count after which it was taken, None if unknown.
+    bytes: what it added to the store."""
+
+    id: str
+    name: str | None
+    cell: int | None
+    created_at: datetime
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

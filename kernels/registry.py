@@ -66,6 +66,14 @@ class Registry:
         self._publish(sandbox_id, EventKind.STATE, {"state": state, "reason": reason})
         return sandbox
 
+    def change(self, sandbox_id: str, **changes: Any) -> Sandbox:
+        """Changes what users see of a sandbox, but not its state."""
+        record = self.record(sandbox_id)
+        sandbox = replace(record.sandbox, **changes)
+        self._records[sandbox_id] = record.model_copy(update={"sandbox": sandbox})
+        self._index.put(self._records[sandbox_id])
+        return sandbox
+
     def execution_state(self, sandbox_id: str, state: str) -> None:
         """The kernel's own state. Not written to disk at once: it changes twice with every cell."""
         record = self._records.get(sandbox_id)
@@ -79,6 +87,17 @@ class Registry:
         record = self._records.get(sandbox_id)
         if record is not None:
             self._replace(record, last_activity=datetime.now(UTC))
+
+    def fail(self, sandbox_id: str, reason: str) -> None:
+        """The sandbox has lost its machine and has nothing to go back to."""
+        self.move(sandbox_id, SandboxState.FAILED, reason=reason, execution_state="dead")
+        self.notify(sandbox_id, EventKind.KERNEL_DEAD, reason)
+
+    def fall_back(self, sandbox_id: str, reason: str) -> None:
+        """The sandbox has lost its machine and sleeps on its last checkpoint; clients learn that it was restarted."""
+        self.notify(sandbox_id, EventKind.KERNEL_RESTARTING, reason)
+        self.move(sandbox_id, SandboxState.ASLEEP, reason=reason, execution_state="idle")
+        self.notify(sandbox_id, EventKind.KERNEL_RESTARTED, reason)
 
     def notify(self, sandbox_id: str, kind: EventKind, reason: str | None = None) -> None:
         """An event that changes nothing in the record."""

@@ -1,4 +1,4 @@
-"""Sandboxes: create, find, interrupt, restart, delete, and find again after the gateway was killed.
+"""Sandboxes: all that the gateway can do with them, each operation delegated to the module that knows it.
 
 The one class that the gateway talks to. Knows nothing of HTTP; what a machine is, is the driver's business.
 """
@@ -8,36 +8,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any, Self
 
-from kernels.capacity import Capacity
+from kernels.core import Core, utc_now
 from kernels.errors import (
-    KernelsError,
     LimitError,
     MachineFailedError,
     RequestError,
     SandboxExistsError,
-    SandboxStateError,
     UnknownTemplateError,
 )
-from kernels.events import EventBus, EventQueue
+from kernels.events import EventQueue
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
-from kernels.launcher import Launcher, identity_of
-from kernels.live import LiveSandbox
-from kernels.models import CreateSandbox, EventKind, Kernelspec, Sandbox, SandboxState
-from kernels.registry import Registry
-from kernels.session import Greeting
+from kernels.launcher import new_key
+from kernels.models import Checkpoint, CreateSandbox, Kernelspec, Sandbox, SandboxState
+from kernels.naps import Naps
+from kernels.recovery import find_again
 from kernels.settings import ServiceSettings
 from kernels.templates import Progress
-from kernels.warm import WarmMachine, place_of
+from kernels.time_line import TimeLine, timer_minutes
 from vm_runtime.drivers.base import Driver
-from vm_runtime.errors import MachineGoneError, VmRuntimeError
-from vm_runtime.images.store import Image, ImageStore
-from vm_runtime.snapshots.memory import BaseCache
+from vm_runtime.errors import VmRuntimeError
+from vm_runtime.images.store import Image
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import MachineShape
 
 log = logging.getLogger(__name__)
@@ -49,71 +46,87 @@ MIN_MEMORY_MIB = 256
 class SandboxService:
     """`async with SandboxService(settings, driver) as service:`. All methods belong to one event loop.
 
-    On entry the machines that a killed gateway left running are found again. On exit every machine ends; a sandbox
-    exists as long as its gateway does.
+    On entry everything that an earlier gateway left is found again. On exit everything sleeps, or ends, as
+    `ServiceSettings.stop_means_sleep` says.
     """
 
     def __init__(self, settings: ServiceSettings, driver: Driver) -> None:
         self._settings = settings
         self._driver = driver
-        self._images = ImageStore(settings.state_dir / "images")
-        self._capacity = Capacity(settings.max_sandboxes)
-        bases = BaseCache(seal=driver.capabilities.sealed_base)
-        self._launcher = Launcher(settings, driver, bases, self._capacity.has_room_for_spare)
-        self._bus = EventBus()
-        self._live: dict[str, LiveSandbox] = {}
-        self._supervisors: dict[str, asyncio.Task[None]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             index = Index(self._settings.state_dir / "index.sqlite")
             stack.callback(index.close)
-            self._registry = Registry(index, self._bus)
-            self._registry.load()
-            await stack.enter_async_context(self._launcher.running())
-            stack.push_async_callback(self._end_all)
-            await self._find_again()
-            stack.callback(self._bus.close)
+            store = await asyncio.to_thread(SnapshotStore, self._settings.state_dir / "snapshots")
+            stack.callback(store.close)
+            core = self._core = Core(self._settings, self._driver, index, store)
+            naps = self._naps = Naps(core)
+            time_line = self._time_line = TimeLine(core)
+            core.on_idle = time_line.on_idle
+            core.on_request = naps.on_request
+            core.on_machine_lost = naps.on_machine_lost
+            core.registry.load()
+            await stack.enter_async_context(core.launcher.running())
+            stack.push_async_callback(core.close_endpoints)
+            stack.push_async_callback(self._stop)
+            await find_again(core, naps)
+            stack.push_async_callback(core.end_background)
+            for watch in (naps.watch(), time_line.watch()):
+                core.spawn(watch)
+            stack.callback(core.bus.close)
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
+    async def _stop(self) -> None:
+        """Everything sleeps, or what could not in time ends; then what is left of machines ends, too."""
+        core = self._core
+        if self._settings.stop_means_sleep:
+            for sandbox_id in await self._naps.sleep_all(limit_s=self._settings.stop_limit_s):
+                log.warning("Sandbox %s could not sleep in time and is as of its last checkpoint.", sandbox_id)
+                await core.take_down(sandbox_id)
+                self._naps.on_machine_lost(sandbox_id, "The gateway stopped before it could be put to sleep.")
+            core.registry.flush()
+        else:
+            ids = [record.sandbox.id for record in core.registry.records()]
+            await asyncio.gather(*(core.forget(sandbox_id) for sandbox_id in ids), return_exceptions=True)
+
     # Templates
 
     def kernelspecs(self) -> dict[str, Kernelspec]:
         """One per image, by name."""
-        return {name: kernelspec_of(image) for name, image in self._images.current().items()}
+        return {name: kernelspec_of(image) for name, image in self._core.images.current().items()}
 
     async def prepare(self, *, progress: Progress) -> None:
         """Builds the templates that new kernels of the default shape need, and starts to keep warm machines of them.
 
         Errors: TemplateError.
         """
-        for name, image in self._images.current().items():
+        launcher = self._core.launcher
+        for name, image in self._core.images.current().items():
             shape = self._shape(image, CreateSandbox(template=name))
-            template = await self._launcher.templates.ensure(image, shape, progress=progress)
-            self._launcher.pool.keep(template)
+            launcher.pool.keep(await launcher.templates.ensure(image, shape, progress=progress))
 
     def pool_ready(self) -> int:
         """Warm machines ready to be given out."""
-        return self._launcher.pool.ready_count()
+        return self._core.launcher.pool.ready_count()
 
     # Sandboxes
 
     def get(self, sandbox_id: str) -> Sandbox:
         """Errors: UnknownSandboxError."""
-        return self._registry.record(sandbox_id).sandbox
+        return self._core.get(sandbox_id)
 
     def list(self) -> list[Sandbox]:
         """All sandboxes, oldest first."""
-        return [record.sandbox for record in self._registry.records()]
+        return [record.sandbox for record in self._core.registry.records()]
 
     async def create(self, request: CreateSandbox) -> Sandbox:
-        """A new sandbox with a kernel that can be talked to.
+        """A new sandbox with a kernel that can be talked to, or the one that was left behind with this notebook or id.
 
         Errors: RequestError (unknown template, id taken, beyond a maximum), CapacityError, TemplateError,
         MachineFailedError; nothing is left behind then.
@@ -121,105 +134,139 @@ class SandboxService:
         image = self._image(request.template)
         shape = self._shape(image, request)
         sandbox_id = _checked_id(request.kernel_id)
-        if sandbox_id in self._registry:
+        left = self._left_behind(request, sandbox_id)
+        if left is not None:
+            return await self._naps.wake(left.id)
+        core, settings = self._core, self._settings
+        if sandbox_id in core.registry:
             raise SandboxExistsError(f"There is a sandbox with the id {sandbox_id} already.")
-        self._capacity.admit(len(self._registry), shape)
-        now = datetime.now(UTC)
+        checkpoints = request.checkpoints if request.checkpoints is not None else settings.checkpoints
+        timer_minutes(checkpoints)
+        core.capacity.admit(len(core.registry), shape)
+        idle_s = request.idle_timeout_s if request.idle_timeout_s is not None else settings.idle_timeout_s
+        now = utc_now()
         sandbox = Sandbox(
             id=sandbox_id, state=SandboxState.CREATING, driver=self._driver.name, template=request.template,
             parent_id=None, name=request.name, owner=request.owner, created_at=now, last_activity=now,
             execution_state="starting", reason=None,
-            memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib,
+            memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib, notebook=request.notebook,
+            idle_timeout_s=idle_s, max_lifetime_s=request.max_lifetime_s, checkpoints=checkpoints,
         )  # fmt: skip
         env = {**image.manifest.recipe.environment, **request.env}
-        self._registry.add(
-            SandboxRecord(
-                sandbox=sandbox, template_digest="", machine_id="", key="", marker="", env=env, cwd=request.cwd
-            )
+        core.registry.add(
+            SandboxRecord(sandbox=sandbox, machine_id="", key=new_key(), marker="", env=env, cwd=request.cwd)
         )
         try:
-            async with self._lock(sandbox_id):
-                await self._bring_up(image, shape, self._registry.record(sandbox_id))
+            async with core.lock(sandbox_id):
+                await self._bring_up(sandbox_id, image, shape, request.snapshot)
         except BaseException as error:
-            await self._forget(sandbox_id)
-            if isinstance(error, VmRuntimeError):
+            await core.forget(sandbox_id)
+            if isinstance(error, VmRuntimeError | SnapshotError):
                 raise MachineFailedError(str(error)) from error
             raise
         return self.get(sandbox_id)
 
-    async def _bring_up(self, image: Image, shape: MachineShape, record: SandboxRecord) -> None:
-        sandbox_id = record.sandbox.id
-        identity = identity_of(sandbox_id)
-        template = await self._launcher.templates.ensure(image, shape, progress=log.info)
-        warm = await self._launcher.launch(template, identity)
-        async with AsyncExitStack() as stack:
-            live = self._make_live(sandbox_id, warm)
-            stack.push_async_callback(live.close)
-            await live.configure(env=record.env, cwd=record.cwd, identity=identity)
-            await live.start()
-            stack.pop_all()
-        self._registry.update(
-            sandbox_id,
-            template_digest=template.digest,
-            machine_id=warm.machine.id,
-            key=warm.key,
-            marker=warm.session.next_marker,
-        )
-        self._went_live(sandbox_id, live, execution_state="idle")
+    async def _bring_up(self, sandbox_id: str, image: Image, shape: MachineShape, snapshot: str | None) -> None:
+        core = self._core
+        if snapshot is not None:
+            manifest = await asyncio.to_thread(lambda: core.store.get(core.store.resolve(snapshot)))
+            await core.restore(sandbox_id, manifest, keep_random=False)
+            return
+        template = await core.launcher.templates.ensure(image, shape, progress=log.info)
+        warm = await core.launcher.launch(template, core.identity(core.registry.record(sandbox_id)))
+        await core.go_live(sandbox_id, warm, configure=True)
+
+    def _left_behind(self, request: CreateSandbox, sandbox_id: str) -> Sandbox | None:
+        """The sleeping sandbox that a Jupyter client deleted and now asks for again, by its id or its notebook."""
+        for record in self._core.registry.records():
+            sandbox = record.sandbox
+            same = sandbox.id == sandbox_id or (request.notebook is not None and sandbox.notebook == request.notebook)
+            if sandbox.released and same and (sandbox.owner, sandbox.template) == (request.owner, request.template):
+                return sandbox
+        return None
+
+    async def release(self, sandbox_id: str) -> None:
+        """A Jupyter client deletes its kernel: the sandbox is kept asleep for the next who asks for it, or ended, as
+        `ServiceSettings.delete_means_sleep` says. Errors: UnknownSandboxError."""
+        sandbox = self.get(sandbox_id)
+        keep = self._settings.delete_means_sleep and sandbox.notebook is not None
+        if keep and sandbox.state in (SandboxState.RUNNING, SandboxState.ASLEEP):
+            try:
+                await self._naps.sleep(sandbox_id)
+                self._core.registry.change(sandbox_id, released=True)
+                return
+            except MachineFailedError as error:
+                log.warning("Sandbox %s is deleted instead of put to sleep: %s", sandbox_id, error)
+        await self.delete(sandbox_id)
 
     async def delete(self, sandbox_id: str) -> None:
         """Ends a sandbox for good. Errors: UnknownSandboxError."""
-        self._registry.record(sandbox_id)
-        async with self._lock(sandbox_id):
-            await self._forget(sandbox_id)
+        self.get(sandbox_id)
+        async with self._core.lock(sandbox_id):
+            await self._core.forget(sandbox_id)
 
     async def interrupt(self, sandbox_id: str) -> None:
         """Interrupts the cell that runs. Errors: UnknownSandboxError, SandboxStateError, MachineFailedError."""
-        self._registry.touch(sandbox_id)
-        await self._running(sandbox_id).interrupt()
+        await self.ready(sandbox_id)
+        await self._core.running(sandbox_id).interrupt()
 
     async def restart(self, sandbox_id: str) -> None:
         """A new kernel in the same machine. Errors: as `interrupt`."""
-        self._registry.touch(sandbox_id)
-        async with self._lock(sandbox_id):
-            await self._running(sandbox_id).restart()
+        await self.ready(sandbox_id)
+        async with self._core.lock(sandbox_id):
+            await self._core.running(sandbox_id).restart()
 
     async def ready(self, sandbox_id: str) -> None:
-        """Waits until the kernel can be talked to. Errors: as `interrupt`."""
-        self._registry.record(sandbox_id)
-        async with self._lock(sandbox_id):
-            self._running(sandbox_id)
+        """Waits until the kernel can be talked to; wakes it if it sleeps. Errors: as `interrupt`."""
+        self._core.registry.touch(sandbox_id)
+        await self._naps.wake(sandbox_id)
 
     def connection_info(self, sandbox_id: str) -> Mapping[str, Any]:
-        """Jupyter's connection file, `transport: ipc`. Errors: UnknownSandboxError, SandboxStateError."""
-        return self._running(sandbox_id).connection_info()
+        """Jupyter's connection file, `transport: ipc`; the same for the sandbox's whole life, asleep or not.
+
+        Errors: UnknownSandboxError, SandboxStateError.
+        """
+        return self._core.connection_info(sandbox_id)
 
     def touch(self, sandbox_id: str) -> None:
         """A client did something; unknown ids are fine."""
-        self._registry.touch(sandbox_id)
+        self._core.registry.touch(sandbox_id)
+
+    async def sleep(self, sandbox_id: str) -> Sandbox:
+        """See `Naps.sleep`."""
+        return await self._naps.sleep(sandbox_id)
+
+    async def wake(self, sandbox_id: str) -> Sandbox:
+        """See `Naps.wake`."""
+        return await self._naps.wake(sandbox_id)
+
+    async def checkpoints(self, sandbox_id: str) -> Sequence[Checkpoint]:
+        """See `TimeLine.checkpoints`."""
+        return await asyncio.to_thread(self._time_line.checkpoints, sandbox_id)
+
+    async def checkpoint(self, sandbox_id: str, *, name: str | None = None) -> Checkpoint:
+        """See `TimeLine.checkpoint`. A sleeping sandbox is woken first."""
+        await self.ready(sandbox_id)
+        return await self._time_line.checkpoint(sandbox_id, name=name)
+
+    async def goto(self, sandbox_id: str, target: str) -> Sandbox:
+        """See `TimeLine.goto`."""
+        return await self._time_line.goto(sandbox_id, target)
+
+    async def undo(self, sandbox_id: str) -> Sandbox:
+        """See `TimeLine.undo`."""
+        return await self._time_line.undo(sandbox_id)
 
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[EventQueue]:
         """A queue of all `SandboxEvent`s from now on."""
-        async with self._bus.subscribe() as queue:
+        async with self._core.bus.subscribe() as queue:
             yield queue
 
     # How it is done
 
-    def _running(self, sandbox_id: str) -> LiveSandbox:
-        sandbox = self.get(sandbox_id)
-        live = self._live.get(sandbox_id)
-        if live is not None:
-            return live
-        if sandbox.state is SandboxState.FAILED:
-            raise MachineFailedError(f"Sandbox {sandbox_id} has failed: {sandbox.reason}")
-        raise SandboxStateError(sandbox_id, found=sandbox.state, wanted=SandboxState.RUNNING)
-
-    def _lock(self, sandbox_id: str) -> asyncio.Lock:
-        return self._locks.setdefault(sandbox_id, asyncio.Lock())
-
     def _image(self, name: str) -> Image:
-        images = self._images.current()
+        images = self._core.images.current()
         if name in images:
             return images[name]
         known = ", ".join(sorted(images)) or "none"
@@ -244,111 +291,6 @@ class SandboxService:
             vcpus=size("vcpus", request.vcpus, settings.vcpus, recipe.vcpus, settings.max_vcpus),
             disk_mib=size("disk_mib", request.disk_mib, settings.disk_mib, recipe.disk_mib, settings.max_disk_mib),
         ).rounded()
-
-    def _make_live(self, sandbox_id: str, warm: WarmMachine) -> LiveSandbox:
-        live = LiveSandbox(
-            machine=warm.machine,
-            session=warm.session,
-            key=warm.key,
-            endpoints_dir=self._settings.run_dir / "k" / sandbox_id.replace("-", "")[:12],
-            notices=_Notices(self, sandbox_id),
-            restart_limit=self._settings.restart_limit,
-            restart_window_s=self._settings.restart_window_s,
-        )
-        warm.take(live.on_event)
-        return live
-
-    def _went_live(self, sandbox_id: str, live: LiveSandbox, *, execution_state: str) -> None:
-        self._live[sandbox_id] = live
-        self._registry.move(sandbox_id, SandboxState.RUNNING, execution_state=execution_state)
-        self._supervisors[sandbox_id] = asyncio.create_task(live.run())
-
-    async def _forget(self, sandbox_id: str) -> None:
-        await self._take_down(sandbox_id)
-        self._registry.remove(sandbox_id)
-        self._locks.pop(sandbox_id, None)
-
-    async def _take_down(self, sandbox_id: str) -> None:
-        supervisor = self._supervisors.pop(sandbox_id, None)
-        if supervisor is not None and supervisor is not asyncio.current_task():
-            supervisor.cancel()
-            await asyncio.gather(supervisor, return_exceptions=True)
-        live = self._live.pop(sandbox_id, None)
-        if live is not None:
-            await live.close()
-
-    async def _fail(self, sandbox_id: str, reason: str) -> None:
-        """The machine is gone: the sandbox stays listed, failed, until it is deleted."""
-        async with self._lock(sandbox_id):
-            if sandbox_id not in self._live:
-                return
-            await self._take_down(sandbox_id)
-            self._registry.move(sandbox_id, SandboxState.FAILED, reason=reason, execution_state="dead")
-            self._registry.notify(sandbox_id, EventKind.KERNEL_DEAD, reason)
-
-    async def _end_all(self) -> None:
-        ids = [record.sandbox.id for record in self._registry.records()]
-        await asyncio.gather(*(self._forget(sandbox_id) for sandbox_id in ids), return_exceptions=True)
-
-    async def _find_again(self) -> None:
-        """Takes over the machines that a killed gateway left running, and ends those that are no one's."""
-        records = {record.machine_id: record for record in self._registry.records()}
-        machine_ids = {path.name for path in (self._settings.run_dir / "m").glob("*")}
-        await asyncio.gather(*(self._end_stray(machine_id) for machine_id in machine_ids - records.keys()))
-        await asyncio.gather(*(self._find_one(record) for record in records.values()))
-
-    async def _end_stray(self, machine_id: str) -> None:
-        try:
-            await self._launcher.end(place_of(machine_id, self._settings.state_dir, self._settings.run_dir))
-        except MachineGoneError:
-            pass
-        except VmRuntimeError as error:
-            log.warning("The stray machine %s could not be ended: %s", machine_id, error)
-
-    async def _find_one(self, record: SandboxRecord) -> None:
-        sandbox = record.sandbox
-        if sandbox.state is SandboxState.CREATING:
-            self._registry.remove(sandbox.id)  # nobody was told of it
-            return
-        if sandbox.state is not SandboxState.RUNNING:
-            return
-        place = place_of(record.machine_id, self._settings.state_dir, self._settings.run_dir)
-        greeting = Greeting(marker=record.marker, identity=identity_of(sandbox.id), key=record.key, restored=False)
-        try:
-            warm = await self._launcher.adopt(place, greeting)
-            live = self._make_live(sandbox.id, warm)
-            await live.start()
-        except (KernelsError, VmRuntimeError) as error:
-            self._registry.move(sandbox.id, SandboxState.FAILED, reason=str(error), execution_state="dead")
-            return
-        self._registry.update(sandbox.id, marker=warm.session.next_marker)
-        self._went_live(sandbox.id, live, execution_state="busy" if warm.session.kernel_busy else "idle")
-
-
-class _Notices:
-    """Turns what a live sandbox reports into the registry's changes."""
-
-    def __init__(self, service: SandboxService, sandbox_id: str) -> None:
-        self._service = service
-        self._registry = service._registry
-        self._sandbox_id = sandbox_id
-
-    def execution_state(self, state: str) -> None:
-        self._registry.execution_state(self._sandbox_id, state)
-
-    def kernel_restarting(self, reason: str) -> None:
-        self._registry.execution_state(self._sandbox_id, "restarting")
-        self._registry.notify(self._sandbox_id, EventKind.KERNEL_RESTARTING, reason)
-
-    def kernel_restarted(self) -> None:
-        self._registry.notify(self._sandbox_id, EventKind.KERNEL_RESTARTED)
-
-    def kernel_dead(self, reason: str) -> None:
-        self._registry.execution_state(self._sandbox_id, "dead")
-        self._registry.notify(self._sandbox_id, EventKind.KERNEL_DEAD, reason)
-
-    async def machine_dead(self, reason: str) -> None:
-        await self._service._fail(self._sandbox_id, reason)
 
 
 def _checked_id(kernel_id: str | None) -> str:

@@ -7,8 +7,8 @@ pools or HTTP.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ MAX_EVENT_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class KernelStatus:
-    """The guest says that its kernel is `busy`, `idle` or `starting`."""
+    """The guest says that its kernel is `busy`, `idle` or `starting`. cell: its execution count, if it said so."""
 
     state: str
+    cell: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class KernelExited:
 
 
 GuestEvent = KernelStatus | KernelExited
+# Serves a call of the guest's `sandbox` module (docs/sandbox_calls.md): answers or refuses the incoming stream.
+CallHandler = Callable[[Incoming], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class Greeting:
 
     marker: what opens this session (hex; the last session's `next_marker`, or the boot marker). restored: the machine
     comes from a snapshot: the guest renews clock, random pool, identity and key. keep_random: leave the user-level
-    generators as they were in the snapshot.
+    generators as they were in the snapshot. extra: what docs/sandbox_calls.md lists (answers to calls that wait).
     """
 
     marker: str
@@ -59,6 +62,7 @@ class Greeting:
     key: str | None
     restored: bool
     keep_random: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class GuestSession:
@@ -72,6 +76,7 @@ class GuestSession:
     def __init__(self, link: Link, next_marker: str) -> None:
         self._link = link
         self.on_event: Callable[[GuestEvent], None] = lambda event: None
+        self.on_call: CallHandler | None = None
         self.next_marker = next_marker
         kernel = link.welcome.kernel if link.welcome is not None else None
         self.kernel_busy = kernel is not None and kernel.busy
@@ -87,6 +92,7 @@ class GuestSession:
                 kernel_key=greeting.key,
                 restored=greeting.restored,
                 keep_random=greeting.keep_random,
+                extra=greeting.extra,
             )
             link = await Link.connect(carrier, hello, marker=bytes.fromhex(greeting.marker), timeout_s=timeout_s)
         except TimeoutError as error:
@@ -120,6 +126,9 @@ class GuestSession:
         await self._link.close()
 
     async def _accept(self, incoming: Incoming) -> None:
+        if incoming.kind == "sandbox.call" and self.on_call is not None:
+            await self.on_call(incoming)
+            return
         if incoming.kind != "events":
             incoming.reject("unknown_kind", f"The host knows no stream of the kind {incoming.kind!r}")
             return
@@ -145,7 +154,8 @@ def parse_event(line: bytes) -> GuestEvent | None:
         return None
     match value:
         case {"event": "kernel.status", "state": "busy" | "idle" | "starting" as state}:
-            return KernelStatus(state=state)
+            cell = value.get("execution_count")
+            return KernelStatus(state=state, cell=cell if isinstance(cell, int) and cell >= 0 else None)
         case {"event": "kernel.exited", "pid": int(pid)}:
             match value:
                 case {"signal": int(number)}:

@@ -1,9 +1,8 @@
 """Templates: an image booted once, its kernel started and warmed, then snapshotted; new kernels are restored from it.
 
 A template is addressed by a digest of all that it depends on (image, machine shape, VMM identity, guest code), so a
-change of any of them makes a new one and leaves the old to the sandboxes that still run on it.
-
-    STATE/templates/<digest>/   manifest.json   ram (sparse)   device   disk.raw (sparse)
+change of any of them makes a new one and leaves the old to the sandboxes that still need it. Its memory and disk are a
+snapshot like any other, in the same store; `STATE/templates/<digest>.json` says which.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,7 +29,11 @@ from vm_runtime.drivers.base import Driver, MachinePlace
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.guest.archive import guest_archive, guest_digest
 from vm_runtime.images.store import Image
-from vm_runtime.snapshots.memory import freeze_memfd
+from vm_runtime.saving.saver import Saver
+from vm_runtime.saving.values import Description
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.snapshots.store import Pin, SnapshotStore
 from vm_runtime.spec import MachineShape, MachineSpec
 from vm_runtime.wire.protocol import BOOT_MARKER
 
@@ -43,48 +46,23 @@ WARM_UP_TIMEOUT_S = 300.0
 Progress = Callable[[str], None]
 
 
-class TemplateManifest(BaseModel):
-    """`manifest.json` of a template. marker: opens the first session of a machine restored from it (hex)."""
+class TemplateRecord(BaseModel):
+    """`STATE/templates/<digest>.json`. snapshot: its id in the snapshot store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int
+    format: Literal[1] = 1
     digest: str
-    image: str
-    vmm: str
-    guest: str
-    memory_mib: int
-    vcpus: int
-    disk_mib: int
-    marker: str
-    ram_digest: str
-    device_digest: str
-    created_at: datetime
+    snapshot: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A template on disk, complete and checked."""
+    """A template that can be restored. digest: see `template_digest`."""
 
-    manifest: TemplateManifest
-    directory: Path
-    spec: MachineSpec
-
-    @property
-    def digest(self) -> str:
-        return self.manifest.digest
-
-    @property
-    def ram(self) -> Path:
-        return self.directory / "ram"
-
-    @property
-    def device(self) -> Path:
-        return self.directory / "device"
-
-    @property
-    def disk(self) -> Path:
-        return self.directory / "disk.raw"
+    digest: str
+    name: str
+    snapshot: Manifest
 
 
 def template_digest(image_digest: str, shape: MachineShape, vmm_identity: str) -> str:
@@ -106,38 +84,29 @@ class TemplateStore:
     `.building-*` directory that the next one removes.
     """
 
-    def __init__(self, directory: Path, run_dir: Path, driver: Driver) -> None:
+    def __init__(self, directory: Path, run_dir: Path, driver: Driver, store: SnapshotStore, saver: Saver) -> None:
         self._directory = directory
         self._run_dir = run_dir
         self._driver = driver
+        self._store = store
+        self._saver = saver
         self._lock = asyncio.Lock()
         self._known: dict[str, Template] = {}
 
-    def digest_for(self, image: Image, shape: MachineShape) -> str:
-        return template_digest(image.files.digest, shape, self._driver.identity())
-
     def find(self, image: Image, shape: MachineShape) -> Template | None:
-        """The template for this image and shape if it has been built."""
-        return self.load(self.digest_for(image, shape), image)
-
-    def load(self, digest: str, image: Image) -> Template | None:
-        """The template with this digest, or None. Errors: TemplateError for one that is damaged."""
-        if digest in self._known:
-            return self._known[digest]
-        directory = self._directory / digest
-        if not (directory / "manifest.json").exists():
-            return None
-        try:
-            manifest = TemplateManifest.model_validate_json((directory / "manifest.json").read_bytes())
-        except ValidationError as error:
-            raise TemplateError(f"{directory} is damaged; remove it and it is built anew: {error}") from error
-        shape = MachineShape(memory_mib=manifest.memory_mib, vcpus=manifest.vcpus, disk_mib=manifest.disk_mib)
-        template = Template(manifest=manifest, directory=directory, spec=MachineSpec(shape=shape, image=image.files))
-        self._known[digest] = template
-        return template
+        """The template for this image and shape if it has been built. A damaged one counts as not built."""
+        digest = template_digest(image.files.digest, shape, self._driver.identity())
+        if digest not in self._known:
+            try:
+                record = TemplateRecord.model_validate_json((self._directory / f"{digest}.json").read_bytes())
+                snapshot = self._store.get(record.snapshot)
+            except (FileNotFoundError, ValidationError, SnapshotError):
+                return None
+            self._known[digest] = Template(digest=digest, name=image.manifest.recipe.name, snapshot=snapshot)
+        return self._known[digest]
 
     async def ensure(self, image: Image, shape: MachineShape, *, progress: Progress) -> Template:
-        """The template for this image and shape; built now (20 to 60 s emulated) if there is none."""
+        """The template for this image and shape; built now (20 to 60 s emulated) if there is none. TemplateError."""
         found = self.find(image, shape)
         if found is not None:
             return found
@@ -165,7 +134,7 @@ class TemplateStore:
     async def _build(self, image: Image, shape: MachineShape, progress: Progress) -> None:
         for stale in self._directory.glob(".building-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        digest = self.digest_for(image, shape)
+        digest = template_digest(image.files.digest, shape, self._driver.identity())
         work = self._directory / f".building-{digest[:12]}"
         work.mkdir()
         started = time.monotonic()
@@ -174,23 +143,24 @@ class TemplateStore:
             progress(f"{text} ({time.monotonic() - started:.0f} s)")
 
         try:
-            manifest = await self._boot_and_freeze(image, shape, work, digest, step)
-            (work / "manifest.json").write_text(manifest.model_dump_json(indent=2))
-            await asyncio.to_thread(_sync_tree, work)
-            work.rename(self._directory / digest)
+            snapshot = await self._boot_and_freeze(image, shape, work, step)
+            await asyncio.to_thread(self._publish, TemplateRecord(digest=digest, snapshot=snapshot.id))
             step(f"Template {digest[:12]} is ready")
-        except (VmRuntimeError, MachineFailedError, OSError) as error:
-            raise TemplateError(
-                f"The template for image {image.files.digest[:12]} could not be built: {error}"
-            ) from error
+        except (VmRuntimeError, SnapshotError, MachineFailedError, OSError) as error:
+            name = image.manifest.recipe.name
+            raise TemplateError(f"The template for {name} could not be built: {error}") from error
         finally:
             await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
 
-    async def _boot_and_freeze(
-        self, image: Image, shape: MachineShape, work: Path, digest: str, step: Progress
-    ) -> TemplateManifest:
+    def _publish(self, record: TemplateRecord) -> None:
+        self._store.pin(f"template-{record.digest[:16]}", Pin(snapshots=(record.snapshot,)))
+        temporary = self._directory / f".{record.digest}.json"
+        temporary.write_text(record.model_dump_json())
+        temporary.replace(self._directory / f"{record.digest}.json")
+
+    async def _boot_and_freeze(self, image: Image, shape: MachineShape, work: Path, step: Progress) -> Manifest:
         initramfs = work / "initramfs.cpio"
-        initramfs.write_bytes(image.files.initramfs.read_bytes() + guest_archive())
+        await asyncio.to_thread(lambda: initramfs.write_bytes(image.files.initramfs.read_bytes() + guest_archive()))
         disk = work / "disk.raw"
         await _format_disk(disk, shape.disk_mib)
         machine_id = secrets.token_hex(6)
@@ -210,32 +180,14 @@ class TemplateStore:
             step("Warming up the kernel")
             recipe = image.manifest.recipe
             await session.call("template.prepare", {"warmup": recipe.warmup}, timeout_s=WARM_UP_TIMEOUT_S)
-            await session.call(
-                "kernel.start",
-                {"env": dict(recipe.environment)},
-                timeout_s=WARM_UP_TIMEOUT_S,
-            )
+            await session.call("kernel.start", {"env": dict(recipe.environment)}, timeout_s=WARM_UP_TIMEOUT_S)
             await session.close()
             step("Taking the snapshot")
-            await machine.pause()
-            await machine.device_state(work / "device")
-            assert machine.memory_fd is not None, "a booted machine's RAM is a memfd"
-            ram_digest = await asyncio.to_thread(freeze_memfd, machine.memory_fd, work / "ram")
-        initramfs.unlink()
-        return TemplateManifest(
-            format=FORMAT_VERSION,
-            digest=digest,
-            image=image.files.digest,
-            vmm=self._driver.identity(),
-            guest=guest_digest(),
-            memory_mib=shape.memory_mib,
-            vcpus=shape.vcpus,
-            disk_mib=shape.disk_mib,
-            marker=session.next_marker,
-            ram_digest=ram_digest,
-            device_digest=hashlib.sha256((work / "device").read_bytes()).hexdigest(),
-            created_at=datetime.now(UTC),
-        )
+            description = Description(
+                owner="template", name=None, sandbox_id=None, template=recipe.name, image_digest=image.files.digest,
+                kernel=None, wire_marker=session.next_marker,
+            )  # fmt: skip
+            return await self._saver.freeze(machine, description)
 
 
 async def _format_disk(path: Path, size_mib: int) -> None:
@@ -251,12 +203,3 @@ async def _format_disk(path: Path, size_mib: int) -> None:
     output, _ = await process.communicate()
     if process.returncode != 0:
         raise TemplateError(f"mke2fs failed ({process.returncode}): {output.decode(errors='replace').strip()}")
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in directory.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,286 @@
+"""What all operations on sandboxes share: records, live machines, endpoints, locks, going live and going down.
+
+Knows nothing of HTTP, and nothing of why an operation happens: service.py, naps.py, time_line.py, forks.py do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any
+
+from kernels.capacity import Capacity
+from kernels.endpoints import Endpoints
+from kernels.errors import MachineFailedError, SandboxStateError
+from kernels.events import EventBus
+from kernels.index import Index, SandboxRecord
+from kernels.launcher import Launcher, identity_of
+from kernels.live import LiveSandbox
+from kernels.models import EventKind, Sandbox, SandboxState
+from kernels.registry import Registry
+from kernels.session import CallHandler, Greeting
+from kernels.settings import ServiceSettings
+from kernels.warm import WarmMachine
+from vm_runtime.drivers.base import Driver
+from vm_runtime.images.store import ImageStore
+from vm_runtime.saving.values import Description, Then
+from vm_runtime.snapshots.manifest import KernelInformation, Manifest
+from vm_runtime.snapshots.store import Pin, SnapshotStore
+from vm_runtime.spec import ImageFiles
+
+log = logging.getLogger(__name__)
+
+
+class Core:
+    """One per service. `live`: the sandboxes that have a machine. `lock(id)` serialises what changes a sandbox.
+
+    Hooks, set by the service: `on_idle(id, cell)` after each cell, `on_request(id)` when a client of a sandbox that has
+    no machine asks something, `on_machine_lost(id, reason)`, `on_call(id)` gives the handler of the guest's own calls.
+    """
+
+    def __init__(self, settings: ServiceSettings, driver: Driver, index: Index, store: SnapshotStore) -> None:
+        self.settings = settings
+        self.driver = driver
+        self.store = store
+        self.images = ImageStore(settings.state_dir / "images")
+        self.capacity = Capacity(settings.max_sandboxes)
+        self.bus = EventBus()
+        self.registry = Registry(index, self.bus)
+        self.launcher = Launcher(
+            settings,
+            driver,
+            store,
+            image_files=self._image_files,
+            has_room_for_spare=self.capacity.has_room_for_spare,
+        )
+        self.live: dict[str, LiveSandbox] = {}
+        self.on_idle: Callable[[str, int | None], None] = lambda sandbox_id, cell: None
+        self.on_request: Callable[[str], None] = lambda sandbox_id: None
+        self.on_machine_lost: Callable[[str, str], None] = lambda sandbox_id, reason: None
+        self.on_call: Callable[[str], CallHandler | None] = lambda sandbox_id: None
+        self._endpoints: dict[str, Endpoints] = {}
+        self._supervisors: dict[str, asyncio.Task[None]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    def lock(self, sandbox_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(sandbox_id, asyncio.Lock())
+
+    def get(self, sandbox_id: str) -> Sandbox:
+        """Errors: UnknownSandboxError."""
+        return self.registry.record(sandbox_id).sandbox
+
+    def running(self, sandbox_id: str) -> LiveSandbox:
+        """The machine of a sandbox that has one. Errors: UnknownSandboxError, MachineFailedError, SandboxStateError."""
+        sandbox = self.get(sandbox_id)
+        live = self.live.get(sandbox_id)
+        if live is not None:
+            return live
+        if sandbox.state is SandboxState.FAILED:
+            raise MachineFailedError(f"Sandbox {sandbox_id} has failed: {sandbox.reason}")
+        raise SandboxStateError(sandbox_id, found=sandbox.state, wanted=SandboxState.RUNNING)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs something in the background until it is done or the service ends; what it raises is logged."""
+        task = asyncio.create_task(self._logged(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    @staticmethod
+    async def _logged(work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("Work in the background failed")
+
+    async def end_background(self) -> None:
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Endpoints
+
+    async def open_endpoints(self, sandbox_id: str) -> Endpoints:
+        """The sandbox's endpoints, opened on first need; they stay until `forget`."""
+        endpoints = self._endpoints.get(sandbox_id)
+        if endpoints is None:
+            directory = self.settings.run_dir / "k" / sandbox_id.replace("-", "")[:12]
+            endpoints = Endpoints(directory, lambda: self.on_request(sandbox_id))
+            await endpoints.start()
+            self._endpoints[sandbox_id] = endpoints
+        return endpoints
+
+    def connection_info(self, sandbox_id: str) -> dict[str, Any]:
+        """Jupyter's connection file. Errors: UnknownSandboxError, SandboxStateError (it has no endpoints yet)."""
+        record = self.registry.record(sandbox_id)
+        endpoints = self._endpoints.get(sandbox_id)
+        if endpoints is None:
+            raise SandboxStateError(sandbox_id, found=record.sandbox.state, wanted=SandboxState.RUNNING)
+        return endpoints.connection_info(record.key)
+
+    # Going live and down
+
+    async def go_live(self, sandbox_id: str, warm: WarmMachine, *, configure: bool) -> LiveSandbox:
+        """Makes a machine the sandbox's own. Owns it from the call on: it ends if anything fails.
+
+        configure: tell the guest environment, directory and identity (a machine that was made for no one yet).
+        Errors: MachineFailedError, VmRuntimeError.
+        """
+        try:
+            live = LiveSandbox(
+                warm,
+                endpoints=await self.open_endpoints(sandbox_id),
+                notices=_Notices(self, sandbox_id),
+                restart_limit=self.settings.restart_limit,
+                restart_window_s=self.settings.restart_window_s,
+            )
+            live.session.on_call = self.on_call(sandbox_id)
+            record = self.registry.record(sandbox_id)
+            if configure:
+                await live.configure(env=record.env, cwd=record.cwd, identity=self.identity(record))
+        except BaseException:
+            await warm.close()
+            raise
+        self.registry.update(
+            sandbox_id, machine_id=live.saved.machine.id, key=live.key, marker=live.session.next_marker
+        )
+        state = "busy" if live.session.kernel_busy else "idle"
+        self.registry.move(sandbox_id, SandboxState.RUNNING, execution_state=state)
+        self.live[sandbox_id] = live
+        live.start()
+        self._supervisors[sandbox_id] = asyncio.create_task(live.run())
+        return live
+
+    def identity(self, record: SandboxRecord) -> dict[str, str]:
+        sandbox = record.sandbox
+        return identity_of(sandbox.id, parent_id=sandbox.parent_id, index=sandbox.index)
+
+    async def restore(
+        self, sandbox_id: str, snapshot: Manifest, *, keep_random: bool, extra: dict[str, Any] | None = None
+    ) -> LiveSandbox:
+        """The sandbox, which has no machine, in the state of a snapshot. Errors: as `Launcher.restore`."""
+        record = self.registry.record(sandbox_id)
+        greeting = Greeting(
+            marker=snapshot.wire_marker,
+            identity=self.identity(record),
+            key=record.key,
+            restored=True,
+            keep_random=keep_random,
+            extra=extra or {},
+        )
+        warm = await self.launcher.restore(snapshot, greeting)
+        return await self.go_live(sandbox_id, warm, configure=False)
+
+    async def take_down(self, sandbox_id: str) -> None:
+        """Ends the machine, if there is one. The record stays as it is."""
+        await self._stop_supervising(sandbox_id)
+        live = self.live.pop(sandbox_id, None)
+        if live is not None:
+            await live.close()
+
+    async def _stop_supervising(self, sandbox_id: str) -> None:
+        supervisor = self._supervisors.pop(sandbox_id, None)
+        if supervisor is not None and supervisor is not asyncio.current_task():
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """Ends a sandbox for good: machine, endpoints, record, and its claim on snapshots."""
+        await self.take_down(sandbox_id)
+        endpoints = self._endpoints.pop(sandbox_id, None)
+        if endpoints is not None:
+            await endpoints.close()
+        if sandbox_id in self.registry:
+            self.registry.remove(sandbox_id)
+            await asyncio.to_thread(self._drop_snapshots, sandbox_id)
+        self._locks.pop(sandbox_id, None)
+
+    def _drop_snapshots(self, sandbox_id: str) -> None:
+        self.store.unpin(pin_name(sandbox_id))
+        for manifest in self.store.ls(sandbox_id=sandbox_id):
+            if manifest.name is None:
+                self.store.rm(manifest.id)
+
+    async def close_endpoints(self) -> None:
+        endpoints = list(self._endpoints.values())
+        self._endpoints.clear()
+        await asyncio.gather(*(each.close() for each in endpoints), return_exceptions=True)
+
+    # Snapshots
+
+    def description(self, sandbox_id: str, *, name: str | None, cell: int | None = None) -> Description:
+        """What a snapshot of this sandbox says of itself."""
+        record = self.registry.record(sandbox_id)
+        sandbox = record.sandbox
+        live = self.running(sandbox_id)
+        return Description(
+            owner=sandbox.owner,
+            name=name,
+            sandbox_id=sandbox_id,
+            template=sandbox.template,
+            image_digest=live.saved.snapshot.image_digest,
+            kernel=KernelInformation(
+                name=sandbox.template, language="python", state=sandbox.execution_state, execution_count=cell
+            ),
+            wire_marker=live.session.next_marker,
+        )
+
+    async def take(self, sandbox_id: str, description: Description, *, then: Then) -> Manifest:
+        """A snapshot of a running sandbox, kept for it from now on. Errors: SnapshotError, VmRuntimeError; the machine
+        runs on then."""
+        live = self.running(sandbox_id)
+        taken = await live.saved.take(description, then=then)
+        await self.keep(sandbox_id, taken.manifest)
+        return taken.manifest
+
+    async def keep(self, sandbox_id: str, snapshot: Manifest) -> None:
+        """From now on the sandbox wakes from this snapshot, so it must stay."""
+        await asyncio.to_thread(self.store.pin, pin_name(sandbox_id), Pin(snapshots=(snapshot.id,)))
+        self.registry.change(sandbox_id, snapshot_id=snapshot.id)
+
+    def _image_files(self, digest: str) -> ImageFiles:
+        return self.images.get(digest).files
+
+
+def pin_name(sandbox_id: str) -> str:
+    """Under which name the snapshot store keeps what a sandbox needs."""
+    return f"sandbox-{sandbox_id}"
+
+
+class _Notices:
+    """Turns what a live sandbox reports into changes of the registry."""
+
+    def __init__(self, core: Core, sandbox_id: str) -> None:
+        self._core = core
+        self._registry = core.registry
+        self._sandbox_id = sandbox_id
+
+    def execution_state(self, state: str, cell: int | None) -> None:
+        was_busy = self._sandbox_id in self._registry and self._core.get(self._sandbox_id).execution_state == "busy"
+        self._registry.execution_state(self._sandbox_id, state)
+        if was_busy and state == "idle":
+            self._core.on_idle(self._sandbox_id, cell)
+
+    def kernel_restarting(self, reason: str) -> None:
+        self._registry.execution_state(self._sandbox_id, "restarting")
+        self._registry.notify(self._sandbox_id, EventKind.KERNEL_RESTARTING, reason)
+
+    def kernel_restarted(self) -> None:
+        self._registry.notify(self._sandbox_id, EventKind.KERNEL_RESTARTED)
+
+    def kernel_dead(self, reason: str) -> None:
+        self._registry.execution_state(self._sandbox_id, "dead")
+        self._registry.notify(self._sandbox_id, EventKind.KERNEL_DEAD, reason)
+
+    async def machine_dead(self, reason: str) -> None:
+        async with self._core.lock(self._sandbox_id):
+            if self._sandbox_id in self._core.live:
+                await self._core.take_down(self._sandbox_id)
+                self._core.on_machine_lost(self._sandbox_id, reason)
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,153 @@
+"""Sleep and wake: a snapshot and the machine's end; a machine in the state of that snapshot.
+
+Decides when: on demand, after idle time, on a request to a sleeping kernel, and at a clean stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kernels.core import Core, utc_now
+from kernels.errors import KernelsError, MachineFailedError, SandboxStateError
+from kernels.models import Sandbox, SandboxState
+from vm_runtime.errors import VmRuntimeError
+from vm_runtime.saving.values import Then
+from vm_runtime.snapshots.errors import SnapshotError
+
+log = logging.getLogger(__name__)
+
+# How often idle times and life times are looked at: limits are minutes, so a second late is on time.
+WATCH_INTERVAL_S = 1.0
+# At a clean stop: snapshots taken at the same time. They are bound by CPU and disk, of which two saturate a small host.
+PARALLEL_SLEEPS = 4
+
+
+class Naps:
+    """Sleep and wake of one service's sandboxes. Run `watch()` as a task."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def sleep(self, sandbox_id: str) -> Sandbox:
+        """Puts a sandbox to sleep; one that sleeps already stays so. A cell that runs goes on after the wake.
+
+        Errors: UnknownSandboxError, SandboxStateError, MachineFailedError (the snapshot failed; it runs on).
+        """
+        async with self._core.lock(sandbox_id):
+            return await self._sleep(sandbox_id)
+
+    async def _sleep(self, sandbox_id: str) -> Sandbox:
+        core = self._core
+        if core.get(sandbox_id).state is SandboxState.ASLEEP:
+            return core.get(sandbox_id)
+        core.running(sandbox_id)
+        try:
+            await core.take(sandbox_id, core.description(sandbox_id, name=None), then=Then.STOP)
+        except (SnapshotError, VmRuntimeError) as error:
+            raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
+        await core.take_down(sandbox_id)
+        core.registry.update(sandbox_id, machine_id="")
+        return core.registry.move(sandbox_id, SandboxState.ASLEEP)
+
+    async def wake(self, sandbox_id: str) -> Sandbox:
+        """Wakes a sandbox; one that runs already goes on. Errors: UnknownSandboxError, MachineFailedError."""
+        async with self._core.lock(sandbox_id):
+            return await self._wake(sandbox_id)
+
+    async def _wake(self, sandbox_id: str) -> Sandbox:
+        core = self._core
+        sandbox = core.get(sandbox_id)
+        if sandbox.state is not SandboxState.ASLEEP:
+            core.running(sandbox_id)
+            return sandbox
+        if sandbox.snapshot_id is None:
+            raise SandboxStateError(sandbox_id, found="asleep without a snapshot", wanted=SandboxState.RUNNING)
+        try:
+            snapshot = await asyncio.to_thread(core.store.get, sandbox.snapshot_id)
+            # The same sandbox goes on, so its user-level random numbers do, too; the system's are renewed in any case.
+            await core.restore(sandbox_id, snapshot, keep_random=True)
+        except (SnapshotError, VmRuntimeError, KernelsError) as error:
+            raise MachineFailedError(f"The sandbox could not be woken: {error}") from error
+        core.registry.touch(sandbox_id)
+        return core.registry.change(sandbox_id, released=False)
+
+    def on_request(self, sandbox_id: str) -> None:
+        """A client asks something of a sandbox that has no machine."""
+        if sandbox_id in self._core.registry and self._core.get(sandbox_id).state is SandboxState.ASLEEP:
+            self._core.spawn(self._wake_on_request(sandbox_id))
+
+    async def _wake_on_request(self, sandbox_id: str) -> None:
+        try:
+            await self.wake(sandbox_id)
+        except KernelsError as error:
+            log.warning("Sandbox %s was asked something and cannot wake: %s", sandbox_id, error)
+
+    def on_machine_lost(self, sandbox_id: str, reason: str) -> None:
+        """The machine died. With a checkpoint the sandbox sleeps on it; without one it has failed."""
+        core = self._core
+        sandbox = core.get(sandbox_id)
+        core.registry.update(sandbox_id, machine_id="")
+        if sandbox.snapshot_id is None:
+            core.registry.fail(sandbox_id, reason)
+            return
+        taken = core.store.get(sandbox.snapshot_id).created_at
+        text = f"{reason} It goes on from its checkpoint of {taken:%Y-%m-%d %H:%M:%S} UTC."
+        core.registry.fall_back(sandbox_id, text)
+
+    async def watch(self) -> None:
+        """Puts idle sandboxes to sleep and ends those whose life time is over, until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            for record in self._core.registry.records():
+                sandbox = record.sandbox
+                if _is_over(sandbox):
+                    self._core.spawn(self._end(sandbox.id))
+                elif _is_idle(sandbox) and not self._core.lock(sandbox.id).locked():
+                    self._core.spawn(self._sleep_if_idle(sandbox.id))
+
+    async def _sleep_if_idle(self, sandbox_id: str) -> None:
+        async with self._core.lock(sandbox_id):
+            if sandbox_id in self._core.registry and _is_idle(self._core.get(sandbox_id)):
+                try:
+                    await self._sleep(sandbox_id)
+                except KernelsError as error:
+                    log.warning("Sandbox %s is idle but cannot sleep: %s", sandbox_id, error)
+                    self._core.registry.touch(sandbox_id)  # else it would be tried again at once
+
+    async def _end(self, sandbox_id: str) -> None:
+        async with self._core.lock(sandbox_id):
+            await self._core.forget(sandbox_id)
+
+    async def sleep_all(self, *, limit_s: float) -> list[str]:
+        """Puts everything to sleep, several at a time; answers the ids of those that could not be in time."""
+        gate = asyncio.Semaphore(PARALLEL_SLEEPS)
+        left = [sandbox_id for sandbox_id in self._core.live]
+
+        async def one(sandbox_id: str) -> None:
+            async with gate:
+                try:
+                    await self.sleep(sandbox_id)
+                    left.remove(sandbox_id)
+                except KernelsError as error:
+                    log.warning("Sandbox %s could not be put to sleep: %s", sandbox_id, error)
+
+        await asyncio.wait(
+            [asyncio.create_task(one(sandbox_id)) for sandbox_id in list(left)] or [_nothing()], timeout=limit_s
+        )
+        return left
+
+
+def _nothing() -> asyncio.Task[None]:
+    return asyncio.create_task(asyncio.sleep(0))
+
+
+def _is_idle(sandbox: Sandbox) -> bool:
+    if sandbox.state is not SandboxState.RUNNING or sandbox.idle_timeout_s <= 0 or sandbox.execution_state == "busy":
+        return False
+    return (utc_now() - sandbox.last_activity).total_seconds() > sandbox.idle_timeout_s
+
+
+def _is_over(sandbox: Sandbox) -> bool:
+    limit_s = sandbox.max_lifetime_s
+    return limit_s is not None and (utc_now() - sandbox.created_at).total_seconds() > limit_s

@@ -1,0 +1,69 @@
+"""What a gateway does with what it finds when it starts: machines that run, records that name them, and neither's rest.
+
+Knows nothing of how the earlier gateway ended: every state in which it can have been killed is met here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kernels.core import Core
+from kernels.errors import KernelsError
+from kernels.index import SandboxRecord
+from kernels.models import SandboxState
+from kernels.naps import Naps
+from kernels.session import Greeting
+from kernels.warm import place_of
+from vm_runtime.errors import MachineGoneError, VmRuntimeError
+from vm_runtime.snapshots.errors import SnapshotError
+
+log = logging.getLogger(__name__)
+
+
+async def find_again(core: Core, naps: Naps) -> None:
+    """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's."""
+    settings = core.settings
+    records = core.registry.records()
+    for record in records:
+        if record.sandbox.state is SandboxState.CREATING:
+            core.registry.remove(record.sandbox.id)  # nobody was told of it
+    records = core.registry.records()
+    known = {record.machine_id for record in records if record.machine_id}
+    found = {path.name for path in (settings.run_dir / "m").glob("*")}
+    await asyncio.gather(*(_end_stray(core, machine_id) for machine_id in found - known))
+    await asyncio.gather(*(_find_one(core, naps, record) for record in records))
+    alive = {live.saved.machine.id for live in core.live.values()}
+    await core.launcher.saver.remove_leftovers(settings.state_dir / "machines", keep=alive)
+
+
+async def _end_stray(core: Core, machine_id: str) -> None:
+    try:
+        await core.launcher.end(place_of(machine_id, core.settings.state_dir, core.settings.run_dir))
+    except MachineGoneError:
+        pass
+    except VmRuntimeError as error:
+        log.warning("The stray machine %s could not be ended: %s", machine_id, error)
+
+
+async def _find_one(core: Core, naps: Naps, record: SandboxRecord) -> None:
+    sandbox = record.sandbox
+    if sandbox.state is SandboxState.FAILED:
+        return
+    await core.open_endpoints(sandbox.id)
+    if not record.machine_id:
+        return
+    place = place_of(record.machine_id, core.settings.state_dir, core.settings.run_dir)
+    if sandbox.state is SandboxState.ASLEEP:
+        # Killed between falling asleep and the machine's end.
+        await _end_stray(core, record.machine_id)
+        core.registry.update(sandbox.id, machine_id="")
+        return
+    greeting = Greeting(marker=record.marker, identity=core.identity(record), key=record.key, restored=False)
+    try:
+        warm = await core.launcher.adopt(place, greeting)
+        if warm.saved.machine.state is not warm.saved.machine.state.RUNNING:
+            await warm.saved.machine.resume()  # killed in the pause of a snapshot
+        await core.go_live(sandbox.id, warm, configure=False)
+    except (KernelsError, VmRuntimeError, SnapshotError) as error:
+        naps.on_machine_lost(sandbox.id, str(error))

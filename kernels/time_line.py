@@ -1,0 +1,207 @@
+"""Checkpoints and time travel: snapshots on a sandbox's own time line, and going back to one of them.
+
+Going back ends the machine and restores another; the state that was left becomes a checkpoint first, so one can return.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from kernels.core import Core, utc_now
+from kernels.errors import KernelsError, MachineFailedError, RequestError
+from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState
+from vm_runtime.errors import VmRuntimeError
+from vm_runtime.saving.values import Then
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+# A snapshot by name is for people to type; ids and cell numbers are told apart from names by their form.
+MAX_NAME_CHARACTERS = 100
+# Beyond this pause a machine is too slow for checkpoints after every cell; they are then taken at most so often.
+MAX_PAUSE_MS = 100.0
+SLOW_INTERVAL_S = 60.0
+# Timers are minutes; a second late is on time.
+WATCH_INTERVAL_S = 1.0
+# How many automatic checkpoints one sandbox keeps at most, whatever the budget: a list that people can read.
+MAX_CHECKPOINTS = 200
+
+
+class TimeLine:
+    """The checkpoints of one service's sandboxes."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._slow_until: dict[str, float] = {}
+
+    def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
+        """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError."""
+        self._core.get(sandbox_id)
+        return [_checkpoint(manifest) for manifest in self._core.store.ls(sandbox_id=sandbox_id)]
+
+    async def checkpoint(self, sandbox_id: str, *, name: str | None) -> Checkpoint:
+        """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, MachineFailedError (it runs on)."""
+        if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
+            raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
+        async with self._core.lock(sandbox_id):
+            return _checkpoint(await self._take(sandbox_id, name=name, cell=None))
+
+    async def _take(self, sandbox_id: str, *, name: str | None, cell: int | None) -> Manifest:
+        core = self._core
+        try:
+            manifest = await core.take(sandbox_id, core.description(sandbox_id, name=name, cell=cell), then=Then.RESUME)
+        except (SnapshotError, VmRuntimeError) as error:
+            raise MachineFailedError(f"No checkpoint could be taken; the sandbox runs on. {error}") from error
+        core.registry.notify(sandbox_id, EventKind.CHECKPOINT, manifest.id)
+        return manifest
+
+    def on_idle(self, sandbox_id: str, cell: int | None) -> None:
+        """A cell has ended."""
+        if self._core.get(sandbox_id).checkpoints == CheckpointPolicy.CELL:
+            self._core.spawn(self._after_cell(sandbox_id, cell))
+
+    async def _after_cell(self, sandbox_id: str, cell: int | None) -> None:
+        core = self._core
+        async with core.lock(sandbox_id):
+            live = core.live.get(sandbox_id)
+            # The next cell runs already: its own end is the better moment.
+            if live is None or core.get(sandbox_id).execution_state == "busy":
+                return
+            now = asyncio.get_running_loop().time()
+            if now < self._slow_until.get(sandbox_id, 0.0):
+                return
+            try:
+                taken = await live.saved.take(core.description(sandbox_id, name=None, cell=cell), then=Then.RESUME)
+                await core.keep(sandbox_id, taken.manifest)
+            except (SnapshotError, VmRuntimeError) as error:
+                log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
+                return
+            if taken.pause_ms > MAX_PAUSE_MS:
+                self._slow_until[sandbox_id] = now + SLOW_INTERVAL_S
+            core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
+        await asyncio.to_thread(self._thin, sandbox_id)
+
+    def _thin(self, sandbox_id: str) -> None:
+        """Removes the oldest checkpoints without a name while there are too many or they take too much."""
+        core = self._core
+        if sandbox_id not in core.registry:
+            return
+        kept = core.get(sandbox_id).snapshot_id
+        manifests = core.store.ls(sandbox_id=sandbox_id)
+        loose = [manifest for manifest in manifests if manifest.name is None and manifest.id != kept]
+        used = sum(_own_bytes(manifest) for manifest in manifests)
+        budget = core.settings.checkpoint_budget_mib << 20
+        while loose and (used > budget or len(loose) > MAX_CHECKPOINTS):
+            oldest = loose.pop(0)
+            used -= _own_bytes(oldest)
+            core.store.rm(oldest.id)
+
+    async def watch(self) -> None:
+        """Takes the checkpoints of sandboxes whose policy is "timer:<minutes>", until cancelled."""
+        taken: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            now = asyncio.get_running_loop().time()
+            for sandbox_id in list(self._core.live):
+                minutes = timer_minutes(self._core.get(sandbox_id).checkpoints)
+                if minutes is not None and now - taken.setdefault(sandbox_id, now) >= minutes * 60:
+                    taken[sandbox_id] = now
+                    self._core.spawn(self._on_timer(sandbox_id))
+
+    async def _on_timer(self, sandbox_id: str) -> None:
+        try:
+            await self.checkpoint(sandbox_id, name=None)
+        except KernelsError as error:
+            log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
+            return
+        await asyncio.to_thread(self._thin, sandbox_id)
+
+    async def goto(self, sandbox_id: str, target: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
+        """Takes a sandbox back (or forth) to a checkpoint: an id or its beginning, a name, or a cell's number.
+
+        reply_to: the cell that asked for it from inside (docs/sandbox_calls.md). RequestError, MachineFailedError.
+        """
+        async with self._core.lock(sandbox_id):
+            manifest = await asyncio.to_thread(self._find, sandbox_id, target)
+            return await self._goto(sandbox_id, manifest, reply_to)
+
+    async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
+        """Back to before the last cell that ended. Errors: as `goto`."""
+        async with self._core.lock(sandbox_id):
+            manifest = await asyncio.to_thread(self._before, sandbox_id)
+            return await self._goto(sandbox_id, manifest, reply_to)
+
+    def _before(self, sandbox_id: str) -> Manifest:
+        """The nearest ancestor of the newest checkpoint that was taken after an earlier cell."""
+        by_id = {each.id: each for each in self._core.store.ls(sandbox_id=sandbox_id)}
+        newest = by_id.get(self._core.get(sandbox_id).snapshot_id or "")
+        ancestor = newest
+        while ancestor is not None:
+            ancestor = by_id.get(ancestor.parents[0]) if ancestor.parents else None
+            if ancestor is not None and _cell_of(ancestor) not in (None, _cell_of(newest) if newest else None):
+                return ancestor
+        raise RequestError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
+
+    async def _goto(self, sandbox_id: str, manifest: Manifest, reply_to: dict[str, Any] | None) -> Sandbox:
+        core = self._core
+        if core.get(sandbox_id).state is SandboxState.RUNNING:
+            await self._take(sandbox_id, name=f"left at {utc_now():%Y-%m-%d %H:%M:%S}", cell=None)
+            await core.take_down(sandbox_id)
+            core.registry.update(sandbox_id, machine_id="")
+            core.registry.move(sandbox_id, SandboxState.ASLEEP)
+        await core.keep(sandbox_id, manifest)
+        when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
+        cell = _cell_of(manifest)
+        text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")
+        extra = {"answer": {"reply_to": reply_to, "text": text}} if reply_to is not None else {}
+        try:
+            await core.restore(sandbox_id, manifest, keep_random=True, extra=extra)
+        except (SnapshotError, VmRuntimeError, KernelsError) as error:
+            raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
+        return core.get(sandbox_id)
+
+    def _find(self, sandbox_id: str, target: str) -> Manifest:
+        manifests = self._core.store.ls(sandbox_id=sandbox_id)
+        named = [each for each in manifests if each.name == target]
+        by_id = [each for each in manifests if len(target) >= 4 and each.id.startswith(target)]
+        by_cell = [each for each in manifests if target.isdecimal() and _cell_of(each) == int(target)]
+        for found in (named, by_cell, by_id):
+            if found:
+                return found[-1]
+        raise RequestError(
+            f"Sandbox {sandbox_id} has no checkpoint {target!r}: give an id, a name or a cell's number "
+            "from `%sandbox checkpoints`."
+        )
+
+
+def timer_minutes(policy: str) -> int | None:
+    """N of a policy "timer:N", None for the other policies. Errors: RequestError for a policy that is none."""
+    if policy in (CheckpointPolicy.OFF, CheckpointPolicy.CELL):
+        return None
+    kind, _, minutes = policy.partition(":")
+    if kind != "timer" or not minutes.isdecimal() or int(minutes) == 0:
+        raise RequestError(f"checkpoints must be off, cell or timer:<minutes>, not {policy!r}.")
+    return int(minutes)
+
+
+def _cell_of(manifest: Manifest) -> int | None:
+    return manifest.kernel.execution_count if manifest.kernel is not None else None
+
+
+def _own_bytes(manifest: Manifest) -> int:
+    """What this snapshot added: its last layer and its device state."""
+    last_layer = manifest.memory.layers[-1].size_bytes if manifest.memory.layers else 0
+    return manifest.device.size_bytes + last_layer
+
+
+def _checkpoint(manifest: Manifest) -> Checkpoint:
+    return Checkpoint(
+        id=manifest.id,
+        name=manifest.name,
+        cell=_cell_of(manifest),
+        created_at=manifest.created_at,
+        bytes=_own_bytes(manifest),
+    )
