@@ -11,12 +11,17 @@ from typing import Any
 
 from tornado import web
 from tornado.httpserver import HTTPServer
+from tornado.routing import Rule
 
 from gateway.channels import ChannelsHandler
+from gateway.command_socket import AttachSocket, ExecSocket
 from gateway.endpoint import Call, Endpoint, EndpointHandler, NotFoundHandler, Operation, Reply
-from gateway.handlers import kernels, kernelspecs, sandboxes, server, sessions
+from gateway.handlers import exec as commands
+from gateway.handlers import files, kernels, kernelspecs, sandboxes, server, sessions
 from gateway.openapi import openapi_document
+from gateway.sandbox_socket import WebSocketMatches
 from gateway.state import Gateway
+from gateway.watch_socket import WatchSocket
 
 log = logging.getLogger("gateway.access")
 
@@ -35,6 +40,8 @@ def all_endpoints() -> tuple[Endpoint, ...]:
         *kernels.ENDPOINTS,
         *sessions.ENDPOINTS,
         *sandboxes.ENDPOINTS,
+        *commands.ENDPOINTS,
+        *files.ENDPOINTS,
     )
     document: dict[str, Any] = {}
 
@@ -61,10 +68,18 @@ def all_endpoints() -> tuple[Endpoint, ...]:
 def make_application(gateway: Gateway) -> web.Application:
     """The application that serves `gateway`."""
     rules: list[Any] = [(r"/api/kernels/(?P<kernel_id>[^/]+)/channels", ChannelsHandler, {"gateway": gateway})]
+    sandbox = "/api/sandboxes/(?P<sandbox_id>[^/]+)"
+    for path, socket in (
+        (f"{sandbox}/exec", ExecSocket),
+        (f"{sandbox}/commands/(?P<command_id>[^/]+)/attach", AttachSocket),
+        (f"{sandbox}/files/watch", WatchSocket),
+    ):
+        rules.append(Rule(WebSocketMatches(path), socket, {"gateway": gateway}))
     for endpoint in all_endpoints():
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(endpoint.path))
         # A slash at the end is the same resource, as in Jupyter.
-        rules.append((pattern + "/?", EndpointHandler, {"gateway": gateway, "endpoint": endpoint}))
+        handler = endpoint.handler or EndpointHandler
+        rules.append((pattern + "/?", handler, {"gateway": gateway, "endpoint": endpoint}))
     return web.Application(
         rules,
         default_handler_class=NotFoundHandler,

@@ -6,6 +6,7 @@ request and appears in the OpenAPI document. Host, token, body and errors are de
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,18 +28,19 @@ JSON = "application/json"
 # How many mistakes of one request are told.
 MAX_PROBLEMS = 5
 # What a browser may ask for from another origin.
-CORS_METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
+CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control"
 CORS_MAX_AGE_S = 600
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A checked request. body: an instance of the operation's model, or None."""
+    """A checked request. body, query: instances of the operation's models, or None."""
 
     gateway: Gateway
     path: Mapping[str, str]
     body: Any
+    query: Any
     request: httputil.HTTPServerRequest
 
 
@@ -57,12 +59,14 @@ class Operation:
     """name: the operationId. body: model of the request (empty counts as `{}` unless the model has required fields).
 
     reply: model of a success (a type pydantic understands) or None for no body. errors: statuses that may be answered
-    beside those every operation has. public: needs no token. media: what a success is made of.
+    beside those every operation has. public: needs no token. media: what a success is made of. query: model of the
+    query's parameters. run: None where the endpoint's own handler does it. request_media: what the body is made of
+    where it is no JSON. ends_with_client: `run` is cancelled when the client goes.
     """
 
     name: str
     summary: str
-    run: Callable[[Call], Awaitable[Reply]]
+    run: Callable[[Call], Awaitable[Reply]] | None
     reply: Any = None
     status: int = 200
     body: type[BaseModel] | None = None
@@ -70,15 +74,20 @@ class Operation:
     public: bool = False
     media: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
+    query: type[BaseModel] | None = None
+    request_media: str | None = None
+    ends_with_client: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A path with `{names}` in it and what may be done there. parameters: description of each name."""
+    """A path with `{names}` in it and what may be done there. parameters: description of each name. handler: an
+    EndpointHandler of its own, for what cannot be answered in one piece."""
 
     path: str
     operations: Mapping[str, Operation]
     parameters: Mapping[str, str] = field(default_factory=dict)
+    handler: type[EndpointHandler] | None = None
 
 
 class JsonHandler(web.RequestHandler):
@@ -127,6 +136,19 @@ class JsonHandler(web.RequestHandler):
                 "This needs the gateway's token: `Authorization: token <token>` or `?token=<token>`. "
                 "`hypercelld serve` prints it.",
             )
+
+    def parse_query(self, model: type[BaseModel]) -> Any:
+        """The query's parameters (the token aside); the last of each name counts. Errors: ApiError 400."""
+        # Not get_query_argument, which changes spaces and control characters: they may be part of a path.
+        values = {
+            name: self.decode_argument(found[-1], name)
+            for name, found in self.request.query_arguments.items()
+            if name != "token"
+        }
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            raise invalid_request(error) from error
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
@@ -178,8 +200,15 @@ class EndpointHandler(JsonHandler):
         self.endpoint = endpoint
         self._body = bytearray()
         self._body_limit = gateway.settings.max_body_mib * 1024 * 1024
+        self._cancellable: asyncio.Task[Reply] | None = None
+        self._client_gone = False
 
-    def prepare(self) -> None:
+    def prepare(self) -> Awaitable[None] | None:
+        self.check_request()
+        return None
+
+    def check_request(self) -> None:
+        """All that can be checked before the body. Errors: ApiError, HTTPError 405."""
         connection = self.request.connection
         # Beyond this Tornado hangs up without an answer; below it we answer 413.
         connection.set_max_body_size(64 * self._body_limit)  # type: ignore[union-attr]
@@ -190,7 +219,7 @@ class EndpointHandler(JsonHandler):
         operation = self._operation(method)
         if not operation.public:
             self.check_token()
-        length = self.request.headers.get("Content-Length", "0")
+        length = "0" if operation.request_media else self.request.headers.get("Content-Length", "0")
         if length.isascii() and length.isdigit() and int(length) > self._body_limit:
             connection.set_max_body_size(2**62)  # type: ignore[union-attr]
             raise self._too_large()
@@ -207,9 +236,10 @@ class EndpointHandler(JsonHandler):
             methods.add("HEAD")
         return ", ".join(sorted(methods))
 
-    def data_received(self, chunk: bytes) -> None:
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         if len(self._body) <= self._body_limit:
             self._body += chunk
+        return None
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -222,8 +252,20 @@ class EndpointHandler(JsonHandler):
         operation = self._operation(self.request.method or "")
         if len(self._body) > self._body_limit:
             raise self._too_large()
-        call = Call(gateway=self.gateway, path=path, body=self._parse(operation), request=self.request)
-        reply = await operation.run(call)
+        query = self.parse_query(operation.query) if operation.query is not None else None
+        call = Call(gateway=self.gateway, path=path, body=self._parse(operation), query=query, request=self.request)
+        assert operation.run is not None
+        if operation.ends_with_client:
+            self._cancellable = asyncio.create_task(self._run(operation.run, call))
+            try:
+                reply = await self._cancellable
+            except asyncio.CancelledError:
+                if self._client_gone:
+                    self._auto_finish = False  # nobody is there to be answered
+                    return
+                raise
+        else:
+            reply = await operation.run(call)
         self.set_status(reply.status)
         for name, value in reply.headers.items():
             self.set_header(name, value)
@@ -234,7 +276,17 @@ class EndpointHandler(JsonHandler):
         self.set_header("Content-Type", reply.content_type)
         await self.finish(reply.body if isinstance(reply.body, bytes) else to_json(reply.body))
 
-    get = post = patch = delete = head = _serve
+    @staticmethod
+    async def _run(run: Callable[[Call], Awaitable[Reply]], call: Call) -> Reply:
+        return await run(call)
+
+    def on_connection_close(self) -> None:
+        self._client_gone = True
+        if self._cancellable is not None:
+            self._cancellable.cancel()
+        super().on_connection_close()
+
+    get = post = put = patch = delete = head = _serve
 
     async def options(self, **path: str) -> None:
         """CORS's preflight; without an allowed origin it only lists the methods."""

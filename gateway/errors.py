@@ -14,9 +14,11 @@ from http import HTTPStatus
 
 from kernels.errors import (
     CapacityError,
+    GuestRefusedError,
     KernelsError,
     LimitError,
     MachineFailedError,
+    RequestError,
     SandboxExistsError,
     SandboxStateError,
     TemplateError,
@@ -47,6 +49,31 @@ class ApiError(GatewayError):
         self.message = message
 
 
+# What a guest refuses with (docs/exec_and_files.md). A guest may answer anything else: that is its failure.
+_STATUS_OF_REFUSAL = {
+    "bad_params": 400,
+    "bad_path": 400,
+    "bad_cwd": 400,
+    "command_not_found": 400,
+    "cannot_start": 400,
+    "content_broken": 400,
+    "permission_denied": 403,
+    "file_not_found": 404,
+    "unknown_command": 404,
+    "directory_not_empty": 409,
+    "file_changed": 409,
+    "file_exists": 409,
+    "is_a_directory": 409,
+    "no_terminal": 409,
+    "not_a_directory": 409,
+    "not_a_file": 409,
+    "other_file_system": 409,
+    "too_large": 413,
+    "too_many_commands": 429,
+    "unknown_kind": 501,
+    "disk_full": 507,
+}
+
 # The first class that matches counts; KernelsError itself stands last.
 _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (UnknownSandboxError, 404, "sandbox_not_found"),
@@ -54,6 +81,7 @@ _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (SandboxExistsError, 409, "sandbox_exists"),
     (LimitError, 403, "limit_exceeded"),
     (SandboxStateError, 409, "wrong_state"),
+    (RequestError, 400, "invalid_request"),
     (CapacityError, 503, "no_capacity"),
     (MachineFailedError, 502, "machine_failed"),
     (TemplateError, 500, "template_failed"),
@@ -63,6 +91,9 @@ _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
 
 def api_error(error: KernelsError) -> ApiError:
     """The answer to a request that ended with `error`."""
+    if isinstance(error, GuestRefusedError):
+        status = _STATUS_OF_REFUSAL.get(error.code, 502)
+        return ApiError(status, error.code if error.code in _STATUS_OF_REFUSAL else "guest_failed", str(error))
     status, code = next((status, code) for kind, status, code in _STATUS_OF if isinstance(error, kind))
     return ApiError(status, code, str(error))
 

@@ -67,7 +67,7 @@ class ErrorAnswer(Answer):
     code: str
 
 
-def _check_env(env: dict[str, str]) -> dict[str, str]:
+def check_env(env: dict[str, str]) -> dict[str, str]:
     size = sum(len(name.encode()) + len(value.encode()) for name, value in env.items())
     if size > MAX_ENV_BYTES:
         raise ValueError(f"env has {size} bytes, at most {MAX_ENV_BYTES} are taken")
@@ -100,7 +100,7 @@ class CreateKernel(JupyterRequest):
     kernel_id: KernelId | None = None
     resources: Resources | None = None
 
-    _env = field_validator("env")(_check_env)
+    _env = field_validator("env")(check_env)
 
     def to_create(self, default_template: str) -> CreateSandbox:
         """Errors: ValueError for a resource that is no number."""
@@ -125,7 +125,7 @@ class NewSandbox(SandboxRequest):
     cwd: PathText | None = None
     resources: Resources | None = None
 
-    _env = field_validator("env")(_check_env)
+    _env = field_validator("env")(check_env)
 
     def to_create(self, default_template: str) -> CreateSandbox:
         resources = self.resources or Resources()

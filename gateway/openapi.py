@@ -80,12 +80,26 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary, "responses": responses}
     if operation.public:
         result["security"] = []
+    if operation.query is not None:
+        result["parameters"] = _query_parameters(operation.query)
+    if operation.request_media is not None:
+        binary = {"type": "string", "format": "binary"}
+        result["requestBody"] = {"required": True, "content": {operation.request_media: {"schema": binary}}}
     if operation.body is not None:
         result["requestBody"] = {
             "required": _is_required(operation.body),
             "content": {JSON: {"schema": schemas[f"{operation.name}.body"]}},
         }
     return result
+
+
+def _query_parameters(query: type[BaseModel]) -> list[dict[str, Any]]:
+    """Of a model whose fields are plain values."""
+    schema = query.model_json_schema()
+    return [
+        {"name": name, "in": "query", "required": name in schema.get("required", ()), "schema": value}
+        for name, value in schema["properties"].items()
+    ]
 
 
 def _is_required(body: type[BaseModel]) -> bool:

@@ -7,6 +7,7 @@ KernelsError
 |   +-- SandboxExistsError        the id asked for is taken
 |   +-- LimitError                more than the configured maximum
 |   +-- SandboxStateError         not possible in the state the sandbox is in
+|   +-- GuestRefusedError         the guest's own system would not do it (no such file, disk full); `code` says what
 +-- CapacityError             the host's: no memory, disk or slot left now; try later
 +-- MachineFailedError        the machine died or did not start
 +-- TemplateError             the template could not be built
@@ -50,6 +51,14 @@ class SandboxStateError(RequestError):
         super().__init__(f"Sandbox {sandbox_id} is {found}; this needs it to be {wanted}.")
         self.found = found
         self.wanted = wanted
+
+
+class GuestRefusedError(RequestError):
+    """The guest's own system would not do it. code: for programs, such as file_not_found (docs/exec_and_files.md)."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class CapacityError(KernelsError):

@@ -21,6 +21,8 @@ from kernels.errors import (
     UnknownTemplateError,
 )
 from kernels.events import EventQueue
+from kernels.exec import OpenStream, SandboxCommands
+from kernels.files import SandboxFiles
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
 from kernels.launcher import new_key
@@ -227,6 +229,18 @@ class SandboxService:
         Errors: UnknownSandboxError, SandboxStateError.
         """
         return self._core.connection_info(sandbox_id)
+
+    async def commands(self, sandbox_id: str) -> SandboxCommands:
+        """The sandbox's commands, as long as its machine runs. Errors: as `ready`."""
+        return SandboxCommands(await self._open_stream(sandbox_id))
+
+    async def files(self, sandbox_id: str) -> SandboxFiles:
+        """The sandbox's files, as long as its machine runs. Errors: as `ready`."""
+        return SandboxFiles(await self._open_stream(sandbox_id))
+
+    async def _open_stream(self, sandbox_id: str) -> OpenStream:
+        await self.ready(sandbox_id)
+        return self._core.running(sandbox_id).session.open_stream
 
     def touch(self, sandbox_id: str) -> None:
         """A client did something; unknown ids are fine."""

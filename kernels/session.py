@@ -116,6 +116,10 @@ class GuestSession:
         """A stream to one of the kernel's ZMQ sockets. Errors: WireError."""
         return await self._link.open("kernel.channel", {"channel": name})
 
+    async def open_stream(self, kind: str, params: Mapping[str, Any]) -> Stream:
+        """A stream of any kind. Errors: WireError."""
+        return await self._link.open(kind, params)
+
     async def wait_closed(self) -> str:
         """Waits until the session has ended; why."""
         await self._link.wait_closed()

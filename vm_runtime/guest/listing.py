@@ -7,8 +7,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-# What one answer has room for, about 2 MB; more is told, to be asked for directory by directory.
+# What one answer has room for: about 2 MB as JSON. More is told, to be asked for directory by directory.
 ENTRIES_MAX = 10_000
+TEXT_BYTES_MAX = 1024 * 1024
 
 _KINDS = {
     stat.S_IFREG: "file",
@@ -49,18 +50,19 @@ def status_of(path: str, *, follow: bool) -> dict[str, Any]:
 
 
 def entries_of(path: str, *, depth: int) -> tuple[list[dict[str, Any]], bool]:
-    """What is in a directory, by name, and down to `depth` levels; whether there was more than ENTRIES_MAX.
-
-    Links are entries and are not followed. What vanishes or cannot be entered below the first level is left out.
-    Raises OSError.
+    """What is in a directory, by name, and down to `depth` levels; whether there was more than one answer has
+    room for. Links are entries and are not followed. What vanishes or cannot be entered below the first level is left
+    out. Raises OSError.
     """
     entries: list[dict[str, Any]] = []
+    text_bytes = 0
     with os.scandir(path) as found:
         level = list(found)
     pending = [(entry, 1) for entry in sorted(level, key=lambda entry: entry.name, reverse=True)]
     while pending:
         entry, at = pending.pop()
-        if len(entries) >= ENTRIES_MAX:
+        text_bytes += len(entry.path)
+        if len(entries) >= ENTRIES_MAX or text_bytes > TEXT_BYTES_MAX:
             return entries, True
         try:
             entries.append(describe(entry.path, entry.stat(follow_symlinks=False)))

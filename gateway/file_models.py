@@ -1,0 +1,140 @@
+"""Requests and answers of the HTTP API about files. Their meaning is in docs/exec_and_files.md."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from gateway.models import Answer, SandboxRequest, Timestamp, timestamp
+from kernels.files import FileChange, FileInfo, FileKind, Listing, Written
+
+# As deep as vm_runtime/guest/files.py lists.
+DEPTH_MAX = 32
+
+
+def _encodable(text: str) -> str:
+    if len(text.encode("utf-8", "surrogatepass")) >= 4096 or any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("a path has at most 4095 bytes of UTF-8")
+    return text
+
+
+FilePath = Annotated[
+    str, StringConstraints(min_length=1, max_length=4095, pattern=r"^[^\u0000]*$"), AfterValidator(_encodable)
+]
+# Octal, as chmod takes it: JSON has no octal numbers, and 644 would be another mode.
+Mode = Annotated[str, StringConstraints(pattern=r"^[0-7]{3,4}$")]
+
+
+def mode_number(mode: str | None) -> int | None:
+    return None if mode is None else int(mode, 8)
+
+
+class Query(BaseModel):
+    """Parameters of a URL: text, made into what it stands for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PathQuery(Query):
+    path: FilePath
+
+
+class WriteQuery(PathQuery):
+    mode: Mode | None = None
+    parents: bool = True
+
+
+class RemoveQuery(PathQuery):
+    recursive: bool = False
+
+
+class ListQuery(Query):
+    path: FilePath = "."
+    depth: int = Field(1, ge=1, le=DEPTH_MAX)
+
+
+class StatQuery(PathQuery):
+    follow: bool = True
+
+
+class WatchQuery(Query):
+    path: FilePath = "."
+    recursive: bool = False
+
+
+class MkdirRequest(SandboxRequest):
+    path: FilePath
+    mode: Mode | None = None
+    parents: bool = True
+
+
+class RenameRequest(SandboxRequest):
+    old_path: FilePath
+    new_path: FilePath
+
+
+class FileAnswer(Answer):
+    """mode: octal. target: where a link leads, else null."""
+
+    name: str
+    path: str
+    kind: FileKind
+    size_bytes: int
+    mode: str
+    uid: int
+    gid: int
+    modified_at: Timestamp
+    target: str | None
+
+    @classmethod
+    def of(cls, info: FileInfo) -> FileAnswer:
+        return cls(
+            name=info.name,
+            path=info.path,
+            kind=info.kind,
+            size_bytes=info.size_bytes,
+            mode=f"{info.mode:04o}",
+            uid=info.uid,
+            gid=info.gid,
+            modified_at=timestamp(datetime.fromtimestamp(info.modified_at, UTC)),
+            target=info.target,
+        )
+
+
+class ListingAnswer(Answer):
+    """path: absolute. truncated: there is more than one answer holds; list it directory by directory."""
+
+    path: str
+    entries: list[FileAnswer]
+    truncated: bool
+
+    @classmethod
+    def of(cls, listing: Listing) -> ListingAnswer:
+        entries = [FileAnswer.of(info) for info in listing.entries]
+        return cls(path=listing.path, entries=entries, truncated=listing.truncated)
+
+
+class WrittenAnswer(Answer):
+    """crc32: of the content, eight hexadecimal digits."""
+
+    size_bytes: int
+    crc32: str
+
+    @classmethod
+    def of(cls, written: Written) -> WrittenAnswer:
+        return cls(size_bytes=written.size_bytes, crc32=f"{written.crc32:08x}")
+
+
+class ChangeFrame(Answer):
+    """A message on the WebSocket of a watch."""
+
+    type: Literal["change"] = "change"
+    event: Literal["created", "modified", "attributes", "deleted", "renamed", "overflow"]
+    path: str
+    old_path: str | None
+
+    @classmethod
+    def of(cls, change: FileChange) -> ChangeFrame:
+        return cls(event=change.event, path=change.path, old_path=change.old_path)

@@ -1,0 +1,130 @@
+"""What the WebSockets of a sandbox share: who may open them, how they end, and one task that serves each.
+
+Knows Tornado; what is sent is up to `command_socket.py` and `watch_socket.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+from pydantic import BaseModel
+from tornado.routing import PathMatches
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from gateway.auth import origin_allowed
+from gateway.endpoint import JsonHandler
+from gateway.errors import ApiError, api_error, phrase
+from gateway.state import Gateway
+from kernels.errors import KernelsError
+
+log = logging.getLogger(__name__)
+
+# What a client may send in one message: standard input in pieces, or a command with its environment.
+MAX_MESSAGE_BYTES = 1024 * 1024
+CLOSE_NORMAL = 1000
+CLOSE_FAILED = 1011
+
+
+class WebSocketMatches(PathMatches):
+    """A path, for requests that want a WebSocket: others go on to the endpoint of the same path."""
+
+    def match(self, request: Any) -> dict[str, Any] | None:
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            return None
+        return super().match(request)
+
+
+class SandboxSocket(JsonHandler, WebSocketHandler):
+    """A subclass does its work in `serve`, which is cancelled when the client goes. Errors are told as a last message
+    {"type": "error", "reason", "message", "code"}."""
+
+    def initialize(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.sandbox_id = ""
+        self._serving: asyncio.Task[None] | None = None
+
+    def prepare(self) -> None:
+        self.check_host()
+        self.check_token()
+        host, origin = self.request.headers.get("Host"), self.request.headers.get("Origin")
+        if not origin_allowed(origin, host=host, cors_origins=self.gateway.settings.cors_origins):
+            raise ApiError(
+                403,
+                "origin_not_allowed",
+                f"Pages of {str(origin)[:80]} may not connect. --cors-origins allows them to.",
+            )
+
+    def check_origin(self, origin: str) -> bool:
+        """`prepare` has done it."""
+        return True
+
+    def get_compression_options(self) -> None:
+        """None: it costs more than the network it is meant for."""
+
+    @property
+    def ping_interval(self) -> float:
+        # Tornado 6.5 takes a timeout that is no longer than the interval; together they are the configured time.
+        return self.gateway.settings.client_timeout_s / 2
+
+    @property
+    def ping_timeout(self) -> float:
+        return self.gateway.settings.client_timeout_s / 2
+
+    @property
+    def max_message_size(self) -> int:
+        return MAX_MESSAGE_BYTES
+
+    async def get(self, sandbox_id: str, **path: str) -> None:
+        self.sandbox_id = sandbox_id
+        await self.begin(**path)
+        await super().get(sandbox_id, **path)
+
+    async def begin(self, **path: str) -> None:
+        """Before the WebSocket is there: what fails here is answered in HTTP."""
+
+    async def serve(self) -> None:
+        """All that is done on the open WebSocket; it is closed afterwards."""
+        raise NotImplementedError
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self.set_nodelay(True)
+        self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        try:
+            await self.serve()
+            self.close(CLOSE_NORMAL)
+        except WebSocketClosedError:
+            pass
+        except (KernelsError, ApiError) as error:
+            answer = error if isinstance(error, ApiError) else api_error(error)
+            await self._fail(answer)
+        except Exception:
+            log.exception("A WebSocket of sandbox %s failed", self.sandbox_id)
+            await self._fail(ApiError(500, "internal_error", "The gateway failed; its log says how."))
+
+    async def _fail(self, error: ApiError) -> None:
+        value = {"type": "error", "reason": phrase(error.status), "message": error.message, "code": error.code}
+        try:
+            await self.send(value)
+        except WebSocketClosedError:
+            return
+        self.close(CLOSE_FAILED, error.code)
+
+    async def send(self, message: bytes | BaseModel | dict[str, Any]) -> None:
+        """Binary for bytes, JSON text for the rest. Waits until it has left this process, so that a slow client holds
+        the sender. Errors: WebSocketClosedError."""
+        self.gateway.service.touch(self.sandbox_id)
+        if isinstance(message, bytes):
+            await self.write_message(message, binary=True)
+        else:
+            await self.write_message(
+                message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message)
+            )
+
+    def on_close(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()

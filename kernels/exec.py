@@ -1,0 +1,254 @@
+"""Commands in a sandbox: start, follow, list, signal, kill. The host's end of vm_runtime/guest/exec.py.
+
+Gets open streams and knows nothing of sandboxes' lives or of HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+from kernels.errors import GuestRefusedError, RequestError
+from kernels.guest_values import guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from vm_runtime.wire.command_frames import (
+    MAX_REQUEST_BYTES,
+    REQUEST_HEADER,
+    CommandFrame,
+    CommandFrameReader,
+)
+from vm_runtime.wire.stream import Stream
+
+OpenStream = Callable[[str, Mapping[str, Any]], Awaitable[Stream]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandRequest:
+    """What to run: a command line for a shell, or a program with its arguments.
+
+    cwd: from the kernel user's home, which it is where None. size: (rows, columns) of a terminal, None for pipes.
+    stdin: whether it has any (a terminal always has). background: it stays when its client goes.
+    """
+
+    command: str | tuple[str, ...]
+    cwd: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    stdin: bool = False
+    background: bool = False
+    timeout_s: float | None = None
+
+    def encode(self) -> bytes:
+        """As the agent takes it. Errors: RequestError if it is too large."""
+        value = {
+            "command": self.command if isinstance(self.command, str) else list(self.command),
+            "cwd": self.cwd,
+            "env": dict(self.env),
+            "tty": None if self.size is None else {"rows": self.size[0], "columns": self.size[1]},
+            "stdin": self.stdin,
+            "background": self.background,
+            "timeout_s": self.timeout_s,
+        }
+        data = json.dumps(value).encode()
+        if len(data) > MAX_REQUEST_BYTES:
+            raise RequestError(
+                f"Command and environment have {len(data)} bytes, at most {MAX_REQUEST_BYTES} are taken; "
+                "write a large script to a file and run that."
+            )
+        return REQUEST_HEADER.pack(len(data)) + data
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandInfo:
+    """A command that runs or has ended. started_at: seconds since 1970, by the guest's clock."""
+
+    command_id: str
+    pid: int
+    command: str
+    cwd: str | None
+    background: bool
+    tty: bool
+    started_at: float
+    output_bytes: int
+    running: bool
+    exit_status: int | None
+    signal: int | None
+    timed_out: bool
+
+    @classmethod
+    def parse(cls, value: Any) -> CommandInfo:
+        """Errors: MachineFailedError."""
+        return cls(
+            command_id=text_of(value, "command_id"),
+            pid=number_of(value, "pid"),
+            command=text_of(value, "command"),
+            cwd=text_of(value, "cwd", optional=True),
+            background=value_of(value, "background", bool),
+            tty=value_of(value, "tty", bool),
+            started_at=time_of(value, "started_at"),
+            output_bytes=number_of(value, "output_bytes"),
+            running=value_of(value, "running", bool),
+            exit_status=number_of(value, "exit_status", optional=True),
+            signal=number_of(value, "signal", optional=True),
+            timed_out=value_of(value, "timed_out", bool),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOutput:
+    source: Literal["stdout", "stderr"]
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSkipped:
+    """Output that the guest keeps no more: before one attached, or because one read too slowly."""
+
+    skipped_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandExited:
+    """exit_status or signal is None. timed_out: it was ended because its time was up."""
+
+    exit_status: int | None
+    signal: int | None
+    timed_out: bool
+
+
+CommandEvent = CommandOutput | OutputSkipped | CommandExited
+
+
+class AttachedCommand:
+    """A stream to a command. `async with` it: leaving before its end gives it up, which ends a foreground command.
+
+    Read it with `next`; what is not read holds a foreground command, and is skipped of a background one.
+    """
+
+    def __init__(self, stream: Stream, *, command_id: str, pid: int) -> None:
+        self.command_id = command_id
+        self.pid = pid
+        self._stream = stream
+        self._frames = CommandFrameReader()
+        self._events: deque[CommandEvent] = deque()  # those of one read
+
+    async def next(self) -> CommandEvent:
+        """The next event; CommandExited is the last one. Errors: GuestRefusedError, MachineFailedError."""
+        while not self._events:
+            with guest_errors():
+                data = await self._stream.read()
+                if not data:
+                    raise GuestRefusedError("command_lost", "The command's stream ended before the command.")
+                for kind, payload in self._frames.feed(data):
+                    self._events.append(_event(kind, payload))
+        return self._events.popleft()
+
+    async def write(self, data: bytes) -> None:
+        """To its standard input, waiting for room. What it takes no more is dropped. Errors: as `next`."""
+        with guest_errors():
+            await self._stream.write(data)
+
+    def end_input(self) -> None:
+        """The end of its standard input (Ctrl-D on a terminal)."""
+        self._stream.end()
+
+    def close(self) -> None:
+        """Give it up; twice is harmless."""
+        self._stream.reset("cancelled", "The client has gone")
+
+    async def __aenter__(self) -> AttachedCommand:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SandboxCommands:
+    """The commands of one sandbox. All methods raise GuestRefusedError (`code` says what the guest would not do) and
+    MachineFailedError."""
+
+    def __init__(self, open_stream: OpenStream) -> None:
+        self._open = open_stream
+
+    async def start(self, request: CommandRequest) -> AttachedCommand:
+        """Errors: RequestError, if it is too large."""
+        data = request.encode()
+        with guest_errors():
+            stream = await self._open("exec.start", {})
+            try:
+                await stream.write(data)
+                frames = CommandFrameReader()
+                found: list[tuple[CommandFrame, bytes]] = []
+                while not found:
+                    received = await stream.read()
+                    if not received:
+                        raise GuestRefusedError("command_lost", "The command's stream ended before it began.")
+                    found = frames.feed(received)
+            except BaseException:
+                stream.reset()
+                raise
+        (_, payload), *rest = found
+        started = parse_json(payload)
+        command = AttachedCommand(stream, command_id=text_of(started, "command_id"), pid=number_of(started, "pid"))
+        command._frames = frames
+        command._events.extend(_event(kind, data) for kind, data in rest)
+        return command
+
+    async def attach(self, command_id: str, *, stdin: bool) -> AttachedCommand:
+        """All output that is still kept, then what comes. stdin: whether to write to it."""
+        with guest_errors():
+            stream = await self._open("exec.attach", {"command_id": command_id, "stdin": stdin})
+        info = CommandInfo.parse(stream.result)
+        return AttachedCommand(stream, command_id=info.command_id, pid=info.pid)
+
+    async def list(self) -> list[CommandInfo]:
+        """Those that run, and the last background ones that have ended, oldest first."""
+        with guest_errors():
+            async with await self._open("exec.list", {}) as stream:
+                found = await read_json(stream)
+        return [CommandInfo.parse(value) for value in found] if isinstance(found, list) else []
+
+    async def get(self, command_id: str) -> CommandInfo:
+        for info in await self.list():
+            if info.command_id == command_id:
+                return info
+        raise GuestRefusedError("unknown_command", f"There is no command with the id {command_id[:64]}.")
+
+    async def signal(self, command_id: str, number: int) -> None:
+        """SIGTERM, SIGHUP and SIGKILL reach all of the command's session, others its foreground process group."""
+        await self._call("exec.signal", {"command_id": command_id, "signal": number})
+
+    async def resize(self, command_id: str, *, rows: int, columns: int) -> None:
+        await self._call("exec.resize", {"command_id": command_id, "rows": rows, "columns": columns})
+
+    async def kill(self, command_id: str) -> CommandInfo:
+        """SIGKILL to all of its session; how it ended. It is forgotten then."""
+        return CommandInfo.parse(await self._call("exec.kill", {"command_id": command_id}))
+
+    async def _call(self, kind: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        with guest_errors():
+            async with await self._open(kind, params) as stream:
+                return stream.result
+
+
+def _event(kind: CommandFrame, payload: bytes) -> CommandEvent:
+    """Errors: MachineFailedError."""
+    match kind:
+        case CommandFrame.STDOUT:
+            return CommandOutput(source="stdout", data=payload)
+        case CommandFrame.STDERR:
+            return CommandOutput(source="stderr", data=payload)
+        case CommandFrame.SKIPPED:
+            return OutputSkipped(skipped_bytes=number_of(parse_json(payload), "bytes"))
+        case _:
+            value = parse_json(payload)
+            return CommandExited(
+                exit_status=number_of(value, "exit_status", optional=True),
+                signal=number_of(value, "signal", optional=True),
+                timed_out=value_of(value, "timed_out", bool),
+            )

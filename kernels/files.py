@@ -1,0 +1,249 @@
+"""Files in a sandbox: content in checked chunks, and all else about them. The host's end of vm_runtime/guest/files.py.
+
+Paths are text that is passed on: nothing here touches a file of the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from kernels.errors import MachineFailedError
+from kernels.exec import OpenStream
+from kernels.guest_values import guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from vm_runtime.wire.chunks import ChunkReader, ChunkWriter
+from vm_runtime.wire.stream import Stream
+
+FileKind = Literal["file", "directory", "link", "pipe", "socket", "device"]
+ChangeEvent = Literal["created", "modified", "attributes", "deleted", "renamed", "overflow"]
+_KINDS = frozenset({"file", "directory", "link", "pipe", "socket", "device"})
+_EVENTS = frozenset({"created", "modified", "attributes", "deleted", "renamed", "overflow"})
+
+# As much as a stream's window takes.
+READ_BYTES = 256 * 1024
+# Plain content becomes chunks of at most this: small enough to be checked and written while the next one travels.
+WRITE_BYTES = 256 * 1024
+# One line of a watch: a path or two.
+MAX_CHANGE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """mode: permission bits. modified_at: seconds since 1970. target: where a link leads, else None."""
+
+    name: str
+    path: str
+    kind: FileKind
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
+    modified_at: float
+    target: str | None
+
+    @classmethod
+    def parse(cls, value: Any) -> FileInfo:
+        """Errors: MachineFailedError."""
+        kind = text_of(value, "kind")
+        if kind not in _KINDS:
+            raise MachineFailedError("The guest answered a file of a kind that there is not.")
+        return cls(
+            name=text_of(value, "name"),
+            path=text_of(value, "path"),
+            kind=kind,
+            size_bytes=number_of(value, "size_bytes"),
+            mode=number_of(value, "mode") & 0o7777,
+            uid=number_of(value, "uid"),
+            gid=number_of(value, "gid"),
+            modified_at=time_of(value, "modified_at"),
+            target=text_of(value, "target", optional=True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """path: absolute. truncated: there is more than one answer holds."""
+
+    path: str
+    entries: list[FileInfo]
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    size_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileChange:
+    """old_path: what a renamed one was called. `overflow`: changes were missed; look again."""
+
+    event: ChangeEvent
+    path: str
+    old_path: str | None
+
+
+class _Transfer:
+    """A stream that is given up on the way out, unless it has come to its end."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def close(self) -> None:
+        """Twice is harmless."""
+        self._stream.end()
+        self._stream.reset("cancelled", "The client has gone")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class FileDownload(_Transfer):
+    """A part of a file. length: of the part; None where only reading tells. size_bytes: of the whole."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        self.size_bytes = int(number_of(stream.result, "size_bytes"))
+        self.offset = int(number_of(stream.result, "offset"))
+        self.length: int | None = number_of(stream.result, "length", optional=True)
+        self.mode = int(number_of(stream.result, "mode")) & 0o7777
+        self.modified_at = time_of(stream.result, "modified_at")
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Its chunks as the guest made them, for a client that checks them itself."""
+        with guest_errors():
+            while data := await self._stream.read(READ_BYTES):
+                yield data
+
+    async def content(self) -> AsyncIterator[memoryview]:
+        """Its bytes. Those before an error may be broken or too few. Errors: GuestRefusedError, MachineFailedError."""
+        reader = ChunkReader()
+        async for data in self.chunks():
+            with guest_errors():
+                pieces = reader.feed(data)
+            for piece in pieces:
+                yield piece
+        with guest_errors():
+            reader.check_done()
+
+
+class FileUpload(_Transfer):
+    """A file being written: `write` (or `write_chunks`), then `commit`. Given up before, it leaves nothing behind.
+
+    Errors: GuestRefusedError, MachineFailedError; also in the middle, when the guest's disk is full.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        self._chunks = ChunkWriter()
+        self._plain = True
+
+    @property
+    def crc32(self) -> int:
+        """Of what `write` was given so far."""
+        return self._chunks.crc32
+
+    async def write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        with guest_errors():
+            for begin in range(0, len(view), WRITE_BYTES):
+                piece = view[begin : begin + WRITE_BYTES]
+                await self._stream.write(self._chunks.header(piece))
+                await self._stream.write(piece)
+
+    async def write_chunks(self, data: bytes) -> None:
+        """Chunks that the client has made; the guest checks them."""
+        self._plain = False
+        with guest_errors():
+            await self._stream.write(data)
+
+    async def commit(self) -> Written:
+        with guest_errors():
+            if self._plain:
+                await self._stream.write(self._chunks.end())
+            self._stream.end()
+            value = await read_json(self._stream)
+        written = Written(size_bytes=number_of(value, "size_bytes"), crc32=number_of(value, "crc32"))
+        if self._plain and written != Written(size_bytes=self._chunks.size_bytes, crc32=self._chunks.crc32):
+            raise MachineFailedError("The guest wrote other content than was sent.")
+        return written
+
+
+class FileWatch(_Transfer):
+    """Changes below a path, until it is gone."""
+
+    async def changes(self) -> AsyncIterator[FileChange]:
+        """Errors: GuestRefusedError, MachineFailedError."""
+        pending = b""
+        with guest_errors():
+            while data := await self._stream.read():
+                *lines, pending = (pending + data).split(b"\n")
+                if len(pending) > MAX_CHANGE_BYTES:
+                    raise MachineFailedError(f"The guest told a change of more than {MAX_CHANGE_BYTES} bytes.")
+                for line in lines:
+                    value = parse_json(line)
+                    event = text_of(value, "event")
+                    if event not in _EVENTS:
+                        raise MachineFailedError("The guest told a change that there is not.")
+                    old_path = text_of(value, "old_path", optional=True)
+                    yield FileChange(event=event, path=text_of(value, "path"), old_path=old_path)
+
+
+class SandboxFiles:
+    """The files of one sandbox. Relative paths begin at the kernel user's home. All methods raise GuestRefusedError
+    (`code` says what the guest would not do) and MachineFailedError."""
+
+    def __init__(self, open_stream: OpenStream) -> None:
+        self._open = open_stream
+
+    async def read(self, path: str, *, offset: int = 0, length: int | None = None) -> FileDownload:
+        """offset: below zero it counts from the end. length: at most so much, None for all."""
+        return FileDownload(await self._stream("files.read", path=path, offset=offset, length=length))
+
+    async def write(self, path: str, *, mode: int | None = None, parents: bool = True) -> FileUpload:
+        """mode: None keeps that of the file that is replaced (0644 where there is none)."""
+        return FileUpload(await self._stream("files.write", path=path, mode=mode, parents=parents))
+
+    async def list(self, path: str, *, depth: int = 1) -> Listing:
+        with guest_errors():
+            async with await self._stream("files.list", path=path, depth=depth) as stream:
+                value = await read_json(stream)
+        return Listing(
+            path=text_of(value, "path"),
+            entries=[FileInfo.parse(entry) for entry in value_of(value, "entries", list)],
+            truncated=value_of(value, "truncated", bool),
+        )
+
+    async def stat(self, path: str, *, follow: bool = True) -> FileInfo:
+        return FileInfo.parse(await self._call("files.stat", path=path, follow=follow))
+
+    async def remove(self, path: str, *, recursive: bool = False) -> None:
+        await self._call("files.remove", path=path, recursive=recursive)
+
+    async def rename(self, old_path: str, new_path: str) -> FileInfo:
+        """Replaces a file that is there, as rename(2) does."""
+        return FileInfo.parse(await self._call("files.rename", old_path=old_path, new_path=new_path))
+
+    async def mkdir(self, path: str, *, mode: int | None = None, parents: bool = True) -> FileInfo:
+        """parents: make those that are missing, and be content with a directory that is there."""
+        return FileInfo.parse(await self._call("files.mkdir", path=path, mode=mode, parents=parents))
+
+    async def watch(self, path: str, *, recursive: bool = False) -> FileWatch:
+        return FileWatch(await self._stream("files.watch", path=path, recursive=recursive))
+
+    async def _stream(self, kind: str, **params: Any) -> Stream:
+        given = {name: value for name, value in params.items() if value is not None}
+        with guest_errors():
+            return await self._open(kind, given)
+
+    async def _call(self, kind: str, **params: Any) -> Mapping[str, Any]:
+        async with await self._stream(kind, **params) as stream:
+            return stream.result

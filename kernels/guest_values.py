@@ -1,0 +1,84 @@
+"""What comes from a guest's agent, as values and errors of this layer. All of it is hostile until checked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from kernels.errors import GuestRefusedError, MachineFailedError
+from vm_runtime.wire.chunks import ChunkError
+from vm_runtime.wire.command_frames import CommandFrameError
+from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
+from vm_runtime.wire.stream import Stream
+
+# A list of 10,000 files, or of all commands, with room to spare.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+# Above this, JSON is parsed in a thread: it takes 10 ms per MB.
+LARGE_ANSWER_BYTES = 128 * 1024
+# A sentence for people.
+MAX_MESSAGE_CHARACTERS = 5000
+
+
+@contextmanager
+def guest_errors() -> Iterator[None]:
+    """Errors of a stream to the agent as those of this layer: GuestRefusedError, MachineFailedError."""
+    try:
+        yield
+    except (OpenRejectedError, StreamResetError) as error:
+        raise GuestRefusedError(error.code, error.reason[:MAX_MESSAGE_CHARACTERS]) from error
+    except LinkClosedError as error:
+        raise MachineFailedError(f"The connection to the sandbox's machine ended: {error}") from error
+    except (ChunkError, CommandFrameError) as error:
+        raise MachineFailedError(f"What the guest sent is broken: {error}") from error
+
+
+async def read_json(stream: Stream) -> Any:
+    """All that the guest still sends, as JSON. Errors: MachineFailedError."""
+    data = bytearray()
+    while more := await stream.read():
+        data += more
+        if len(data) > MAX_ANSWER_BYTES:
+            raise MachineFailedError(f"The guest answered more than {MAX_ANSWER_BYTES} bytes.")
+    return await asyncio.to_thread(parse_json, data) if len(data) > LARGE_ANSWER_BYTES else parse_json(data)
+
+
+def parse_json(data: bytes | bytearray) -> Any:
+    """Errors: MachineFailedError."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MachineFailedError("The guest answered what is no JSON.") from error
+
+
+def value_of(values: Any, name: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
+    """values[name] if it is of that type (bool is no number). optional: None counts, too. Errors:
+    MachineFailedError."""
+    found = values.get(name) if isinstance(values, Mapping) else None
+    if found is None and optional:
+        return None
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+        raise MachineFailedError(f"The guest answered without a {name} that could be one.")
+    return found
+
+
+def number_of(values: Any, name: str, *, optional: bool = False) -> Any:
+    """An int from 0 to 2**63 - 1. Errors: MachineFailedError."""
+    found = value_of(values, name, int, optional=optional)
+    if found is not None and not 0 <= found < 2**63:
+        raise MachineFailedError(f"The guest answered a {name} that cannot be one.")
+    return found
+
+
+def time_of(values: Any, name: str) -> float:
+    """Seconds since 1970, in years that people have (a guest's clock and files may say anything)."""
+    found: float = value_of(values, name, (int, float))
+    return min(max(found, 0.0), 253402300799.0) if found == found else 0.0
+
+
+def text_of(values: Any, name: str, *, optional: bool = False) -> Any:
+    """A str that can be encoded. Errors: MachineFailedError."""
+    found = value_of(values, name, str, optional=optional)
+    return None if found is None else found.encode("utf-8", "replace").decode()
