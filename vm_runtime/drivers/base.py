@@ -76,6 +76,10 @@ class PreparedMachine(ABC):
     pid: int
 
     @abstractmethod
+    def memory_mapping(self) -> MemoryMapping:
+        """Where its RAM is, into which may be written already. Blocking."""
+
+    @abstractmethod
     async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> Machine:
         """Bring it to the state in `device` and answer when it runs; any failure ends it (MachineStartError).
 

@@ -59,8 +59,8 @@ class Surroundings(Protocol):
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """Within it, nothing works in the background."""
 
-    def published(self, machine: SavedMachine) -> None:
-        """A snapshot of this machine is in the store."""
+    def published(self, machine: SavedMachine, *, stopped: bool) -> None:
+        """A snapshot of this machine is in the store. stopped: the machine is not to run on."""
 
     def ended(self, machine: SavedMachine) -> None:
         """It was killed or detached."""
@@ -117,10 +117,10 @@ class SavedMachine:
         then: Then,
         before_resume: BeforeResume | None = None,
         before_capture: Callable[[], Awaitable[None]] | None = None,
-        on_captured: Callable[[Captured], None] | None = None,
+        on_captured: Callable[[Captured], Awaitable[None]] | None = None,
     ) -> Taken:
         """As `take`, for forks; must not be cancelled. before_capture: runs beside the preparation, and the pause comes
-        after both. on_captured: called when the machine runs again; its state may be used until this returns."""
+        after both; the ground does not change from then on. on_captured: runs beside the storing."""
         async with self._lock:
             started = time.perf_counter()
             with self._surroundings.quiet():
@@ -130,15 +130,20 @@ class SavedMachine:
                     await asyncio.gather(asyncio.to_thread(tracker.prepare), *beside)
                     captured, pause_ms = await self._capture(tracker, draft.path("device"), then, before_resume)
                     with _kept_readable(captured) as kept:
-                        if on_captured is not None:
-                            on_captured(kept)
-                        manifest, ground, layer_bytes = await asyncio.to_thread(
-                            self._publish, draft, captured, description
+                        stored, *others = await asyncio.gather(
+                            asyncio.to_thread(self._publish, draft, captured, description),
+                            *([on_captured(kept)] if on_captured is not None else []),
+                            return_exceptions=True,
                         )
+                    for outcome in (stored, *others):
+                        if isinstance(outcome, BaseException):
+                            raise outcome
+                    assert isinstance(stored, tuple)
+                    manifest, ground, layer_bytes = stored
                 tracker.commit()
                 self.snapshot, self.ground = manifest, ground
                 await asyncio.to_thread(self._settle)
-            self._surroundings.published(self)
+            self._surroundings.published(self, stopped=then is Then.STOP)
             return Taken(
                 manifest=manifest,
                 pause_ms=pause_ms,
@@ -157,6 +162,10 @@ class SavedMachine:
         old, self._base, self.ground = self._base, base, ground
         old.close()
         await asyncio.to_thread(self._settle)
+
+    def unsaved_disks(self) -> tuple[Path, ...]:
+        """Disk files with what was written since the last snapshot, oldest first. Blocking."""
+        return (*self._frozen_disks(), *(self.machine.disk_chain[-1:] if self.machine.disk_written else ()))
 
     async def kill(self) -> Death:
         """End the machine, and let go of what it needs. Twice is harmless."""

@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Sequence, Set
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,11 @@ from vm_runtime.drivers.base import Driver, MachinePlace, PreparedMachine
 from vm_runtime.errors import MachineGoneError, MachineStateError
 from vm_runtime.machine import Machine, MemoryMapping
 from vm_runtime.saving.bases import Bases
+from vm_runtime.saving.flattening import Flattener, Shortened, rebased
+from vm_runtime.saving.forking import Child, Forked
 from vm_runtime.saving.machine import (
+    BeforeResume,
+    Captured,
     SavedMachine,
     forget_machine,
     pin_machine,
@@ -33,14 +38,16 @@ from vm_runtime.saving.machine import (
 )
 from vm_runtime.saving.record import SavedRecord
 from vm_runtime.saving.threads import open_draft, uncancelled
-from vm_runtime.saving.values import Description, Ground, contents_of
-from vm_runtime.snapshots.errors import BrokenSnapshotError
+from vm_runtime.saving.values import Description, Ground, Then, contents_of
+from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError
 from vm_runtime.snapshots.layers import Layer, MemoryImage, copy_sparse
 from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, Shape, Vmm
 from vm_runtime.snapshots.memory import BaseMemory, freeze_memfd, removed_on_error
 from vm_runtime.snapshots.store import Draft, SnapshotStore
 from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,8 @@ class Saver:
         self._driver = driver
         self._bases = Bases(store, seal=driver.capabilities.sealed_base)
         self._image_files = image_files
+        self._flattener = Flattener(store, self._bases, self._rebase)
+        self._live: set[SavedMachine] = set()
 
     async def restore(self, manifest: Manifest, *, place: MachinePlace) -> SavedMachine:
         """A running clone of a snapshot, also of a template's.
@@ -99,6 +108,29 @@ class Saver:
             opened.close()
             return saved
 
+    async def fork(
+        self,
+        parent: SavedMachine,
+        description: Description,
+        *,
+        places: Sequence[MachinePlace],
+        before_resume: BeforeResume | None = None,
+    ) -> Forked:
+        """Take a snapshot of a running machine and restore it at every place, faster than one after the other.
+
+        One failed child does not fail the others. Raises what `SavedMachine.take` raises; there is no child then, and
+        the parent goes on. When cancelled it is finished first, and the children are ended.
+        """
+        forking = asyncio.ensure_future(self._fork(parent, description, places, before_resume))
+        try:
+            return await uncancelled(forking)
+        except asyncio.CancelledError:
+            if not forking.cancelled() and forking.exception() is None:
+                await asyncio.gather(
+                    *(child.kill() for child in forking.result().children if isinstance(child, SavedMachine))
+                )
+            raise
+
     async def adopt(self, place: MachinePlace) -> SavedMachine:
         """The machine that an earlier process left at this place, as it is: running, or paused in a snapshot.
 
@@ -120,6 +152,10 @@ class Saver:
             raise
         return self._saved(machine, place=place, snapshot=record.snapshot, ground=record.ground, base=base)
 
+    async def settled(self) -> None:
+        """Wait until no chain waits to be shortened: a restore of any snapshot taken so far is as quick as it gets."""
+        await self._flattener.settled()
+
     async def freeze(self, machine: Machine, description: Description) -> Manifest:
         """The snapshot of a booted machine, whose RAM and disk are its own: a template. It stays paused; kill it.
 
@@ -134,20 +170,37 @@ class Saver:
             unpin_machine(self._store, machine_id)
 
     async def close(self) -> None:
-        """Let go of everything but the machines. Twice is harmless."""
+        """Let go of everything but the machines, and give up what is done in the background. Twice is harmless."""
+        await self._flattener.close()
         await asyncio.to_thread(self._bases.close)
 
     # -- surroundings of the machines -----------------------------------------------------------------------------
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        yield
+    def quiet(self) -> AbstractContextManager[None]:
+        return self._flattener.quiet()
 
-    def published(self, machine: SavedMachine) -> None:
-        pass
+    def published(self, machine: SavedMachine, *, stopped: bool) -> None:
+        self._flattener.want(machine.snapshot, stopped=stopped)
 
     def ended(self, machine: SavedMachine) -> None:
-        pass
+        self._live.discard(machine)
+
+    async def _rebase(self, shortened: Shortened) -> None:
+        """Let the running machines that lie on a flattened state take their next snapshots over the shorter form."""
+        for saved in list(self._live):
+            async with saved.standing():
+                ground = rebased(saved.ground, shortened)
+                if ground is None or saved not in self._live:
+                    continue
+                try:
+                    await asyncio.to_thread(self._secure, saved.place, ground)
+                    base = await self._bases.acquire(ground.memory.base)
+                except SnapshotError as error:
+                    # Removed meanwhile, with the snapshot it came from: the machine stays on what it has.
+                    _log.info("Machine %s stays on its long chain: %s", saved.place.id, error)
+                    await asyncio.to_thread(pin_machine, self._store, saved.place, saved.ground)
+                    continue
+                await saved.rebase(ground, base)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -158,11 +211,87 @@ class Saver:
 
     def _open(self, place: MachinePlace, ground: Ground, manifest: Manifest) -> _Opened:
         """Check what a clone needs and keep it in the store, in this order: what is there then, stays."""
-        pin_machine(self._store, place, ground)
+        self._secure(place, ground)
         device = self._store.checked_path(PartKind.DEVICE, manifest.device)
+        return _Opened(layers=self._store.open_layers(ground.memory), device=device)
+
+    def _secure(self, place: MachinePlace, ground: Ground) -> None:
+        """Keep the parts of a ground in the store for a machine, then check that they are there. Blocking."""
+        pin_machine(self._store, place, ground)
         for disk in ground.disks:
             self._store.checked_path(PartKind.DISK, disk)
-        return _Opened(layers=self._store.open_layers(ground.memory), device=device)
+        for layer in ground.memory.layers:
+            self._store.checked_path(PartKind.LAYER, layer)
+
+    async def _fork(
+        self,
+        parent: SavedMachine,
+        description: Description,
+        places: Sequence[MachinePlace],
+        before_resume: BeforeResume | None,
+    ) -> Forked:
+        # The image, shape and disks of the children's VMMs are the parent's, as they are under its lock.
+        def prepare(base: BaseMemory, place: MachinePlace, disks: Sequence[Path]) -> Awaitable[PreparedMachine]:
+            return self._prepare(parent.snapshot, parent.ground, base, place, disks=disks)
+
+        children = [Child(place, prepare) for place in places]
+        layers: list[Layer] = []
+        kept_disks: tuple[Path, ...] = ()
+
+        async def before_capture() -> None:
+            nonlocal kept_disks
+            layers.extend(await asyncio.to_thread(self._store.open_layers, parent.ground.memory))
+            kept_disks = await asyncio.to_thread(parent.unsaved_disks)
+            base = parent.ground.memory.base
+            await asyncio.gather(*(child.prepare(self._bases.acquire(base), layers, kept_disks) for child in children))
+
+        async def on_captured(captured: Captured) -> None:
+            disks = kept_disks
+            if captured.frozen_disk is not None and captured.frozen_disk not in disks:
+                disks = (*disks, captured.frozen_disk)
+            await asyncio.gather(*(child.load(captured, layers, disks) for child in children))
+
+        handed_out: set[Child] = set()
+        try:
+            taken = await parent.take_with(
+                description,
+                then=Then.RESUME,
+                before_resume=before_resume,
+                before_capture=before_capture,
+                on_captured=on_captured,
+            )
+            results = await asyncio.gather(*(self._hand_out(child, taken.manifest) for child in children))
+            handed_out = {
+                child for child, result in zip(children, results, strict=True) if isinstance(result, SavedMachine)
+            }
+            return Forked(taken=taken, children=tuple(results))
+        finally:
+            for layer in layers:
+                layer.close()
+            await asyncio.gather(*(child.discard() for child in children if child not in handed_out))
+
+    async def _hand_out(self, child: Child, manifest: Manifest) -> SavedMachine | Exception:
+        """Make a child that runs one of our machines, on a snapshot that is stored."""
+        loaded = child.take_over()
+        if loaded is None:
+            assert child.error is not None
+            return child.error
+        ground = Ground.of(manifest)
+        saved = self._saved(
+            loaded.machine,
+            place=child.place,
+            snapshot=manifest,
+            ground=ground,
+            base=loaded.base,
+            tracker=loaded.tracker,
+        )
+        try:
+            await asyncio.to_thread(pin_machine, self._store, child.place, ground)
+            await asyncio.to_thread(saved.write_record)
+        except Exception as error:
+            await saved.kill()
+            return error
+        return saved
 
     async def _prepare(
         self,
@@ -171,13 +300,11 @@ class Saver:
         base: BaseMemory,
         place: MachinePlace,
         *,
-        last_disk: Path | None = None,
+        disks: Sequence[Path] = (),
     ) -> PreparedMachine:
-        """Start the VMM of a clone. last_disk: one more disk file over those of the ground."""
+        """Start the VMM of a clone. disks: further files over those of the ground."""
         spec = MachineSpec(shape=_machine_shape(manifest.shape), image=self._image_files(manifest.image_digest))
-        chain = [self._store.part_path(PartKind.DISK, disk.digest) for disk in ground.disks]
-        if last_disk is not None:
-            chain.append(last_disk)
+        chain = [*(self._store.part_path(PartKind.DISK, disk.digest) for disk in ground.disks), *disks]
         return await self._driver.prepare_restore(spec, base, chain, place=place)
 
     async def _load(
@@ -220,7 +347,7 @@ class Saver:
         base: BaseMemory,
         tracker: DirtyTracker | None = None,
     ) -> SavedMachine:
-        return SavedMachine(
+        saved = SavedMachine(
             store=self._store,
             vmm=self._driver.vmm,
             surroundings=self,
@@ -231,6 +358,8 @@ class Saver:
             base=base,
             tracker=tracker,
         )
+        self._live.add(saved)
+        return saved
 
     async def _freeze(self, machine: Machine, description: Description) -> Manifest:
         if machine.memory_fd is None:

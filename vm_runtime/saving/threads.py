@@ -12,7 +12,7 @@ from vm_runtime.snapshots.store import Draft, SnapshotStore
 Result = TypeVar("Result")
 
 
-async def uncancelled(work: Coroutine[Any, Any, Result]) -> Result:
+async def uncancelled(work: Coroutine[Any, Any, Result] | asyncio.Future[Result]) -> Result:
     """The result of the work, which goes on to its end when the caller is cancelled; the cancellation comes after."""
     task = asyncio.ensure_future(work)
     try:

@@ -27,6 +27,9 @@ class PreparedQemu(PreparedMachine):
         self.pid = machine.pid
         self._machine = machine
 
+    def memory_mapping(self) -> MemoryMapping:
+        return self._machine.memory_mapping()
+
     async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> QemuMachine:
         machine = self._machine
         async with ending_on_error(machine), asyncio.timeout(RESTORE_TIMEOUT_S):
