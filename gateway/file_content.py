@@ -69,6 +69,7 @@ class ContentHandler(EndpointHandler):
         self._drained_bytes = 0
         self._stall: asyncio.TimerHandle | None = None
         self._chunked = False
+        self._size_bytes: int | None = None
 
     async def prepare(self) -> None:
         self.check_request()
@@ -187,13 +188,18 @@ class ContentHandler(EndpointHandler):
             return
         if part is not None and download.length is not None:
             if download.length == 0:
-                self.set_header("Content-Range", f"bytes */{size}")
+                self._size_bytes = size
                 raise ApiError(416, "range_not_satisfiable", f"The file has {size} bytes, none of them in the range.")
             self.set_status(206)
             last = download.offset + download.length - 1
             self.set_header("Content-Range", f"bytes {download.offset}-{last}/{size}")
         if download.length is not None and not chunked:
             self.set_header("Content-Length", str(download.length))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        if self._size_bytes is not None:
+            self.set_header("Content-Range", f"bytes */{self._size_bytes}")
+        super().write_error(status_code, **kwargs)
 
     async def _send(self, download: FileDownload, sandbox_id: str) -> None:
         chunked = self._headers["Content-Type"] == CHUNKS
