@@ -29,16 +29,18 @@ class Capacity:
     def __init__(self, max_sandboxes: int) -> None:
         self._max_sandboxes = max_sandboxes
 
-    def admit(self, existing: int, shape: MachineShape) -> None:
-        """Errors: CapacityError with the number that is short."""
-        if existing >= self._max_sandboxes:
+    def admit(self, existing: int, shape: MachineShape, *, count: int = 1) -> None:
+        """Whether `count` more may be made. Errors: CapacityError with the number that is short."""
+        if existing + count > self._max_sandboxes:
             raise CapacityError(
                 f"There are {existing} sandboxes, the limit (max_sandboxes). Delete one or raise the limit."
             )
-        need = RESERVE_MIB + min(START_COST_MIB, shape.memory_mib)
+        need = RESERVE_MIB + count * min(START_COST_MIB, shape.memory_mib)
         free = available_mib()
         if free < need:
-            raise CapacityError(f"{free} MiB of memory are available, a new sandbox needs {need}. Try again later.")
+            raise CapacityError(
+                f"{free} MiB of memory are available, {count} new sandboxes need {need}. Try again later."
+            )
 
     def has_room_for_spare(self) -> bool:
         return available_mib() >= SPARE_RESERVE_MIB + START_COST_MIB

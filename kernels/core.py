@@ -6,6 +6,7 @@ Knows nothing of HTTP, and nothing of why an operation happens: service.py, naps
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from kernels.warm import WarmMachine
 from vm_runtime.drivers.base import Driver
 from vm_runtime.images.store import ImageStore
 from vm_runtime.saving.values import Description, Then
+from vm_runtime.snapshots.errors import SnapshotInUseError
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 from vm_runtime.spec import ImageFiles
@@ -202,7 +204,8 @@ class Core:
         self.store.unpin(pin_name(sandbox_id))
         for manifest in self.store.ls(sandbox_id=sandbox_id):
             if manifest.name is None:
-                self.store.rm(manifest.id)
+                with contextlib.suppress(SnapshotInUseError):  # a child still stands on it
+                    self.store.rm(manifest.id)
 
     async def close_endpoints(self) -> None:
         endpoints = list(self._endpoints.values())

@@ -72,6 +72,21 @@ class Naps:
         core.registry.touch(sandbox_id)
         return core.registry.change(sandbox_id, released=False)
 
+    async def pause(self, sandbox_id: str) -> Sandbox:
+        """Errors: UnknownSandboxError, SandboxStateError, MachineFailedError."""
+        core = self._core
+        async with core.lock(sandbox_id):
+            await core.running(sandbox_id).saved.machine.pause()
+            return core.registry.move(sandbox_id, SandboxState.PAUSED)
+
+    async def resume(self, sandbox_id: str) -> Sandbox:
+        """Errors: as `pause`."""
+        core = self._core
+        async with core.lock(sandbox_id):
+            await core.running(sandbox_id).saved.machine.resume()
+            core.registry.touch(sandbox_id)
+            return core.registry.move(sandbox_id, SandboxState.RUNNING)
+
     def on_request(self, sandbox_id: str) -> None:
         """A client asks something of a sandbox that has no machine."""
         if sandbox_id in self._core.registry and self._core.get(sandbox_id).state is SandboxState.ASLEEP:

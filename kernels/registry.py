@@ -105,9 +105,11 @@ class Registry:
 
     def remove(self, sandbox_id: str) -> None:
         """Forgets a sandbox; unknown ids are fine."""
-        if self._records.pop(sandbox_id, None) is not None:
+        record = self._records.pop(sandbox_id, None)
+        if record is not None:
             self._index.remove(sandbox_id)
-            self._publish(sandbox_id, EventKind.DELETED, {"state": SandboxState.GONE})
+            data = {"state": SandboxState.GONE, "parent_id": record.sandbox.parent_id}
+            self._publish(sandbox_id, EventKind.DELETED, data)
 
     def flush(self) -> None:
         """Writes what was kept in memory only (activity, execution state)."""

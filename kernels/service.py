@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from kernels.core import Core, utc_now
 from kernels.errors import (
+    KernelsError,
     LimitError,
     MachineFailedError,
     RequestError,
@@ -23,19 +24,25 @@ from kernels.errors import (
 from kernels.events import EventQueue
 from kernels.exec import OpenStream, SandboxCommands
 from kernels.files import SandboxFiles
+from kernels.forks import Forks
+from kernels.guest_calls import GuestCalls
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
 from kernels.launcher import new_key
 from kernels.models import Checkpoint, CreateSandbox, Kernelspec, Sandbox, SandboxState
 from kernels.naps import Naps
+from kernels.outcomes import Outcomes
 from kernels.recovery import find_again
 from kernels.settings import ServiceSettings
 from kernels.templates import Progress
 from kernels.time_line import TimeLine, timer_minutes
+from kernels.warm import new_sandbox_id
 from vm_runtime.drivers.base import Driver
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image
-from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.machine import MemoryUsage
+from vm_runtime.snapshots.errors import SnapshotError, SnapshotRequestError
+from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import MachineShape
 
@@ -69,13 +76,17 @@ class SandboxService:
             core.on_idle = time_line.on_idle
             core.on_request = naps.on_request
             core.on_machine_lost = naps.on_machine_lost
+            outcomes = Outcomes(self._settings.state_dir / "outcomes")
+            await asyncio.to_thread(outcomes.load)
+            forks = self._forks = Forks(core, outcomes)
+            core.on_call = GuestCalls(core, naps, time_line, forks).handler_for
             core.registry.load()
             await stack.enter_async_context(core.launcher.running())
             stack.push_async_callback(core.close_endpoints)
             stack.push_async_callback(self._stop)
             await find_again(core, naps)
             stack.push_async_callback(core.end_background)
-            for watch in (naps.watch(), time_line.watch()):
+            for watch in (naps.watch(), time_line.watch(), forks.watch()):
                 core.spawn(watch)
             stack.callback(core.bus.close)
             self._stack = stack.pop_all()
@@ -271,6 +282,46 @@ class SandboxService:
         """See `TimeLine.undo`."""
         return await self._time_line.undo(sandbox_id)
 
+    async def fork(
+        self, sandbox_id: str, *, count: int, name: str | None = None, same_random: bool = False, mid_cell: bool = False
+    ) -> Sequence[Sandbox | KernelsError]:
+        """See `Forks.fork`: one entry per child."""
+        self.touch(sandbox_id)
+        return await self._forks.fork(sandbox_id, count=count, name=name, same_random=same_random, mid_cell=mid_cell)
+
+    def tree(self, sandbox_id: str) -> Sequence[Sandbox]:
+        """See `Forks.tree`."""
+        return self._forks.tree(sandbox_id)
+
+    async def pause(self, sandbox_id: str) -> Sandbox:
+        """Stops the machine's CPUs; everything stays in memory. Errors: as `interrupt`."""
+        return await self._naps.pause(sandbox_id)
+
+    async def resume(self, sandbox_id: str) -> Sandbox:
+        """Lets a paused machine go on. Errors: as `interrupt`."""
+        return await self._naps.resume(sandbox_id)
+
+    async def snapshots(self, *, owner: str | None = None) -> Sequence[Manifest]:
+        """All snapshots in the store, oldest first."""
+        return await asyncio.to_thread(self._core.store.ls, owner=owner)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Errors: RequestError (unknown, or a sandbox needs it)."""
+        try:
+            await asyncio.to_thread(self._core.store.rm, snapshot_id)
+        except SnapshotRequestError as error:
+            raise RequestError(str(error)) from error
+
+    async def usage(self, sandbox_id: str) -> MemoryUsage:
+        """Resident memory of the sandbox's machine. Errors: as `interrupt`."""
+        return await asyncio.to_thread(self._core.running(sandbox_id).saved.machine.memory_usage)
+
+    def configure(self, sandbox_id: str, **changes: Any) -> Sandbox:
+        """Changes name, idle_timeout_s, max_lifetime_s or checkpoints. Errors: UnknownSandboxError, RequestError."""
+        if "checkpoints" in changes:
+            timer_minutes(changes["checkpoints"])
+        return self._core.registry.change(sandbox_id, **changes)
+
     @asynccontextmanager
     async def subscribe(self) -> AsyncIterator[EventQueue]:
         """A queue of all `SandboxEvent`s from now on."""
@@ -309,7 +360,7 @@ class SandboxService:
 
 def _checked_id(kernel_id: str | None) -> str:
     if kernel_id is None:
-        return str(uuid.uuid4())
+        return new_sandbox_id()
     try:
         return str(uuid.UUID(kernel_id))
     except ValueError as error:

@@ -6,12 +6,18 @@ Knows nothing of sandboxes or of HTTP.
 from __future__ import annotations
 
 import secrets
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from kernels.session import Greeting, GuestEvent, GuestSession
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.saving.machine import SavedMachine
+
+
+def new_sandbox_id() -> str:
+    """An id that no sandbox has had: a UUID, since it is the Jupyter kernel's id."""
+    return str(uuid.uuid4())
 
 
 def new_place(state_dir: Path, run_dir: Path) -> MachinePlace:

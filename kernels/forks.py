@@ -1,0 +1,258 @@
+"""Forks: a running sandbox becomes many, and the family tree.
+
+A fork is one snapshot of the parent and a restore for each child; the parent stands still only for the capture. What
+children must not share (identity, keys, random numbers, connections) is renewed by their own greeting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Any
+
+from kernels.core import Core, utc_now
+from kernels.errors import KernelsError, LimitError, MachineFailedError, SandboxStateError
+from kernels.index import SandboxRecord
+from kernels.launcher import new_key
+from kernels.models import EventKind, Sandbox, SandboxState
+from kernels.outcomes import Outcome, Outcomes
+from kernels.session import Greeting
+from kernels.warm import WarmMachine, new_place, new_sandbox_id
+from vm_runtime.errors import VmRuntimeError
+from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.saving.values import Then
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.spec import MachineShape
+
+log = logging.getLogger(__name__)
+
+# A fork from outside happens between cells; a cell that takes longer than this is not waited for.
+IDLE_WAIT_S = 30.0
+
+
+class Forks:
+    """Forks of one service's sandboxes. `outcomes`: how their children ended. Run `watch()` as a task."""
+
+    def __init__(self, core: Core, outcomes: Outcomes) -> None:
+        self._core = core
+        self.outcomes = outcomes
+
+    def tree(self, sandbox_id: str) -> list[Sandbox]:
+        """The whole family of a sandbox that is still there, root first, parents before children. UnknownSandboxError."""
+        everyone = {record.sandbox.id: record.sandbox for record in self._core.registry.records()}
+        root = self._core.get(sandbox_id)
+        while root.parent_id in everyone:
+            root = everyone[root.parent_id]
+        family, found = [root], {root.id}
+        for sandbox in everyone.values():  # oldest first: parents come before their children
+            if sandbox.parent_id in found:
+                family.append(sandbox)
+                found.add(sandbox.id)
+        return family
+
+    def is_descendant(self, sandbox_id: str, ancestor_id: str) -> bool:
+        """Whether `sandbox_id` came from `ancestor_id` by forks. Unknown ids are no one's descendants."""
+        while sandbox_id in self._core.registry:
+            parent_id = self._core.get(sandbox_id).parent_id
+            if parent_id is None:
+                return False
+            if parent_id == ancestor_id:
+                return True
+            sandbox_id = parent_id
+        return False
+
+    async def fork(
+        self,
+        sandbox_id: str,
+        *,
+        count: int,
+        name: str | None = None,
+        same_random: bool = False,
+        mid_cell: bool = False,
+        call_id: str | None = None,
+    ) -> list[Sandbox | KernelsError]:
+        """`count` children in the sandbox's state; for each that failed its error. A sleeping sandbox stays asleep.
+
+        mid_cell: do not wait for the running cell's end. call_id: of `sandbox.fork()` inside, which then returns in each
+        child, too. Errors: UnknownSandboxError, LimitError and CapacityError (before the first child is made),
+        SandboxStateError, MachineFailedError (no snapshot could be taken; the parent goes on).
+        """
+        core = self._core
+        parent = core.registry.record(sandbox_id)
+        self._check_limits(parent, count)
+        if not mid_cell:
+            await self._wait_idle(sandbox_id)
+        children = [self._child_record(parent, index, name) for index in range(count)]
+        for child in children:
+            core.registry.add(child)
+        try:
+            async with core.lock(sandbox_id):
+                snapshot, machines = await self._split(sandbox_id, len(children))
+        except BaseException as error:
+            for child in children:
+                await core.forget(child.sandbox.id)
+            if isinstance(error, SnapshotError | VmRuntimeError):
+                raise MachineFailedError(f"The sandbox could not be forked and runs on: {error}") from error
+            raise
+        return await asyncio.gather(
+            *(
+                self._bring_up(child, snapshot, machine, same_random=same_random, call_id=call_id)
+                for child, machine in zip(children, machines, strict=True)
+            )
+        )
+
+    def _check_limits(self, parent: SandboxRecord, count: int) -> None:
+        core, settings = self._core, self._core.settings
+        if count < 1:
+            raise LimitError(f"A fork makes 1 child or more, not {count}.")
+        alive = sum(record.sandbox.parent_id == parent.sandbox.id for record in core.registry.records())
+        if alive + count > settings.max_children:
+            raise LimitError(
+                f"A sandbox has at most {settings.max_children} children at a time (max_children); this one has {alive} "
+                f"and {count} more were asked for."
+            )
+        if parent.depth + 1 > settings.max_depth:
+            raise LimitError(f"Forks of forks go at most {settings.max_depth} deep (max_depth).")
+        sandbox = parent.sandbox
+        shape = MachineShape(memory_mib=sandbox.memory_mib, vcpus=sandbox.vcpus, disk_mib=sandbox.disk_mib)
+        core.capacity.admit(len(core.registry), shape, count=count)
+
+    async def _wait_idle(self, sandbox_id: str) -> None:
+        core = self._core
+        try:
+            async with asyncio.timeout(IDLE_WAIT_S), core.bus.subscribe() as events:
+                if core.get(sandbox_id).execution_state != "busy":
+                    return
+                async for event in events:
+                    if event.sandbox_id == sandbox_id and core.get(sandbox_id).execution_state != "busy":
+                        return
+        except TimeoutError as error:
+            raise SandboxStateError(
+                sandbox_id, found=f"busy for {IDLE_WAIT_S:.0f} s", wanted="idle (or ask for a fork in mid cell)"
+            ) from error
+
+    def _child_record(self, parent: SandboxRecord, index: int, name: str | None) -> SandboxRecord:
+        now = utc_now()
+        sandbox = replace(
+            parent.sandbox,
+            id=new_sandbox_id(),
+            state=SandboxState.CREATING,
+            parent_id=parent.sandbox.id,
+            index=index,
+            name=name if name is not None else parent.sandbox.name,
+            created_at=now,
+            last_activity=now,
+            execution_state="starting",
+            reason=None,
+            snapshot_id=None,
+            notebook=None,
+            released=False,
+        )
+        return parent.model_copy(
+            update={"sandbox": sandbox, "machine_id": "", "key": new_key(), "marker": "", "depth": parent.depth + 1}
+        )
+
+    async def _split(self, sandbox_id: str, count: int) -> tuple[Manifest, list[SavedMachine | Exception]]:
+        """The snapshot and a machine for each child. The parent's lock is held."""
+        core = self._core
+        places = [new_place(core.settings.state_dir, core.settings.run_dir) for _ in range(count)]
+        saver = core.launcher.saver
+        if core.get(sandbox_id).state is SandboxState.ASLEEP:
+            snapshot = await asyncio.to_thread(core.store.get, core.get(sandbox_id).snapshot_id or "")
+            machines = await asyncio.gather(
+                *(saver.restore(snapshot, place=place) for place in places), return_exceptions=True
+            )
+            return snapshot, [_no_cancel(machine) for machine in machines]
+        live = core.running(sandbox_id)
+        with core.launcher.pool.demand():
+            forked = await saver.fork(live.saved, core.description(sandbox_id, name=None), places=places)
+        await core.keep(sandbox_id, forked.taken.manifest)
+        return forked.taken.manifest, list(forked.children)
+
+    async def _bring_up(
+        self,
+        child: SandboxRecord,
+        snapshot: Manifest,
+        machine: SavedMachine | Exception,
+        *,
+        same_random: bool,
+        call_id: str | None,
+    ) -> Sandbox | KernelsError:
+        core = self._core
+        sandbox = child.sandbox
+        me = {"index": sandbox.index, "id": sandbox.id, "parent_id": sandbox.parent_id}
+        extra: dict[str, Any] = {"calls": {call_id: {"result": {"child": me}}}} if call_id is not None else {}
+        try:
+            if isinstance(machine, Exception):
+                raise machine
+            greeting = Greeting(
+                marker=snapshot.wire_marker, identity=core.identity(child), key=child.key, restored=True,
+                keep_random=same_random, extra=extra,
+            )  # fmt: skip
+            warm = await WarmMachine.greet(machine, greeting)
+            async with core.lock(sandbox.id):
+                await core.go_live(sandbox.id, warm, configure=False)
+                await core.keep(sandbox.id, snapshot)
+            return core.get(sandbox.id)
+        except (KernelsError, VmRuntimeError, SnapshotError) as error:
+            await core.forget(sandbox.id)
+            return error if isinstance(error, KernelsError) else MachineFailedError(str(error))
+
+    async def become(self, parent_id: str, child_id: str) -> Sandbox:
+        """The parent goes on in the state of its child, which waits in an offer; the child's sandbox is then gone.
+
+        Errors: SandboxStateError (no such offer), MachineFailedError.
+        """
+        core = self._core
+        offer = self.outcomes.get(child_id)
+        if offer is None or offer.state != "offered" or offer.parent_id != parent_id:
+            raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
+        async with core.lock(parent_id), core.lock(child_id):
+            description = replace(core.description(child_id, name=None), sandbox_id=parent_id)
+            snapshot = (await core.running(child_id).saved.take(description, then=Then.STOP)).manifest
+            await core.keep(parent_id, snapshot)
+            await core.take_down(parent_id)
+            core.registry.update(parent_id, machine_id="")
+            core.registry.move(parent_id, SandboxState.ASLEEP)
+            extra = {"calls": {offer.call_id: {"result": {"became": parent_id}}}}
+            await core.restore(parent_id, snapshot, keep_random=True, extra=extra)
+            await core.forget(child_id)
+        await self.outcomes.forget(child_id=child_id)
+        return core.get(parent_id)
+
+    async def watch(self) -> None:
+        """Records children that end without a word as crashed, and drops the outcomes of parents that are gone."""
+        core = self._core
+        async with core.bus.subscribe() as events:
+            async for event in events:
+                failed = event.kind is EventKind.STATE and event.data.get("state") == SandboxState.FAILED
+                if failed or event.kind is EventKind.KERNEL_DEAD:
+                    if event.sandbox_id in core.registry:
+                        sandbox = core.get(event.sandbox_id)
+                        await self._crashed(sandbox, str(event.data.get("reason") or "The kernel died."))
+                elif event.kind is EventKind.EXECUTION_STATE:
+                    await self.outcomes.poke()
+                elif event.kind is EventKind.DELETED:
+                    parent_id = event.data.get("parent_id")
+                    if isinstance(parent_id, str):
+                        await self.outcomes.record(
+                            Outcome(
+                                child_id=event.sandbox_id, parent_id=parent_id, state="crashed",
+                                message="The child was deleted before it ended.",
+                            )
+                        )  # fmt: skip
+                    await self.outcomes.forget(parent_id=event.sandbox_id)
+
+    async def _crashed(self, sandbox: Sandbox, message: str) -> None:
+        if sandbox.parent_id is not None:
+            await self.outcomes.record(
+                Outcome(child_id=sandbox.id, parent_id=sandbox.parent_id, state="crashed", message=message[:4000])
+            )
+
+
+def _no_cancel(machine: SavedMachine | BaseException) -> SavedMachine | Exception:
+    if isinstance(machine, BaseException) and not isinstance(machine, Exception):
+        raise machine
+    return machine

@@ -1,0 +1,291 @@
+"""The host's side of what a sandbox asks from inside (docs/sandbox_calls.md): one function per op, in a table.
+
+A guest is hostile: it may ask about itself and its descendants only, values are bounded and never looked into. An op
+that ends the machine which asked is run in the background, since the asking stream ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from kernels.core import Core
+from kernels.errors import KernelsError, RequestError, UnknownSandboxError
+from kernels.forks import Forks
+from kernels.models import Checkpoint, Sandbox
+from kernels.naps import Naps
+from kernels.outcomes import MAX_VALUE_BYTES, Outcome
+from kernels.session import CallHandler
+from kernels.time_line import TimeLine
+from vm_runtime.wire.errors import OpenRejectedError
+from vm_runtime.wire.stream import Incoming, Stream
+
+# A wait that the guest gives no limit for still ends: nobody waits for a child longer than a week.
+MAX_WAIT_S = 7 * 86400.0
+# A guest's text for itself or others (names, targets): what a person would type.
+MAX_TEXT_CHARACTERS = 200
+
+_SANDBOX = TypeAdapter(Sandbox)
+_CHECKPOINT = TypeAdapter(Checkpoint)
+
+_CODES: dict[type[KernelsError], str] = {UnknownSandboxError: "unknown_sandbox", RequestError: "refused"}
+
+
+class GuestCalls:
+    """Gives each sandbox the handler of its calls."""
+
+    def __init__(self, core: Core, naps: Naps, time_line: TimeLine, forks: Forks) -> None:
+        self._core = core
+        self._naps = naps
+        self._time_line = time_line
+        self._forks = forks
+        self._ops: dict[str, Callable[[str, Incoming], Awaitable[None]]] = {
+            "info": self._info,
+            "tree": self._tree,
+            "fork": self._fork,
+            "exit": self._exit,
+            "offer": self._offer,
+            "result": self._result,
+            "wait": self._wait,
+            "become": self._become,
+            "kill": self._kill,
+            "snapshot": self._snapshot,
+            "checkpoints": self._checkpoints,
+            "restore": self._restore,
+            "goto": self._goto,
+            "undo": self._undo,
+            "sleep": self._sleep,
+        }
+
+    def handler_for(self, sandbox_id: str) -> CallHandler:
+        """Serves the calls of one sandbox."""
+
+        async def handle(incoming: Incoming) -> None:
+            op = self._ops.get(str(incoming.params.get("op")))
+            if op is None:
+                raise OpenRejectedError("unknown_op", "This host does not know that op; its version may be older.")
+            try:
+                await op(sandbox_id, incoming)
+            except KernelsError as error:
+                code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "failed")
+                raise OpenRejectedError(code, str(error)) from error
+
+        return handle
+
+    # About itself and its family
+
+    async def _info(self, me: str, incoming: Incoming) -> None:
+        await incoming.answer(_json(self._core.get(me)))
+
+    async def _tree(self, me: str, incoming: Incoming) -> None:
+        nodes = self._forks.tree(me)
+        await incoming.answer({"root": nodes[0].id, "nodes": [_brief(node) for node in nodes]})
+
+    async def _kill(self, me: str, incoming: Incoming) -> None:
+        target = self._descendant(me, _text(incoming, "id"))
+        async with self._core.lock(target):
+            await self._core.forget(target)
+        await incoming.answer()
+
+    # Forks
+
+    async def _fork(self, me: str, incoming: Incoming) -> None:
+        children = await self._forks.fork(
+            me,
+            count=_integer(incoming, "n"),
+            name=_text(incoming, "name", None),
+            same_random=incoming.params.get("same_random") is True,
+            mid_cell=True,
+            call_id=_text(incoming, "call_id"),
+        )
+        await incoming.answer({"children": [_child(child, index) for index, child in enumerate(children)]})
+
+    async def _exit(self, me: str, incoming: Incoming) -> None:
+        value = await _value(await incoming.accept())
+        await self._record(me, incoming, "exited", value)
+        self._core.spawn(self._end(me))
+
+    async def _offer(self, me: str, incoming: Incoming) -> None:
+        stream = await incoming.accept()
+        await self._record(me, incoming, "offered", await _value(stream))
+        # Answered by the greeting of the machine that takes the state over, or never.
+        await asyncio.get_running_loop().create_future()
+
+    async def _record(self, me: str, incoming: Incoming, state: Any, value: bytes) -> None:
+        parent_id = self._core.get(me).parent_id
+        if parent_id is not None:
+            await self._forks.outcomes.record(
+                Outcome(
+                    child_id=me, parent_id=parent_id, state=state, status=_text(incoming, "status", "ok") or "ok",
+                    call_id=_text(incoming, "call_id"),
+                ),
+                value,
+            )  # fmt: skip
+
+    async def _end(self, sandbox_id: str) -> None:
+        async with self._core.lock(sandbox_id):
+            await self._core.forget(sandbox_id)
+
+    async def _result(self, me: str, incoming: Incoming) -> None:
+        child_id = _text(incoming, "id")
+        outcome = self._outcome_of(me, child_id)
+        if outcome is None:
+            self._descendant(me, child_id)
+            outcome = await self._wait_for(me, [child_id], _timeout(incoming))
+        if outcome is None:
+            running = child_id in self._core.registry and self._core.get(child_id).execution_state == "busy"
+            await incoming.answer({"state": "running" if running else "idle"})
+            return
+        value = await asyncio.to_thread(self._forks.outcomes.value, child_id)
+        stream = await incoming.accept({"state": outcome.state, "status": outcome.status, "message": outcome.message})
+        await stream.write(value)
+        stream.end()
+
+    async def _wait(self, me: str, incoming: Incoming) -> None:
+        ids = incoming.params.get("ids")
+        if ids is None:
+            ids = [record.sandbox.id for record in self._core.registry.records() if record.sandbox.parent_id == me]
+        if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
+            raise RequestError("ids must be a list of children's ids.")
+        for child_id in ids:
+            if self._outcome_of(me, child_id) is None:
+                self._descendant(me, child_id)
+        outcome = await self._wait_for(me, ids, _timeout(incoming))
+        if outcome is not None:
+            await incoming.answer({"id": outcome.child_id})
+            return
+        idle = [each for each in ids if each in self._core.registry and self._core.get(each).execution_state != "busy"]
+        await incoming.answer({"id": idle[0] if idle else None})
+
+    async def _wait_for(self, me: str, ids: list[str], timeout_s: float | None) -> Outcome | None:
+        """The first outcome; None when the time is over or one of them is idle: its cell ended without a word."""
+
+        def idle() -> bool:
+            registry = self._core.registry
+            return any(each in registry and self._core.get(each).execution_state == "idle" for each in ids)
+
+        return await self._forks.outcomes.wait(ids, timeout_s=timeout_s, give_up=idle)
+
+    def _outcome_of(self, me: str, child_id: str) -> Outcome | None:
+        outcome = self._forks.outcomes.get(child_id)
+        return outcome if outcome is not None and outcome.parent_id == me else None
+
+    async def _become(self, me: str, incoming: Incoming) -> None:
+        child_id = self._descendant(me, _text(incoming, "id"))
+        await _away(self._core, self._forks.become(me, child_id))
+
+    # Its own states
+
+    async def _checkpoints(self, me: str, incoming: Incoming) -> None:
+        checkpoints = await asyncio.to_thread(self._time_line.checkpoints, me)
+        # As many of the newest as fit into an answer (32 KiB).
+        await incoming.answer(
+            {"checkpoints": [_CHECKPOINT.dump_python(each, mode="json") for each in checkpoints[-100:]]}
+        )
+
+    async def _snapshot(self, me: str, incoming: Incoming) -> None:
+        checkpoint = await self._time_line.checkpoint(me, name=_text(incoming, "name"))
+        await incoming.answer(_CHECKPOINT.dump_python(checkpoint, mode="json"))
+
+    async def _restore(self, me: str, incoming: Incoming) -> None:
+        reply_to = _reply_to(incoming)
+        await _away(self._core, self._time_line.goto(me, _text(incoming, "name"), reply_to=reply_to))
+
+    async def _goto(self, me: str, incoming: Incoming) -> None:
+        reply_to = _reply_to(incoming)
+        await _away(self._core, self._time_line.goto(me, _text(incoming, "target"), reply_to=reply_to))
+
+    async def _undo(self, me: str, incoming: Incoming) -> None:
+        await _away(self._core, self._time_line.undo(me, reply_to=_reply_to(incoming)))
+
+    async def _sleep(self, me: str, incoming: Incoming) -> None:
+        await _away(self._core, self._naps.sleep(me))
+
+    def _descendant(self, me: str, target: str) -> str:
+        """The id of a descendant from its id or the beginning of it. Errors: UnknownSandboxError."""
+        known = [record.sandbox.id for record in self._core.registry.records()]
+        found = [each for each in known if len(target) >= 4 and each.startswith(target)]
+        if len(found) == 1 and self._forks.is_descendant(found[0], me):
+            return found[0]
+        raise UnknownSandboxError(target)
+
+
+async def _away(core: Core, work: Awaitable[object]) -> None:
+    """Runs what ends the asking machine. The caller's stream ends with it; what fails before that is raised."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run() -> None:
+        try:
+            await work
+        except KernelsError as error:
+            if done.cancelled():
+                raise
+            done.set_exception(error)
+        else:
+            if not done.done():
+                done.set_result(None)
+
+    core.spawn(run())
+    await done
+
+
+async def _value(stream: Stream) -> bytes:
+    value = bytearray()
+    while data := await stream.read():
+        value += data
+        if len(value) > MAX_VALUE_BYTES:
+            raise OpenRejectedError("too_large", f"A value has at most {MAX_VALUE_BYTES} bytes.")
+    return bytes(value)
+
+
+_REQUIRED: Any = object()
+
+
+def _text(incoming: Incoming, name: str, default: Any = _REQUIRED) -> Any:
+    value = incoming.params.get(name)
+    if value is None and default is not _REQUIRED:
+        return default
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT_CHARACTERS:
+        raise RequestError(f"{name} must be a text of 1 to {MAX_TEXT_CHARACTERS} characters.")
+    return value
+
+
+def _integer(incoming: Incoming, name: str) -> int:
+    value = incoming.params.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a whole number.")
+    return value
+
+
+def _timeout(incoming: Incoming) -> float:
+    value = incoming.params.get("timeout_s")
+    if value is None:
+        return MAX_WAIT_S
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+        raise RequestError("timeout_s must be a number of seconds, 0 or more.")
+    return min(float(value), MAX_WAIT_S)
+
+
+def _reply_to(incoming: Incoming) -> dict[str, Any] | None:
+    value = incoming.params.get("reply_to")
+    return value if isinstance(value, Mapping) and isinstance(value, dict) else None
+
+
+def _json(sandbox: Sandbox) -> dict[str, Any]:
+    value: dict[str, Any] = _SANDBOX.dump_python(sandbox, mode="json")
+    return value
+
+
+def _brief(sandbox: Sandbox) -> dict[str, Any]:
+    """What a tree shows; brief, since an answer has at most 32 KiB."""
+    whole = _json(sandbox)
+    return {name: whole[name] for name in ("id", "parent_id", "index", "name", "state", "execution_state")}
+
+
+def _child(child: Sandbox | KernelsError, index: int) -> dict[str, Any]:
+    if isinstance(child, KernelsError):
+        return {"index": index, "error": {"code": "failed", "message": str(child)}}
+    return {"id": child.id, "index": child.index, "name": child.name, "url": None}
