@@ -38,9 +38,8 @@ class Capacity:
         need = RESERVE_MIB + count * min(START_COST_MIB, shape.memory_mib)
         free = available_mib()
         if free < need:
-            raise CapacityError(
-                f"{free} MiB of memory are available, {count} new sandboxes need {need}. Try again later."
-            )
+            what = f"{free} MiB of memory are available, {count} new sandboxes need {need}"
+            raise CapacityError(f"{what}. Try again later.")
 
     def has_room_for_spare(self) -> bool:
         return available_mib() >= SPARE_RESERVE_MIB + START_COST_MIB

@@ -40,7 +40,7 @@ class Forks:
         self.outcomes = outcomes
 
     def tree(self, sandbox_id: str) -> list[Sandbox]:
-        """The whole family of a sandbox that is still there, root first, parents before children. UnknownSandboxError."""
+        """A sandbox's whole family as far as it is there, parents before children. Errors: UnknownSandboxError."""
         everyone = {record.sandbox.id: record.sandbox for record in self._core.registry.records()}
         root = self._core.get(sandbox_id)
         while root.parent_id in everyone:
@@ -75,8 +75,8 @@ class Forks:
     ) -> list[Sandbox | KernelsError]:
         """`count` children in the sandbox's state; for each that failed its error. A sleeping sandbox stays asleep.
 
-        mid_cell: do not wait for the running cell's end. call_id: of `sandbox.fork()` inside, which then returns in each
-        child, too. Errors: UnknownSandboxError, LimitError and CapacityError (before the first child is made),
+        mid_cell: do not wait for the running cell's end. call_id: of `sandbox.fork()` inside, which then returns in
+        each child, too. Errors: UnknownSandboxError, LimitError and CapacityError (before the first child is made),
         SandboxStateError, MachineFailedError (no snapshot could be taken; the parent goes on).
         """
         core = self._core
@@ -110,8 +110,8 @@ class Forks:
         alive = sum(record.sandbox.parent_id == parent.sandbox.id for record in core.registry.records())
         if alive + count > settings.max_children:
             raise LimitError(
-                f"A sandbox has at most {settings.max_children} children at a time (max_children); this one has {alive} "
-                f"and {count} more were asked for."
+                f"A sandbox has at most {settings.max_children} children at a time (max_children); this one has "
+                f"{alive} and {count} more were asked for."
             )
         if parent.depth + 1 > settings.max_depth:
             raise LimitError(f"Forks of forks go at most {settings.max_depth} deep (max_depth).")

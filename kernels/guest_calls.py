@@ -25,6 +25,8 @@ from vm_runtime.wire.stream import Incoming, Stream
 
 # A wait that the guest gives no limit for still ends: nobody waits for a child longer than a week.
 MAX_WAIT_S = 7 * 86400.0
+# As many of the newest as fit into an answer (32 KiB).
+MAX_LISTED_CHECKPOINTS = 100
 # A guest's text for itself or others (names, targets): what a person would type.
 MAX_TEXT_CHARACTERS = 200
 
@@ -181,10 +183,8 @@ class GuestCalls:
 
     async def _checkpoints(self, me: str, incoming: Incoming) -> None:
         checkpoints = await asyncio.to_thread(self._time_line.checkpoints, me)
-        # As many of the newest as fit into an answer (32 KiB).
-        await incoming.answer(
-            {"checkpoints": [_CHECKPOINT.dump_python(each, mode="json") for each in checkpoints[-100:]]}
-        )
+        newest = [_CHECKPOINT.dump_python(each, mode="json") for each in checkpoints[-MAX_LISTED_CHECKPOINTS:]]
+        await incoming.answer({"checkpoints": newest})
 
     async def _snapshot(self, me: str, incoming: Incoming) -> None:
         checkpoint = await self._time_line.checkpoint(me, name=_text(incoming, "name"))

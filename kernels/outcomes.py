@@ -20,8 +20,8 @@ MAX_MESSAGE_CHARACTERS = 4000
 
 
 class Outcome(BaseModel):
-    """How a child ended. state: `exited` with a status and a value, `crashed` with a message, or `offered`: it waits for
-    its parent to take over its state. call_id: of the offer."""
+    """How a child ended. state: `exited` with a status and a value, `crashed` with a message, or `offered`: it waits
+    for its parent to take over its state. call_id: of the offer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
