@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 from vm_runtime.guest.commands import Commands
 from vm_runtime.guest.files import Files
+from vm_runtime.guest.host_calls import HostCalls
 from vm_runtime.guest.keeper import KernelError, KernelKeeper, User
 from vm_runtime.guest.notices import Notices
 from vm_runtime.guest.paths import Paths
@@ -60,16 +62,19 @@ class Agent:
             files=Files(home=home, threads=self._threads),
             power_off=power_off,
         )
+        self._calls = HostCalls(settings.paths.host_calls)
         self._link: Link | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Agent:
         await self._keeper.__aenter__()
+        await self._calls.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._commands.__aexit__(*exc)
         self._threads.close()
+        await self._calls.__aexit__(*exc)
         await self._keeper.__aexit__(*exc)
 
     async def serve(self, carrier: Carrier) -> None:
@@ -96,6 +101,11 @@ class Agent:
                 await self._keeper.renew(key=hello.kernel_key, reseed=hello.restored, keep_random=hello.keep_random)
             except KernelError as error:
                 problems.append(str(error))
+        if (answer := _cell_answer(hello)) is not None:
+            try:
+                await self._keeper.answer(**answer)
+            except KernelError as error:
+                problems.append(str(error))
         self._notices.forget()
         return Welcome(
             agent_version=AGENT_VERSION,
@@ -106,11 +116,22 @@ class Agent:
     async def _on_session(self, link: Link) -> None:
         self._link = link
         link.on_open = self._handle
+        assert link.hello is not None
+        self._calls.begin_session(link, restored=link.hello.restored, answers=link.hello.extra.get("calls"))
         with contextlib.suppress(LinkClosedError, OpenRejectedError, StreamResetError):
             await self._notices.run(link)
 
     async def _handle(self, incoming: Incoming) -> None:
         await handle(self._guest, incoming)
+
+
+def _cell_answer(hello: Hello) -> dict[str, Any] | None:
+    """HELLO's `extra.answer`: what the cell that asked for a return to this state is told (docs/sandbox_calls.md)."""
+    match hello.extra.get("answer"):
+        case {"reply_to": {"idents": list(idents), "header": dict(header)}, "text": str(text)}:
+            return {"reply_to": {"idents": idents, "header": header}, "text": text}
+        case _:
+            return None
 
 
 def _tell_init() -> None:

@@ -42,7 +42,7 @@ exec busybox switch_root "$root" {" ".join(INIT_COMMAND[:-1])} "{INIT_COMMAND[-1
 """
 
 # The packages of vm_runtime that the guest needs, and what of `guest` is for the host alone.
-_PACKAGES = ("wire", "guest")
+_PACKAGES = ("wire", "guest", "guest/sandbox", "guest/sandbox/path")
 _HOST_ONLY = frozenset({"guest/archive.py"})
 
 

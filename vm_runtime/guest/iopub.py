@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
@@ -53,6 +54,7 @@ class LosslessIOPubThread(IOPubThread):
 
     def __init__(self, socket: zmq.Socket[bytes], *, session: Any) -> None:
         self.outbox = Outbox()
+        self.on_subscriber: Callable[[], None] = lambda: None
         self._retrying = False  # of the iopub thread only
         super().__init__(socket, pipe=True, session=session)
 
@@ -125,6 +127,8 @@ class LosslessIOPubThread(IOPubThread):
                 self._welcome(topic)
             if topic == b"" and frame[:1] in (b"\x00", b"\x01"):
                 self.outbox.set_listening(frame == b"\x01")
+                if frame == b"\x01":
+                    self.on_subscriber()
         self._run_round()
 
     def _welcome(self, topic: bytes) -> None:

@@ -161,6 +161,10 @@ class KernelKeeper:
             os.sync()
             return pid
 
+    async def answer(self, *, reply_to: Mapping[str, Any], text: str) -> None:
+        """Have the kernel answer a cell that another state of it was asked to run (docs/sandbox_calls.md)."""
+        await self._ask_kernel("answer", reply_to=reply_to, text=text)
+
     async def exercise(self) -> None:
         """Have an idle kernel answer typical requests, so that an emulator has translated them before a user comes."""
         await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code="")
@@ -343,6 +347,9 @@ class KernelKeeper:
             # The machine is the user's own: pip may install (into ~/.local) despite Debian's EXTERNALLY-MANAGED mark.
             "PIP_BREAK_SYSTEM_PACKAGES": "1",
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else debugpy warns about frozen modules in the first traceback
+            # So that scripts can `import sandbox` too, and find the agent.
+            "PYTHONPATH": str(self._paths.code / "vm_runtime/guest/sandbox/path"),
+            "HYPERCELL_RUN": str(self._paths.run),
             "CLICOLOR": "1",
             "PAGER": "cat",
             "GIT_PAGER": "cat",

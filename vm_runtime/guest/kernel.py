@@ -8,22 +8,30 @@ import gc
 import logging
 import os
 import random
+import secrets
 import socket
 import sys
+import tempfile
 import threading
 import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zmq
+from ipykernel import kernelapp
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.session import Session
 from traitlets.config import Config
+from zmq.eventloop.zmqstream import ZMQStream
 
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
+from vm_runtime.guest.replies import ReplyStream, answer_for
+from vm_runtime.guest.replies import prepare_socket as prepare_reply_socket
+from vm_runtime.guest.sandbox.notebook import load
 from vm_runtime.guest.side import TRACEBACK_CHARS_MAX, SideChannel
 from vm_runtime.guest.warm import warm_up
 
@@ -89,6 +97,21 @@ class HypercellKernelApp(IPKernelApp):
 
     iopub_thread: LosslessIOPubThread
 
+    def init_kernel(self) -> None:
+        for router in (self.shell_socket, self.control_socket):
+            prepare_reply_socket(router)
+        # ipykernel makes its streams in one method with much else; only the class of two of them is ours.
+        kernelapp.ZMQStream = _reply_stream  # type: ignore[attr-defined, assignment]  # it does not list what it imports
+        try:
+            super().init_kernel()
+        finally:
+            kernelapp.ZMQStream = ZMQStream  # type: ignore[attr-defined]
+        self.iopub_thread.on_subscriber = self._client_came
+
+    def _client_came(self) -> None:
+        for stream in (self.kernel.shell_stream, self.kernel.control_stream):
+            stream.retry_later()
+
     def init_iopub(self, context: zmq.Context[Any]) -> None:
         xpub = context.socket(zmq.XPUB)
         xpub.linger = 1000
@@ -98,6 +121,10 @@ class HypercellKernelApp(IPKernelApp):
         self.iopub_thread = LosslessIOPubThread(xpub, session=self.session)
         self.iopub_thread.start()
         self.iopub_socket = self.iopub_thread.background_socket
+
+
+def _reply_stream(socket: Any, io_loop: Any = None) -> ZMQStream:
+    return ReplyStream(socket, io_loop) if socket.type == zmq.ROUTER else ZMQStream(socket, io_loop)
 
 
 def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
@@ -126,6 +153,11 @@ def reseed(*, keep_random: bool = False) -> None:
         random.seed()
         if numpy_random := sys.modules.get("numpy.random"):
             numpy_random.seed()
+    # uuid1 of libuuid keeps its node and sequence where nobody can renew them; Python's own takes these.
+    uuid._generate_time_safe = None  # type: ignore[attr-defined]
+    uuid._last_timestamp = None  # type: ignore[attr-defined]
+    uuid._node = secrets.randbits(48) | 1 << 40  # type: ignore[attr-defined]  # marked as random (RFC 4122, 4.5)
+    tempfile._name_sequence = None  # type: ignore[attr-defined]
     if ssl := sys.modules.get("ssl"):
         ssl.RAND_add(os.urandom(SSL_SEED_BYTES), SSL_SEED_BYTES)
 
@@ -159,6 +191,7 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     for channel, port in CHANNEL_PORTS.items():
         setattr(app, f"{channel}_port", port)
     app.initialize([])
+    load(app.shell)
     return app
 
 
@@ -173,6 +206,8 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
             session.key = request["key"].encode()
             session.digest_history = set()
             app.iopub_thread.outbox.resign(session.sign)
+            for stream in (app.kernel.shell_stream, app.kernel.control_stream):
+                stream.resign(session.sign)
         if request["reseed"]:
             reseed(keep_random=request["keep_random"])
 
@@ -189,4 +224,7 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
         trim_memory()
         return {"error": error, "modules": [name for name in sys.modules if name not in inherited]}
 
-    return {"renew": renew, "configure": configure, "warm": warm}
+    def answer(request: dict[str, Any]) -> None:
+        answer_for(app, reply_to=request["reply_to"], text=request["text"])
+
+    return {"renew": renew, "configure": configure, "warm": warm, "answer": answer}

@@ -27,6 +27,11 @@ class Paths:
         """Holds the kernel's ZMQ sockets k-1..k-5 and its connection file."""
         return self.run / "kernel"
 
+    @property
+    def host_calls(self) -> Path:
+        """The socket through which any process in the guest calls the host."""
+        return self.run / "sandbox.sock"
+
     def kernel_socket(self, port: int) -> Path:
         return self.kernel_dir / f"k-{port}"
 
