@@ -111,6 +111,11 @@ class Machine(ABC):
         more. O(1). RUNNING or PAUSED; pause first to have it agree with a memory snapshot."""
 
     @abstractmethod
+    async def shorten_disk(self) -> None:
+        """Copy what all overlays have into the one being written, which then lies on the lowest file. Costs that data;
+        the guest runs on. RUNNING or PAUSED."""
+
+    @abstractmethod
     def memory_usage(self) -> MemoryUsage:
         """Resident memory of the VMM. Walks its page tables (up to some 10 ms): call it from a thread."""
 

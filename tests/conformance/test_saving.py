@@ -4,18 +4,28 @@ outside, by the VMM itself (QEMU's `qemu-io`)."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests.conformance.conftest import Bench, beat, read_word
+from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.drivers.qemu import pvh
 from vm_runtime.drivers.qemu.machine import QemuMachine
-from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.errors import MachineGoneError
+from vm_runtime.machine import Machine
+from vm_runtime.saving.flattening import LONG_CHAIN
+from vm_runtime.saving.forking import Children
+from vm_runtime.saving.machine import LONG_DISK_CHAIN, SavedMachine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.values import Description, Then
-from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.snapshots.errors import BrokenSnapshotError, StoreFullError
+from vm_runtime.snapshots.layers import MemoryImage
+from vm_runtime.snapshots.manifest import Manifest, PartKind
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.states import RunState
 
@@ -77,6 +87,20 @@ async def assert_disk(saved: SavedMachine, byte: int, offset: str) -> None:
     assert "verification failed" not in answer and "65536" in answer, answer
 
 
+@contextmanager
+def small_file_system(directory: Path) -> Iterator[None]:
+    """Put a file system without room over a directory."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k,mode=0700", "tmpfs", directory], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
 @pytest.fixture
 async def place(bench: Bench) -> AsyncIterator[Place]:
     store = SnapshotStore(bench.directory / "snapshots")
@@ -118,6 +142,231 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(place: P
     assert place.store.pins() == {}
     assert not place.bench.place("first").disk_dir.exists()
     assert not place.bench.place("first").run_dir.exists()
+
+
+async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Place) -> None:
+    parent = await place.restore(await place.template(), "first")
+    machines = [parent]
+    try:
+        await beat(qemu(parent))
+        await disk_io(parent, "write -P 0x11 1M 64k")
+        ran: list[str] = []
+
+        async def on_running(where: MachinePlace, machine: Machine) -> None:
+            ran.append(where.id)
+            assert machine.state is RunState.RUNNING
+
+        names = ("clone-1", "clone-2", "clone-3")
+        forked = await place.saver.fork(
+            parent, describe(), places=[place.bench.place(name) for name in names], on_running=on_running
+        )
+        assert sorted(ran) == list(names)
+        children = [child for child in forked.children if isinstance(child, SavedMachine)]
+        machines += children
+        assert len(children) == len(names)
+        await disk_io(parent, "write -P 0x22 1M 64k")
+        for child in children:
+            await beat(qemu(child))
+            await assert_disk(child, 0x11, "1M")
+            assert child.snapshot == forked.taken.manifest
+        # A child is a machine like any other: of the second generation, with a disk of its own.
+        await disk_io(children[0], "write -P 0x33 1M 64k")
+        again = await place.saver.fork(children[0], describe("s2"), places=[place.bench.place("second")])
+        (grandchild,) = again.children
+        assert isinstance(grandchild, SavedMachine)
+        machines.append(grandchild)
+        await assert_disk(grandchild, 0x33, "1M")
+        await assert_disk(children[1], 0x11, "1M")
+        await assert_disk(parent, 0x22, "1M")
+        assert again.taken.manifest.parents == (forked.taken.manifest.id,)
+        assert place.store.verify(again.taken.manifest.id) == []
+    finally:
+        await asyncio.gather(*(machine.kill() for machine in machines))
+    assert place.store.pins() == {}
+
+
+async def test_a_child_sees_what_was_written_to_the_disk_after_its_vmm_was_started(place: Place) -> None:
+    parent = await place.restore(await place.template(), "first")
+    child = None
+    try:
+        for first_write in ("write -P 0x10 0 64k", ""):
+            if first_write:
+                await disk_io(parent, first_write)
+
+            class Writing(Children):
+                async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
+                    await super().before_capture(ground)
+                    await disk_io(parent, "write -P 0x44 4M 64k")
+                    await disk_io(parent, "write -P 0x55 40M 64k")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("vm_runtime.saving.saver.Children", Writing)
+                forked = await place.saver.fork(parent, describe(), places=[place.bench.place("clone")])
+            (child,) = forked.children
+            assert isinstance(child, SavedMachine), child
+            await assert_disk(child, 0x44, "4M")
+            await assert_disk(child, 0x55, "40M")
+            await assert_disk(child, 0x10, "0")
+            await beat(qemu(child))
+            await child.kill()
+    finally:
+        await parent.kill()
+        if isinstance(child, SavedMachine):
+            await child.kill()
+
+
+async def test_one_failed_child_does_not_fail_its_siblings(place: Place) -> None:
+    parent = await place.restore(await place.template(), "first")
+    machines = [parent]
+    try:
+
+        async def refuse(where: MachinePlace, machine: Machine) -> None:
+            if where.id == "clone-1":
+                raise RuntimeError("not this one")
+
+        places = [place.bench.place("clone-1"), place.bench.place("clone-2")]
+        forked = await place.saver.fork(parent, describe(), places=places, on_running=refuse)
+        failed, child = forked.children
+        assert str(failed) == "not this one"
+        assert isinstance(child, SavedMachine)
+        machines.append(child)
+        assert not places[0].run_dir.exists()
+        assert not places[0].disk_dir.exists()
+    finally:
+        await asyncio.gather(*(machine.kill() for machine in machines))
+
+
+async def test_a_full_store_fails_the_snapshot_and_leaves_the_machine_running(place: Place) -> None:
+    """Real ENOSPC: the store lies on a file system of a few MB."""
+    machine = await place.restore(await place.template(), "first")
+    try:
+        await beat(qemu(machine))
+        await disk_io(machine, "write -P 0x11 1M 64k")
+        drafts = place.store.directory / "drafts"
+        with small_file_system(drafts):
+            for then in Then:
+                with pytest.raises(StoreFullError):
+                    await machine.take(describe(), then=then)
+                assert machine.machine.state is RunState.RUNNING
+            with pytest.raises(StoreFullError):
+                await place.saver.fork(machine, describe(), places=[place.bench.place("clone")])
+            assert list(drafts.iterdir()) == []
+        assert not place.bench.place("clone").disk_dir.exists()
+        before = qemu(machine).serial_tail().count(".")
+        await beat(qemu(machine), before + 1)
+        assert len(place.store.ls()) == 1
+        # Room again: nothing of what was not stored then is missing now.
+        taken = await machine.take(describe(), then=Then.STOP)
+        assert place.store.verify(taken.manifest.id) == []
+    finally:
+        await machine.kill()
+    woken = await place.restore(taken.manifest)
+    try:
+        await assert_disk(woken, 0x11, "1M")
+        await beat(qemu(woken))
+    finally:
+        await woken.kill()
+
+
+async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    await beat(qemu(machine))
+    await disk_io(machine, "write -P 0x11 1M 64k")
+    first = (await machine.take(describe(), then=Then.RESUME)).manifest
+    await disk_io(machine, "write -P 0x22 2M 64k")
+    await machine.detach()
+    await place.saver.close()
+
+    later = Saver(store=place.store, driver=place.bench.driver, image_files=lambda digest: place.bench.spec.image)
+    try:
+        adopted = await later.adopt(place.bench.place("first"))
+        assert adopted.snapshot == first
+        await beat(qemu(adopted))
+        taken = await adopted.take(describe(), then=Then.STOP)
+        assert taken.manifest.parents == (first.id,)
+        await adopted.kill()
+        woken = await later.restore(taken.manifest, place=place.bench.place("second"))
+        await assert_disk(woken, 0x11, "1M")
+        await assert_disk(woken, 0x22, "2M")
+        await woken.kill()
+        with pytest.raises(MachineGoneError):
+            await later.adopt(place.bench.place("first"))
+        assert place.store.pins() == {}
+    finally:
+        await later.close()
+
+
+async def test_long_chains_are_shortened_for_restores_and_for_the_running_machine(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    try:
+        for number in range(LONG_CHAIN):
+            await disk_io(machine, f"write -P {number + 1} {number}M 64k")
+            await beat(qemu(machine), qemu(machine).serial_tail().count(".") + 1)
+            taken = await machine.take(describe(), then=Then.RESUME)
+        await place.saver.settled()
+        flat = place.store.flattened(taken.manifest.id)
+        assert flat is not None
+        assert len(flat.memory.layers) == 1
+        assert len(flat.disks) < LONG_CHAIN // 2
+        assert place.store.verify(flat.id) == []
+        assert flat.id not in {manifest.id for manifest in place.store.ls()}
+        after = (await machine.take(describe(), then=Then.STOP)).manifest
+        assert len(after.memory.layers) <= 2
+        for manifest in (taken.manifest, after):
+            woken = await place.restore(manifest, "second")
+            for number in range(LONG_CHAIN):
+                await assert_disk(woken, number + 1, f"{number}M")
+            await beat(qemu(woken))
+            await woken.kill()
+        place.store.rm(taken.manifest.id)
+        assert place.store.flattened(taken.manifest.id) is None
+        assert place.store.verify(after.id) == []
+    finally:
+        await machine.kill()
+
+
+async def test_the_disk_chain_of_a_machine_that_runs_on_stays_short(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    try:
+        longest = 0
+        for number in range(LONG_DISK_CHAIN + 2):
+            await disk_io(machine, f"write -P {number + 1} {number}M 64k")
+            manifest = (await machine.take(describe(), then=Then.RESUME)).manifest
+            longest = max(longest, len(machine.machine.disk_chain))
+        assert longest <= LONG_DISK_CHAIN + 1
+        assert len(machine.machine.disk_chain) < LONG_DISK_CHAIN // 2
+        await place.saver.settled()
+        woken = await place.restore(manifest, "second")
+        for number in range(LONG_DISK_CHAIN + 2):
+            await assert_disk(machine, number + 1, f"{number}M")
+            await assert_disk(woken, number + 1, f"{number}M")
+        await woken.kill()
+    finally:
+        await machine.kill()
+
+
+async def test_a_family_base_is_mapped_itself_and_a_changed_one_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vm_runtime.saving.flattening.LARGE_LAYERS_BYTES", 1)
+    machine = await place.restore(await place.template(), "first")
+    await beat(qemu(machine))
+    manifest = (await machine.take(describe(), then=Then.STOP)).manifest
+    await machine.kill()
+    await place.saver.settled()
+    flat = place.store.flattened(manifest.id)
+    assert flat is not None
+    assert flat.memory.layers == ()
+    woken = await place.restore(manifest)
+    await beat(qemu(woken))
+    assert place.store.verify(flat.id) == []
+    await woken.kill()
+    with place.store.part_path(PartKind.BASE, flat.memory.base.digest).open("r+b") as base:
+        base.seek(pvh.COUNTER_ADDRESS)
+        base.write(b"????")
+    with pytest.raises(BrokenSnapshotError, match="changed"):
+        await place.restore(manifest)
+    assert place.store.verify(flat.id) != []
 
 
 async def test_sleep_and_wake_keep_the_state_and_the_chain_grows_only_with_the_disk(place: Place) -> None:

@@ -190,21 +190,22 @@ class Flattener:
 
 
 def rebased(ground: Ground, shortened: Shortened) -> Ground | None:
-    """The ground of a machine that lies on the shortened state or on snapshots over it; None if it does not."""
+    """The ground of a machine that lies on the shortened state or on snapshots over it; None if it does not.
+
+    Memory and disks each for themselves: one of them may have been replaced by an earlier shortening already.
+    """
     old, new = shortened.old, shortened.new
-    layers, count = ground.memory.layers, len(old.memory.layers)
-    disks, disk_count = ground.disks, len(old.disks)
-    if ground.memory.base != old.memory.base or layers[:count] != old.memory.layers:
-        return None
-    if disks[:disk_count] != old.disks:
-        return None
-    above = list(disks[disk_count:])
-    if above:
-        above[0] = above[0].model_copy(update={"backing": new.disks[-1].digest})
-    return Ground(
-        memory=new.memory.model_copy(update={"layers": (*new.memory.layers, *layers[count:])}),
-        disks=(*new.disks, *above),
-    )
+    memory, disks = ground.memory, ground.disks
+    count = len(old.memory.layers)
+    if memory.base == old.memory.base and memory.layers[:count] == old.memory.layers:
+        memory = new.memory.model_copy(update={"layers": (*new.memory.layers, *memory.layers[count:])})
+    if disks[: len(old.disks)] == old.disks:
+        above = list(disks[len(old.disks) :])
+        if above:
+            above[0] = above[0].model_copy(update={"backing": new.disks[-1].digest})
+        disks = (*new.disks, *above)
+    result = Ground(memory=memory, disks=disks)
+    return None if result == ground else result
 
 
 def _may_need(ground: Ground) -> bool:

@@ -1,8 +1,8 @@
 """A fork: one snapshot of a running machine and clones of it, at the same time.
 
 The children's VMMs are started, and what the parent's last snapshot has is written into them, while the parent still
-runs; when it has been captured, they are loaded from the captured pages in memory while the snapshot is being stored.
-A child is only handed out when that has succeeded. Knows no VMM.
+runs; when it has been captured, they are loaded from the captured pages in memory, and run. Then the snapshot is
+stored; a child is only handed out when that has succeeded. Knows no VMM.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from vm_runtime.drivers.base import MachinePlace, PreparedMachine
 from vm_runtime.machine import Machine, MemoryMapping
-from vm_runtime.saving.machine import Captured, SavedMachine
+from vm_runtime.saving.machine import Beside, Captured, SavedMachine
 from vm_runtime.saving.values import Taken
-from vm_runtime.snapshots.layers import Layer, MemoryImage
+from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.memory import BaseMemory
 from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
 
@@ -30,6 +30,10 @@ class Forked:
 
     taken: Taken
     children: tuple[SavedMachine | Exception, ...]
+
+
+# Called when the child at a place runs, while the snapshot is being stored: a greeting, say. Its error is the child's.
+OnRunning = Callable[[MachinePlace, Machine], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +61,18 @@ class Child:
         self._tracker: DirtyTracker | None = None
         self._machine: Machine | None = None
 
-    async def prepare(self, acquiring: Awaitable[BaseMemory], layers: Sequence[Layer], disks: tuple[Path, ...]) -> None:
+    async def prepare(
+        self, acquiring: Awaitable[BaseMemory], ground: Awaitable[MemoryImage], disks: tuple[Path, ...]
+    ) -> None:
         """Start the VMM and write what lies under the capture into it."""
         self._disks = disks
         try:
             self._base = await acquiring
-            self._prepared = await self._start(self._base, layers, disks)
+            self._prepared = await self._start(self._base, ground, disks)
         except Exception as error:
             self.error = error
 
-    async def load(self, captured: Captured, layers: Sequence[Layer], disks: tuple[Path, ...]) -> None:
+    async def load(self, captured: Captured, ground: Awaitable[MemoryImage], disks: tuple[Path, ...]) -> None:
         """Bring it to the captured state and let it run. disks: as they turned out to be, which is nearly always as
         they were expected to be; else its VMM is started anew."""
         if self.error is not None:
@@ -75,7 +81,7 @@ class Child:
         try:
             if disks != self._disks:
                 await self._prepared.discard()
-                self._prepared = await self._start(self._base, layers, disks)
+                self._prepared = await self._start(self._base, ground, disks)
             prepared = self._prepared
 
             def fill(mapping: MemoryMapping) -> None:
@@ -87,6 +93,14 @@ class Child:
             self._machine = await prepared.load(captured.device, fill=fill)
         except Exception as error:
             self.error = error
+
+    async def announce(self, on_running: OnRunning) -> None:
+        """Tell that it runs."""
+        if self._machine is not None and self.error is None:
+            try:
+                await on_running(self.place, self._machine)
+            except Exception as error:
+                self.error = error
 
     def take_over(self) -> LoadedChild | None:
         """Hand over what runs; None if it does not."""
@@ -104,13 +118,50 @@ class Child:
         if self._base is not None:
             self._base.close()
 
-    async def _start(self, base: BaseMemory, layers: Sequence[Layer], disks: Sequence[Path]) -> PreparedMachine:
+    async def _start(self, base: BaseMemory, ground: Awaitable[MemoryImage], disks: Sequence[Path]) -> PreparedMachine:
         prepared = await self._prepare(base, self.place, disks)
-        if layers:
-            image = MemoryImage(base, layers)
-            try:
+        try:
+            image = await ground
+            if image.layers:
                 await asyncio.to_thread(lambda: image.restore_into(prepared.pid, prepared.memory_mapping().address))
-            except BaseException:
-                await prepared.discard()
-                raise
+        except BaseException:
+            await prepared.discard()
+            raise
         return prepared
+
+
+class Children(Beside):
+    """The children of one fork, on their way beside the parent's snapshot."""
+
+    def __init__(
+        self,
+        parent: SavedMachine,
+        children: Sequence[Child],
+        *,
+        acquire_base: Callable[[], Awaitable[BaseMemory]],
+        on_running: OnRunning | None,
+    ) -> None:
+        self._parent = parent
+        self._children = children
+        self._acquire_base = acquire_base
+        self._on_running = on_running
+        self._disks: tuple[Path, ...] = ()
+        self._ground: Awaitable[MemoryImage] | None = None
+
+    async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
+        self._ground = ground
+        # A disk that was written already will be frozen at the pause, so the children may be started on it: they look
+        # at it again when they are loaded.
+        self._disks = await asyncio.to_thread(self._parent.unsaved_disks)
+        await asyncio.gather(*(child.prepare(self._acquire_base(), ground, self._disks) for child in self._children))
+
+    async def when_captured(self, captured: Captured) -> None:
+        assert self._ground is not None
+        disks = self._disks
+        if captured.frozen_disk is not None and captured.frozen_disk not in disks:
+            disks = (*disks, captured.frozen_disk)
+        await asyncio.gather(*(child.load(captured, self._ground, disks) for child in self._children))
+
+    async def while_stored(self) -> None:
+        if self._on_running is not None:
+            await asyncio.gather(*(child.announce(self._on_running) for child in self._children))

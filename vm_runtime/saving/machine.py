@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import logging
 import os
 import secrets
 import time
@@ -23,9 +24,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.errors import VmRuntimeError
 from vm_runtime.machine import Death, Machine
 from vm_runtime.saving.record import SavedRecord, remove_record
 from vm_runtime.saving.threads import open_draft, uncancelled
@@ -37,7 +39,13 @@ from vm_runtime.snapshots.store import Draft, SnapshotStore
 from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
 from vm_runtime.states import RunState
 
+_log = logging.getLogger(__name__)
+
 _PIN_PREFIX = "machine-"
+
+# Overlays that a running VMM may have open; each costs descriptors and a look-up per read. Then they are copied into
+# the one being written, so the next snapshot holds what all of them had once more.
+LONG_DISK_CHAIN = 24
 
 # Called while the machine is paused, after its state was captured: short, it lengthens the pause.
 BeforeResume = Callable[[], Awaitable[None]]
@@ -51,6 +59,20 @@ class Captured:
     pages: CapturedPages
     device: Path
     frozen_disk: Path | None
+
+
+class Beside:
+    """What a fork does while the snapshot is taken; each step does nothing here."""
+
+    async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
+        """Beside the preparation; the pause comes after both. ground: what the capture will lie on. It stays open, and
+        the machine's `ground` the same, until the last step has ended."""
+
+    async def when_captured(self, captured: Captured) -> None:
+        """The machine runs again; storing begins after this, so that it does not slow this down."""
+
+    async def while_stored(self) -> None:
+        """Beside the storing."""
 
 
 class Surroundings(Protocol):
@@ -116,33 +138,35 @@ class SavedMachine:
         *,
         then: Then,
         before_resume: BeforeResume | None = None,
-        before_capture: Callable[[], Awaitable[None]] | None = None,
-        on_captured: Callable[[Captured], Awaitable[None]] | None = None,
+        beside: Beside | None = None,
     ) -> Taken:
-        """As `take`, for forks; must not be cancelled. before_capture: runs beside the preparation, and the pause comes
-        after both; the ground does not change from then on. on_captured: runs beside the storing."""
+        """As `take`, for forks too; must not be cancelled. beside: what happens at the same time."""
+        beside = beside or Beside()
         async with self._lock:
             started = time.perf_counter()
             with self._surroundings.quiet():
                 tracker = await self._running_tracker()
                 async with open_draft(self._store) as draft:
-                    beside = [before_capture()] if before_capture is not None else []
-                    await asyncio.gather(asyncio.to_thread(tracker.prepare), *beside)
-                    captured, pause_ms = await self._capture(tracker, draft.path("device"), then, before_resume)
-                    with _kept_readable(captured) as kept:
-                        stored, *others = await asyncio.gather(
-                            asyncio.to_thread(self._publish, draft, captured, description),
-                            *([on_captured(kept)] if on_captured is not None else []),
-                            return_exceptions=True,
-                        )
-                    for outcome in (stored, *others):
-                        if isinstance(outcome, BaseException):
-                            raise outcome
-                    assert isinstance(stored, tuple)
-                    manifest, ground, layer_bytes = stored
+                    opening = asyncio.ensure_future(asyncio.to_thread(self._open_ground))
+                    try:
+                        await _all(asyncio.to_thread(tracker.prepare), beside.before_capture(opening), opening)
+                        captured, pause_ms = await self._capture(tracker, draft.path("device"), then, before_resume)
+                        with _kept_readable(captured) as kept:
+                            await beside.when_captured(kept)
+                            (manifest, ground, layer_bytes), _ = await _all(
+                                asyncio.to_thread(self._publish, draft, captured, opening.result(), description),
+                                beside.while_stored(),
+                            )
+                    finally:
+                        await _close_layers(opening)
                 tracker.commit()
                 self.snapshot, self.ground = manifest, ground
                 await asyncio.to_thread(self._settle)
+                if len(self.machine.disk_chain) > LONG_DISK_CHAIN and then is Then.RESUME:
+                    try:
+                        await self.machine.shorten_disk()
+                    except VmRuntimeError as error:  # the snapshot is complete, and the disk as it was
+                        _log.warning("Machine %s keeps a long chain of disks: %s", self.place.id, error)
             self._surroundings.published(self, stopped=then is Then.STOP)
             return Taken(
                 manifest=manifest,
@@ -158,7 +182,8 @@ class SavedMachine:
             yield
 
     async def rebase(self, ground: Ground, base: BaseMemory) -> None:
-        """Let the next snapshot lie on another form of the same state. Within `standing`. Takes the base over."""
+        """Let the next snapshot lie on another form of the same state, which the store keeps for this machine already.
+        Within `standing`. Takes the base over."""
         old, self._base, self.ground = self._base, base, ground
         old.close()
         await asyncio.to_thread(self._settle)
@@ -205,18 +230,9 @@ class SavedMachine:
         await machine.pause()
         try:
             # None of the three writes to guest memory, so they need not wait for each other.
-            results = await asyncio.gather(
-                machine.device_state(device),
-                self._freeze_disk(),
-                asyncio.to_thread(tracker.capture),
-                return_exceptions=True,
+            _, frozen_disk, pages = await _all(
+                machine.device_state(device), self._freeze_disk(), asyncio.to_thread(tracker.capture)
             )
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-            _, frozen_disk, pages = results
-            assert isinstance(pages, CapturedPages)
-            assert frozen_disk is None or isinstance(frozen_disk, Path)
             if before_resume is not None:
                 await before_resume()
         except BaseException:
@@ -233,8 +249,13 @@ class SavedMachine:
             return None
         return await self.machine.freeze_disk(self.place.disk_dir / f"disk-{secrets.token_hex(4)}.qcow2")
 
-    def _publish(self, draft: Draft, captured: Captured, description: Description) -> tuple[Manifest, Ground, int]:
-        memory, layer_bytes = self._store_layer(draft, captured.pages)
+    def _open_ground(self) -> MemoryImage:
+        return MemoryImage(self._base, self._store.open_layers(self.ground.memory))
+
+    def _publish(
+        self, draft: Draft, captured: Captured, under: MemoryImage, description: Description
+    ) -> tuple[Manifest, Ground, int]:
+        memory, layer_bytes = self._store_layer(draft, captured.pages, under)
         disks = self._store_disks(draft)
         _sync(captured.device)
         device = draft.add(PartKind.DEVICE, captured.device)
@@ -252,20 +273,15 @@ class SavedMachine:
         pin_machine(self._store, self.place, ground)
         return draft.publish(contents), ground, layer_bytes
 
-    def _store_layer(self, draft: Draft, pages: CapturedPages) -> tuple[MemoryParts, int]:
+    def _store_layer(self, draft: Draft, pages: CapturedPages, under: MemoryImage) -> tuple[MemoryParts, int]:
         memory = self.ground.memory
-        layers = self._store.open_layers(memory)
-        try:
-            path = draft.path("layer")
-            digest, layer_bytes = pages.write(path, under=MemoryImage(self._base, layers))
-            with contextlib.closing(Layer.open(path, size_bytes=memory.size_bytes)) as layer:
-                if not layer.data_runs and not layer.zero_runs:
-                    return memory, 0
-            part = draft.add(PartKind.LAYER, path, digest=digest)
-            return memory.model_copy(update={"layers": (*memory.layers, part)}), layer_bytes
-        finally:
-            for layer in layers:
-                layer.close()
+        path = draft.path("layer")
+        digest, layer_bytes = pages.write(path, under=under)
+        with contextlib.closing(Layer.open(path, size_bytes=memory.size_bytes)) as layer:
+            if not layer.data_runs and not layer.zero_runs:
+                return memory, 0
+        part = draft.add(PartKind.LAYER, path, digest=digest)
+        return memory.model_copy(update={"layers": (*memory.layers, part)}), layer_bytes
 
     def _store_disks(self, draft: Draft) -> tuple[DiskPart, ...]:
         disks = list(self.ground.disks)
@@ -296,7 +312,6 @@ class SavedMachine:
 
     def _settle(self) -> None:
         """Write down what lies under the machine now, and drop the names of disk files that the store has."""
-        pin_machine(self._store, self.place, self.ground)
         self.write_record()
         unstored = self._frozen_disks()
         for path in self.machine.disk_chain[:-1]:
@@ -313,12 +328,12 @@ class SavedMachine:
 
 def pin_machine(store: SnapshotStore, place: MachinePlace, ground: Ground) -> None:
     """Keep what lies under a machine in the store. Blocking."""
-    store.pin(_PIN_PREFIX + place.id, ground.pin)
+    store.pin(_PIN_PREFIX + place.id, ground.pin, durable=False)
 
 
 def pinned_machines(store: SnapshotStore) -> set[str]:
     """The ids of all machines that anything is kept for."""
-    return {user.removeprefix(_PIN_PREFIX) for user in store.pins() if user.startswith(_PIN_PREFIX)}
+    return {user.removeprefix(_PIN_PREFIX) for user in store.pin_users() if user.startswith(_PIN_PREFIX)}
 
 
 def unpin_machine(store: SnapshotStore, machine_id: str) -> None:
@@ -342,6 +357,22 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+async def _all(*work: Awaitable[Any]) -> list[Any]:
+    """The results of all, when the last has ended; the first error then."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+async def _close_layers(opening: asyncio.Future[MemoryImage]) -> None:
+    (image,) = await asyncio.gather(opening, return_exceptions=True)
+    if isinstance(image, MemoryImage):
+        for layer in image.layers:
+            layer.close()
 
 
 @contextmanager

@@ -26,10 +26,9 @@ from vm_runtime.errors import MachineGoneError, MachineStateError
 from vm_runtime.machine import Machine, MemoryMapping
 from vm_runtime.saving.bases import Bases
 from vm_runtime.saving.flattening import Flattener, Shortened, rebased
-from vm_runtime.saving.forking import Child, Forked
+from vm_runtime.saving.forking import Child, Children, Forked, OnRunning
 from vm_runtime.saving.machine import (
     BeforeResume,
-    Captured,
     SavedMachine,
     forget_machine,
     pin_machine,
@@ -115,13 +114,16 @@ class Saver:
         *,
         places: Sequence[MachinePlace],
         before_resume: BeforeResume | None = None,
+        on_running: OnRunning | None = None,
     ) -> Forked:
         """Take a snapshot of a running machine and restore it at every place, faster than one after the other.
 
-        One failed child does not fail the others. Raises what `SavedMachine.take` raises; there is no child then, and
-        the parent goes on. When cancelled it is finished first, and the children are ended.
+        on_running: called for each child as soon as all run, while the snapshot is still being stored; if that fails,
+        the machine it was called with is ended. One failed child does not fail the others.
+        Raises what `SavedMachine.take` raises; there is no child then, and the parent goes on. When cancelled it is
+        finished first, and the children are ended.
         """
-        forking = asyncio.ensure_future(self._fork(parent, description, places, before_resume))
+        forking = asyncio.ensure_future(self._fork(parent, description, places, before_resume, on_running))
         try:
             return await uncancelled(forking)
         except asyncio.CancelledError:
@@ -229,45 +231,26 @@ class Saver:
         description: Description,
         places: Sequence[MachinePlace],
         before_resume: BeforeResume | None,
+        on_running: OnRunning | None,
     ) -> Forked:
         # The image, shape and disks of the children's VMMs are the parent's, as they are under its lock.
         def prepare(base: BaseMemory, place: MachinePlace, disks: Sequence[Path]) -> Awaitable[PreparedMachine]:
             return self._prepare(parent.snapshot, parent.ground, base, place, disks=disks)
 
+        def acquire_base() -> Awaitable[BaseMemory]:
+            return self._bases.acquire(parent.ground.memory.base)
+
         children = [Child(place, prepare) for place in places]
-        layers: list[Layer] = []
-        kept_disks: tuple[Path, ...] = ()
-
-        async def before_capture() -> None:
-            nonlocal kept_disks
-            layers.extend(await asyncio.to_thread(self._store.open_layers, parent.ground.memory))
-            kept_disks = await asyncio.to_thread(parent.unsaved_disks)
-            base = parent.ground.memory.base
-            await asyncio.gather(*(child.prepare(self._bases.acquire(base), layers, kept_disks) for child in children))
-
-        async def on_captured(captured: Captured) -> None:
-            disks = kept_disks
-            if captured.frozen_disk is not None and captured.frozen_disk not in disks:
-                disks = (*disks, captured.frozen_disk)
-            await asyncio.gather(*(child.load(captured, layers, disks) for child in children))
-
+        beside = Children(parent, children, acquire_base=acquire_base, on_running=on_running)
         handed_out: set[Child] = set()
         try:
-            taken = await parent.take_with(
-                description,
-                then=Then.RESUME,
-                before_resume=before_resume,
-                before_capture=before_capture,
-                on_captured=on_captured,
-            )
+            taken = await parent.take_with(description, then=Then.RESUME, before_resume=before_resume, beside=beside)
             results = await asyncio.gather(*(self._hand_out(child, taken.manifest) for child in children))
             handed_out = {
                 child for child, result in zip(children, results, strict=True) if isinstance(result, SavedMachine)
             }
             return Forked(taken=taken, children=tuple(results))
         finally:
-            for layer in layers:
-                layer.close()
             await asyncio.gather(*(child.discard() for child in children if child not in handed_out))
 
     async def _hand_out(self, child: Child, manifest: Manifest) -> SavedMachine | Exception:

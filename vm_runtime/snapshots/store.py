@@ -217,9 +217,10 @@ class SnapshotStore:
 
     # Keeping and removing
 
-    def pin(self, user: str, pin: Pin) -> None:
+    def pin(self, user: str, pin: Pin, *, durable: bool = True) -> None:
         """Keep what a sandbox needs, until it is unpinned; replaces what this user had pinned. Survives restarts.
 
+        durable: it must survive a power loss too; a running machine does not, so its pin need not wait for the disk.
         Raises UnknownSnapshotError, SnapshotRequestError (not a name), StoreFullError.
         """
         if not _USER_NAME.match(user):
@@ -228,11 +229,16 @@ class SnapshotStore:
             for snapshot_id in pin.snapshots:
                 if not self.manifest_path(snapshot_id).exists():
                     raise UnknownSnapshotError(snapshot_id)
-            _write_synced(self.directory / "pins" / f"{user}.json", pin.model_dump_json().encode())
+            path = self.directory / "pins" / f"{user}.json"
+            _write_whole(path, pin.model_dump_json().encode(), synced=durable)
 
     def unpin(self, user: str) -> None:
         """Harmless if nothing is pinned."""
         (self.directory / "pins" / f"{user}.json").unlink(missing_ok=True)
+
+    def pin_users(self) -> set[str]:
+        """Who has pinned something, also where that cannot be read."""
+        return {path.stem for path in (self.directory / "pins").glob("*.json") if _USER_NAME.match(path.stem)}
 
     def pins(self) -> dict[str, Pin]:
         """Who needs what. Raises BrokenSnapshotError if a pin cannot be read: nothing may be removed then."""
@@ -361,7 +367,7 @@ class Draft:
     def add_bytes(self, kind: PartKind, content: bytes) -> Part:
         """Take a small part, such as device state, from memory."""
         path = self.path(f"{kind}-{len(self._staged)}")
-        _write_synced(path, content)
+        _write_whole(path, content)
         return self.add(kind, path)
 
     def publish(self, contents: SnapshotContents) -> Manifest:
@@ -377,7 +383,7 @@ class Draft:
         placed: list[tuple[PartKind, str, FileIdentity]] = []
         target = self._store.manifest_path(manifest.id)
         written = self.path("manifest.json")
-        _write_synced(written, manifest.to_json())
+        _write_whole(written, manifest.to_json())
         try:
             for (kind, digest), (path, before) in self._staged.items():
                 after = FileIdentity.of(kind, path.replace(self._store.part_path(kind, digest)))
@@ -407,16 +413,18 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
+def _write_whole(path: Path, content: bytes, *, synced: bool = True) -> None:
+    """Write a small file so that it is there whole or not at all; synced: also after a power loss."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
-        sync_directory(path.parent)
+        if synced:
+            sync_directory(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):

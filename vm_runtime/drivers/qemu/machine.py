@@ -44,6 +44,8 @@ _DRAIN_TIMEOUT_S = 0.5
 # Descriptor sets of overlays that are added to a running machine; the command line uses small numbers.
 _FIRST_OVERLAY_FDSET = 100
 _DEVICE_STATE_FDSET = 99
+_STREAM_JOB = "shorten"
+_ROOT_NODE = "rootfs"
 # The name of the descriptor from which a clone loads its device state.
 _DEVICE_FD_NAME = "device"
 
@@ -101,6 +103,8 @@ class QemuMachine(Machine):
         self._tasks: list[asyncio.Task[None]] = []
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._disk_lock = asyncio.Lock()
+        self._stream_ended = asyncio.Event()
+        self._stream_error: str | None = None
 
     # -- made and let go by the driver ----------------------------------------------------------------------------
 
@@ -220,16 +224,21 @@ class QemuMachine(Machine):
 
     async def device_state(self, path: Path) -> None:
         require(self._state, RunState.PAUSED)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # A memfd always has room: QEMU 7.2 leaks its descriptor when it cannot write.
+        fd = os.memfd_create("hypercell-device", os.MFD_CLOEXEC)
         try:
-            await self._execute("add-fd", {"fdset-id": _DEVICE_STATE_FDSET}, descriptors=(fd,))
-            # Works on every machine type although it is Xen's; live=false keeps the disks open for resume().
-            arguments = {"filename": f"/dev/fdset/{_DEVICE_STATE_FDSET}", "live": False}
-            await self._execute("xen-save-devices-state", arguments)
-            await self._execute("remove-fd", {"fdset-id": _DEVICE_STATE_FDSET})
-        except BaseException:
-            os.unlink(path)  # noqa: PTH108 - ruff takes the method for slow I/O in a coroutine
-            raise
+            write_only = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)  # as QEMU asks the set for it
+            try:
+                await self._execute("add-fd", {"fdset-id": _DEVICE_STATE_FDSET}, descriptors=(write_only,))
+            finally:
+                os.close(write_only)
+            try:
+                # Works on every machine type although it is Xen's; live=false keeps the disks open for resume().
+                arguments = {"filename": f"/dev/fdset/{_DEVICE_STATE_FDSET}", "live": False}
+                await self._execute("xen-save-devices-state", arguments)
+            finally:
+                await self._execute("remove-fd", {"fdset-id": _DEVICE_STATE_FDSET})
+            await asyncio.to_thread(_write_new, path, fd)
         finally:
             os.close(fd)
 
@@ -265,6 +274,29 @@ class QemuMachine(Machine):
             self._record = record.model_copy(update={"disk_chain": chain, "disk_node": node, "overlay": new_overlay})
             self._record.write(self.place.run_dir)
             return record.disk_chain[-1]
+
+    async def shorten_disk(self) -> None:
+        require(self._state, RunState.RUNNING, RunState.PAUSED)
+        async with self._disk_lock:
+            record = self._record
+            nodes = await self._execute("query-named-block-nodes", {"flat": True})
+            # The disk's lowest file and the root file system are the only raw ones; the latter is a device's own node.
+            (lowest,) = [n["node-name"] for n in nodes if n["drv"] == "raw" and n["node-name"] != _ROOT_NODE]
+            self._stream_ended = asyncio.Event()
+            arguments = {"job-id": _STREAM_JOB, "device": record.disk_node, "base-node": lowest}
+            await self._execute("block-stream", {**arguments, "auto-dismiss": True})
+            ended = asyncio.create_task(self._stream_ended.wait())
+            try:
+                await asyncio.wait([ended, self._watcher], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ended.cancel()
+            if not self._stream_ended.is_set():
+                raise MachineGoneError((await self.wait_dead()).reason)
+            if self._stream_error is not None:
+                raise MachineError(f"The disk of machine {self.id} could not be shortened: {self._stream_error}")
+            chain = (record.disk_chain[0], record.disk_chain[-1])
+            self._record = record.model_copy(update={"disk_chain": chain})
+            self._record.write(self.place.run_dir)
 
     async def load_state(self, device: Path) -> None:
         """Load the state of CPUs and devices into a VMM that waits for it; answers when it runs."""
@@ -345,6 +377,9 @@ class QemuMachine(Machine):
                 self._shutdown_reason = str(data.get("reason"))
             case "GUEST_PANICKED":
                 self._guest_panicked = True
+            case "BLOCK_JOB_COMPLETED" if data.get("device") == _STREAM_JOB:
+                self._stream_error = str(data["error"]) if "error" in data else None
+                self._stream_ended.set()
             case "RESUME" if self._state is not RunState.DEAD:
                 self.become(RunState.RUNNING)
             case "STOP" if self._state is RunState.RUNNING:
@@ -387,6 +422,16 @@ class QemuMachine(Machine):
             await asyncio.wait(self._tasks)
         if self._qmp is not None:
             await self._qmp.close()
+
+
+def _write_new(path: Path, source: int) -> None:
+    """Write what a descriptor leads to into a new file."""
+    with path.open("xb") as file:
+        try:
+            file.write(os.pread(source, os.fstat(source).st_size, 0))
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def remove_runtime_files(place: MachinePlace, cgroup: Cgroup) -> None:
