@@ -154,12 +154,12 @@ async def entries(box: Box, path: str, count: int) -> None:
 async def test_full_disk(box: Box) -> None:
     if box.home != "/home/user":
         pytest.skip("tests/unit/guest/test_files.py fills a disk of this host")
-    room = (await ask(box, "POST", "/exec", {"command": "df --output=avail -B1 . | tail -1"}))["stdout"]
-    await ask(box, "POST", "/exec", {"command": f"fallocate -l {int(room) - 4 * MIB} filler", "timeout_s": 300})
+    fill = "for s in 1G 100M 10M 1M 64K; do i=0; while fallocate -l $s fill-$s-$i; do i=$((i+1)); done; done"
+    await ask(box, "POST", "/exec", {"command": fill, "timeout_s": 300})
     full = await content(box, "PUT", "large", bytes(16 * MIB))
     assert (full.code, json.loads(full.body)["code"]) == (507, "disk_full")
     names = [entry["name"] for entry in (await ask(box, "GET", "/files"))["entries"]]
-    assert "filler" in names
+    assert "fill-1M-0" in names
     assert not [name for name in names if "large" in name]
 
 
