@@ -16,8 +16,8 @@ from tornado.routing import Rule
 from gateway.channels import ChannelsHandler
 from gateway.command_socket import AttachSocket, ExecSocket
 from gateway.endpoint import Call, Endpoint, EndpointHandler, NotFoundHandler, Operation, Reply
+from gateway.handlers import events, files, forks, kernels, kernelspecs, sandboxes, server, sessions, time_line
 from gateway.handlers import exec as commands
-from gateway.handlers import files, kernels, kernelspecs, sandboxes, server, sessions
 from gateway.openapi import openapi_document
 from gateway.sandbox_socket import WebSocketMatches
 from gateway.state import Gateway
@@ -39,7 +39,10 @@ def all_endpoints() -> tuple[Endpoint, ...]:
         *kernelspecs.ENDPOINTS,
         *kernels.ENDPOINTS,
         *sessions.ENDPOINTS,
+        *events.ENDPOINTS,
         *sandboxes.ENDPOINTS,
+        *forks.ENDPOINTS,
+        *time_line.ENDPOINTS,
         *commands.ENDPOINTS,
         *files.ENDPOINTS,
     )

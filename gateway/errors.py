@@ -21,8 +21,10 @@ from kernels.errors import (
     RequestError,
     SandboxExistsError,
     SandboxStateError,
+    SnapshotInUseError,
     TemplateError,
     UnknownSandboxError,
+    UnknownSnapshotError,
     UnknownTemplateError,
 )
 
@@ -78,6 +80,8 @@ _STATUS_OF_REFUSAL = {
 _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (UnknownSandboxError, 404, "sandbox_not_found"),
     (UnknownTemplateError, 404, "kernelspec_not_found"),
+    (UnknownSnapshotError, 404, "snapshot_not_found"),
+    (SnapshotInUseError, 409, "snapshot_in_use"),
     (SandboxExistsError, 409, "sandbox_exists"),
     (LimitError, 403, "limit_exceeded"),
     (SandboxStateError, 409, "wrong_state"),

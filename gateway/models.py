@@ -1,4 +1,5 @@
-"""Requests and answers of the HTTP API. The OpenAPI document is made from these, and they check what comes in.
+"""Requests and answers of Jupyter's API, and what all models share. The OpenAPI document is made from these, and they
+check what comes in. The sandbox API's own are in sandbox_models.py.
 
 Jupyter's own requests may carry fields that are not known here (its clients differ), ours may not.
 """
@@ -116,30 +117,6 @@ class CreateKernel(JupyterRequest):
         )
 
 
-class NewSandbox(SandboxRequest):
-    """POST /api/sandboxes. What is missing is as the template says."""
-
-    template: Name | None = None
-    name: Name | None = None
-    env: dict[EnvName, EnvValue] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
-    cwd: PathText | None = None
-    resources: Resources | None = None
-
-    _env = field_validator("env")(check_env)
-
-    def to_create(self, default_template: str) -> CreateSandbox:
-        resources = self.resources or Resources()
-        return CreateSandbox(
-            template=self.template or default_template,
-            name=self.name,
-            env=self.env,
-            cwd=self.cwd,
-            memory_mib=resources.memory_mib,
-            vcpus=resources.vcpus,
-            disk_mib=resources.disk_mib,
-        )
-
-
 class KernelAnswer(Answer):
     """Jupyter's kernel model. reason: why the kernel is dead, else null."""
 
@@ -161,59 +138,6 @@ class KernelAnswer(Answer):
             connections=connections,
             reason=sandbox.reason,
         )
-
-
-class SandboxAnswer(Answer):
-    """A sandbox; its id is the Jupyter kernel id."""
-
-    id: str
-    state: Literal["creating", "running", "paused", "asleep", "failed", "gone"]
-    driver: str
-    template: str
-    parent_id: str | None
-    name: str | None
-    owner: str
-    created_at: Timestamp
-    last_activity: Timestamp
-    execution_state: str
-    reason: str | None
-    memory_mib: int
-    vcpus: int
-    disk_mib: int
-
-    @classmethod
-    def of(cls, sandbox: Sandbox) -> SandboxAnswer:
-        return cls(
-            id=sandbox.id,
-            state=sandbox.state.value,
-            driver=sandbox.driver,
-            template=sandbox.template,
-            parent_id=sandbox.parent_id,
-            name=sandbox.name,
-            owner=sandbox.owner,
-            created_at=timestamp(sandbox.created_at),
-            last_activity=timestamp(sandbox.last_activity),
-            execution_state=sandbox.execution_state,
-            reason=sandbox.reason,
-            memory_mib=sandbox.memory_mib,
-            vcpus=sandbox.vcpus,
-            disk_mib=sandbox.disk_mib,
-        )
-
-
-class ConnectionAnswer(Answer):
-    """Jupyter's connection file of a kernel on this machine."""
-
-    transport: Literal["ipc"]
-    ip: str
-    shell_port: int
-    iopub_port: int
-    stdin_port: int
-    control_port: int
-    hb_port: int
-    key: str
-    signature_scheme: str
-    kernel_name: str
 
 
 class KernelspecAnswer(Answer):

@@ -70,6 +70,34 @@ class GatewaySettings(BaseSettings):
         60.0, gt=0, description="Window in which crashes of a kernel are counted, in seconds."
     )
 
+    idle_timeout_s: float = Field(
+        3600.0, ge=0, description="Sandboxes sleep after so many seconds without activity; 0 is never."
+    )
+    delete_means_sleep: bool = Field(
+        True,
+        description="When a Jupyter client deletes a notebook's kernel, keep it asleep for the next who opens that "
+        "notebook (the sandbox API's delete is always real).",
+    )
+    stop_means_sleep: bool = Field(
+        True, description="When the gateway is stopped, put all sandboxes to sleep instead of ending them."
+    )
+    stop_limit_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds that putting them to sleep may take; what is late then goes on from its last checkpoint.",
+    )
+    checkpoints: str = Field(
+        "cell",
+        pattern=r"^(off|cell|timer:[1-9][0-9]{0,5})$",
+        description="When checkpoints of a sandbox are taken by themselves: off, cell (after every one) or "
+        "timer:<minutes>.",
+    )
+    checkpoint_budget_mib: int = Field(
+        2048, ge=0, description="Disk that the checkpoints of one sandbox may take, in MiB; the oldest go first."
+    )
+    max_children: int = Field(64, ge=0, description="Most children by fork that one sandbox has at a time.")
+    max_depth: int = Field(1000, ge=0, description="Most generations of forks of forks.")
+
     # A browser tab opens one WebSocket per notebook; a hundred tabs on one kernel is someone's loop gone wrong.
     max_connections_per_kernel: int = Field(64, ge=1, description="Most WebSockets to one kernel.")
     # Each takes five descriptors here and four streams on the wire.
@@ -169,6 +197,14 @@ class GatewaySettings(BaseSettings):
             disk_mib=self.disk_mib,
             restart_limit=self.restart_limit,
             restart_window_s=self.restart_window_s,
+            idle_timeout_s=self.idle_timeout_s,
+            delete_means_sleep=self.delete_means_sleep,
+            stop_means_sleep=self.stop_means_sleep,
+            stop_limit_s=self.stop_limit_s,
+            checkpoints=self.checkpoints,
+            checkpoint_budget_mib=self.checkpoint_budget_mib,
+            max_children=self.max_children,
+            max_depth=self.max_depth,
             accelerator=self.accelerator,
         )
 

@@ -4,6 +4,8 @@ KernelsError
 +-- RequestError              the caller's: bad values
 |   +-- UnknownSandboxError       no sandbox has this id
 |   +-- UnknownTemplateError      no kernelspec has this name
+|   +-- UnknownSnapshotError      no snapshot or checkpoint is meant by this
+|   +-- SnapshotInUseError        a sandbox needs it
 |   +-- SandboxExistsError        the id asked for is taken
 |   +-- LimitError                more than the configured maximum
 |   +-- SandboxStateError         not possible in the state the sandbox is in
@@ -34,6 +36,14 @@ class UnknownSandboxError(RequestError):
 
 class UnknownTemplateError(RequestError):
     """No kernelspec has this name."""
+
+
+class UnknownSnapshotError(RequestError):
+    """No snapshot or checkpoint is meant by this id, name or cell number."""
+
+
+class SnapshotInUseError(RequestError):
+    """A sandbox needs this snapshot."""
 
 
 class SandboxExistsError(RequestError):

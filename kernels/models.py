@@ -116,6 +116,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Snapshot(Checkpoint):
+    """A snapshot in the store. sandbox_id: whose time line it is on, if it is on one."""
+
+    owner: str
+    sandbox_id: str | None
+    template: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernelspec:
     """A template as Jupyter shows it. `spec` is Jupyter's kernelspec (argv, display_name, language, metadata,
     interrupt_mode). `resource_dir` holds the logo files and nothing else."""

@@ -11,6 +11,7 @@ import logging
 from kernels.core import Core, utc_now
 from kernels.errors import KernelsError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
+from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
@@ -73,17 +74,32 @@ class Naps:
         return core.registry.change(sandbox_id, released=False)
 
     async def pause(self, sandbox_id: str) -> Sandbox:
-        """Errors: UnknownSandboxError, SandboxStateError, MachineFailedError."""
+        """Stops the CPUs of a machine; one that stands already stays so.
+
+        Errors: UnknownSandboxError, SandboxStateError, MachineFailedError.
+        """
         core = self._core
         async with core.lock(sandbox_id):
-            await core.running(sandbox_id).saved.machine.pause()
+            live = core.running(sandbox_id)
+            if core.get(sandbox_id).state is SandboxState.PAUSED:
+                return core.get(sandbox_id)
+            try:
+                await live.saved.machine.pause()
+            except VmRuntimeError as error:
+                raise MachineFailedError(f"The sandbox could not be paused: {error}") from error
             return core.registry.move(sandbox_id, SandboxState.PAUSED)
 
     async def resume(self, sandbox_id: str) -> Sandbox:
-        """Errors: as `pause`."""
+        """Lets the CPUs go on; a machine that runs already goes on. Errors: as `pause`."""
         core = self._core
         async with core.lock(sandbox_id):
-            await core.running(sandbox_id).saved.machine.resume()
+            live = core.running(sandbox_id)
+            if core.get(sandbox_id).state is SandboxState.RUNNING:
+                return core.get(sandbox_id)
+            try:
+                await live.saved.machine.resume()
+            except VmRuntimeError as error:
+                raise MachineFailedError(f"The sandbox could not be resumed: {error}") from error
             core.registry.touch(sandbox_id)
             return core.registry.move(sandbox_id, SandboxState.RUNNING)
 
@@ -134,16 +150,20 @@ class Naps:
         async with self._core.lock(sandbox_id):
             await self._core.forget(sandbox_id)
 
-    async def sleep_all(self, *, limit_s: float) -> list[str]:
+    async def sleep_all(self, *, limit_s: float, progress: Progress) -> list[str]:
         """Puts everything to sleep, several at a time; answers the ids of those that could not be in time."""
         gate = asyncio.Semaphore(PARALLEL_SLEEPS)
         left = [sandbox_id for sandbox_id in self._core.live]
+        total = len(left)
+        if left:
+            progress(f"Putting {total} sandboxes to sleep, for at most {limit_s:.0f} s.")
 
         async def one(sandbox_id: str) -> None:
             async with gate:
                 try:
                     await self.sleep(sandbox_id)
                     left.remove(sandbox_id)
+                    progress(f"Asleep: {total - len(left)} of {total}.")
                 except KernelsError as error:
                     log.warning("Sandbox %s could not be put to sleep: %s", sandbox_id, error)
 

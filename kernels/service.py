@@ -19,6 +19,8 @@ from kernels.errors import (
     MachineFailedError,
     RequestError,
     SandboxExistsError,
+    SnapshotInUseError,
+    UnknownSnapshotError,
     UnknownTemplateError,
 )
 from kernels.events import EventQueue
@@ -29,19 +31,20 @@ from kernels.guest_calls import GuestCalls
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
 from kernels.launcher import new_key
-from kernels.models import Checkpoint, CreateSandbox, Kernelspec, Sandbox, SandboxState
+from kernels.models import Checkpoint, CreateSandbox, Kernelspec, Sandbox, SandboxState, Snapshot
 from kernels.naps import Naps
 from kernels.outcomes import Outcomes
 from kernels.recovery import find_again
 from kernels.settings import ServiceSettings
 from kernels.templates import Progress
-from kernels.time_line import TimeLine, timer_minutes
+from kernels.time_line import TimeLine, snapshot_of, timer_minutes
 from kernels.warm import new_sandbox_id
 from vm_runtime.drivers.base import Driver
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image
 from vm_runtime.machine import MemoryUsage
-from vm_runtime.snapshots.errors import SnapshotError, SnapshotRequestError
+from vm_runtime.snapshots import errors as snapshot_errors
+from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import MachineShape
@@ -56,12 +59,13 @@ class SandboxService:
     """`async with SandboxService(settings, driver) as service:`. All methods belong to one event loop.
 
     On entry everything that an earlier gateway left is found again. On exit everything sleeps, or ends, as
-    `ServiceSettings.stop_means_sleep` says.
+    `ServiceSettings.stop_means_sleep` says; `say` is told how far that is.
     """
 
-    def __init__(self, settings: ServiceSettings, driver: Driver) -> None:
+    def __init__(self, settings: ServiceSettings, driver: Driver, *, say: Progress = log.info) -> None:
         self._settings = settings
         self._driver = driver
+        self._say = say
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -99,7 +103,7 @@ class SandboxService:
         """Everything sleeps, or what could not in time ends; then what is left of machines ends, too."""
         core = self._core
         if self._settings.stop_means_sleep:
-            for sandbox_id in await self._naps.sleep_all(limit_s=self._settings.stop_limit_s):
+            for sandbox_id in await self._naps.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._say):
                 log.warning("Sandbox %s could not sleep in time and is as of its last checkpoint.", sandbox_id)
                 await core.take_down(sandbox_id)
                 self._naps.on_machine_lost(sandbox_id, "The gateway stopped before it could be put to sleep.")
@@ -182,12 +186,19 @@ class SandboxService:
     async def _bring_up(self, sandbox_id: str, image: Image, shape: MachineShape, snapshot: str | None) -> None:
         core = self._core
         if snapshot is not None:
-            manifest = await asyncio.to_thread(lambda: core.store.get(core.store.resolve(snapshot)))
+            manifest = await asyncio.to_thread(self._resolve, snapshot)
             await core.restore(sandbox_id, manifest, keep_random=False)
             return
         template = await core.launcher.templates.ensure(image, shape, progress=log.info)
         warm = await core.launcher.launch(template, core.identity(core.registry.record(sandbox_id)))
         await core.go_live(sandbox_id, warm, configure=True)
+
+    def _resolve(self, snapshot: str) -> Manifest:
+        store = self._core.store
+        try:
+            return store.get(store.resolve(snapshot))
+        except snapshot_errors.SnapshotRequestError as error:
+            raise UnknownSnapshotError(str(error)) from error
 
     def _left_behind(self, request: CreateSandbox, sandbox_id: str) -> Sandbox | None:
         """The sleeping sandbox that a Jupyter client deleted and now asks for again, by its id or its notebook."""
@@ -301,20 +312,27 @@ class SandboxService:
         """Lets a paused machine go on. Errors: as `interrupt`."""
         return await self._naps.resume(sandbox_id)
 
-    async def snapshots(self, *, owner: str | None = None) -> Sequence[Manifest]:
+    async def snapshots(self, *, owner: str | None = None) -> Sequence[Snapshot]:
         """All snapshots in the store, oldest first."""
-        return await asyncio.to_thread(self._core.store.ls, owner=owner)
+        return [snapshot_of(manifest) for manifest in await asyncio.to_thread(self._core.store.ls, owner=owner)]
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
-        """Errors: RequestError (unknown, or a sandbox needs it)."""
+        """Errors: UnknownSnapshotError, SnapshotInUseError."""
         try:
             await asyncio.to_thread(self._core.store.rm, snapshot_id)
-        except SnapshotRequestError as error:
-            raise RequestError(str(error)) from error
+        except snapshot_errors.SnapshotInUseError as error:
+            raise SnapshotInUseError(str(error)) from error
+        except snapshot_errors.SnapshotRequestError as error:
+            raise UnknownSnapshotError(str(error)) from error
 
     async def usage(self, sandbox_id: str) -> MemoryUsage:
-        """Resident memory of the sandbox's machine. Errors: as `interrupt`."""
-        return await asyncio.to_thread(self._core.running(sandbox_id).saved.machine.memory_usage)
+        """Memory of the sandbox's machine; nothing if it sleeps. Errors: as `interrupt`."""
+        if self.get(sandbox_id).state is SandboxState.ASLEEP:
+            return MemoryUsage(unique_bytes=0, shared_bytes=0)
+        try:
+            return await asyncio.to_thread(self._core.running(sandbox_id).saved.machine.memory_usage)
+        except VmRuntimeError as error:
+            raise MachineFailedError(str(error)) from error
 
     def configure(self, sandbox_id: str, **changes: Any) -> Sandbox:
         """Changes name, idle_timeout_s, max_lifetime_s or checkpoints. Errors: UnknownSandboxError, RequestError."""

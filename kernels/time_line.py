@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import asdict
 from typing import Any
 
 from kernels.core import Core, utc_now
-from kernels.errors import KernelsError, MachineFailedError, RequestError
-from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState
+from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
+from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
@@ -143,7 +144,7 @@ class TimeLine:
             ancestor = by_id.get(ancestor.parents[0]) if ancestor.parents else None
             if ancestor is not None and _cell_of(ancestor) not in (None, _cell_of(newest) if newest else None):
                 return ancestor
-        raise RequestError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
+        raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
 
     async def _goto(self, sandbox_id: str, manifest: Manifest, reply_to: dict[str, Any] | None) -> Sandbox:
         core = self._core
@@ -171,7 +172,7 @@ class TimeLine:
         for found in (named, by_cell, by_id):
             if found:
                 return found[-1]
-        raise RequestError(
+        raise UnknownSnapshotError(
             f"Sandbox {sandbox_id} has no checkpoint {target!r}: give an id, a name or a cell's number "
             "from `%sandbox checkpoints`."
         )
@@ -204,4 +205,14 @@ def _checkpoint(manifest: Manifest) -> Checkpoint:
         cell=_cell_of(manifest),
         created_at=manifest.created_at,
         bytes=_own_bytes(manifest),
+    )
+
+
+def snapshot_of(manifest: Manifest) -> Snapshot:
+    """What users see of a snapshot."""
+    return Snapshot(
+        **asdict(_checkpoint(manifest)),
+        owner=manifest.owner,
+        sandbox_id=manifest.sandbox_id,
+        template=manifest.template,
     )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
 from gateway.auth import is_loopback
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.errors import ApiError
 from gateway.handlers.kernels import CREATE_ERRORS
-from gateway.models import ConnectionAnswer, NewSandbox, SandboxAnswer
+from gateway.sandbox_models import ConnectionAnswer, NewSandbox, SandboxAnswer, SandboxChanges, UsageAnswer
+from kernels.models import Sandbox
+from kernels.service import SandboxService
 
 SANDBOX_ID = {"sandbox_id": "The sandbox's id."}
 # Headers by which a proxy tells that the request came from elsewhere.
 FORWARDING_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
+# What anything that needs the sandbox's machine may end with.
+STATE_ERRORS = (404, 409, 413, 502)
 
 
 async def list_sandboxes(call: Call) -> Reply:
@@ -24,6 +31,28 @@ async def create_sandbox(call: Call) -> Reply:
 
 async def get_sandbox(call: Call) -> Reply:
     return Reply(body=SandboxAnswer.of(call.gateway.service.get(call.path["sandbox_id"])))
+
+
+async def change_sandbox(call: Call) -> Reply:
+    service, body = call.gateway.service, call.body
+    sandbox = service.get(call.path["sandbox_id"])
+    age_s = (datetime.now(UTC) - sandbox.created_at).total_seconds()
+    return Reply(body=SandboxAnswer.of(service.configure(sandbox.id, **body.changes(age_s=age_s))))
+
+
+def _state_change(
+    name: str, summary: str, change: Callable[[SandboxService, str], Awaitable[Sandbox]]
+) -> dict[str, Operation]:
+    """POST of what takes a sandbox from one state to another; one that is there already stays so."""
+
+    async def run(call: Call) -> Reply:
+        return Reply(body=SandboxAnswer.of(await change(call.gateway.service, call.path["sandbox_id"])))
+
+    return {"POST": Operation(name=name, summary=summary, run=run, reply=SandboxAnswer, errors=STATE_ERRORS)}
+
+
+async def get_usage(call: Call) -> Reply:
+    return Reply(body=UsageAnswer.of(await call.gateway.service.usage(call.path["sandbox_id"])))
 
 
 async def delete_sandbox(call: Call) -> Reply:
@@ -69,6 +98,14 @@ ENDPOINTS = (
             "GET": Operation(
                 name="getSandbox", summary="One sandbox.", run=get_sandbox, reply=SandboxAnswer, errors=(404,)
             ),
+            "PATCH": Operation(
+                name="changeSandbox",
+                summary="Changes its name, its limits of time or when checkpoints are taken.",
+                run=change_sandbox,
+                body=SandboxChanges,
+                reply=SandboxAnswer,
+                errors=(400, 404, 413),
+            ),
             "DELETE": Operation(
                 name="deleteSandbox",
                 summary="Ends a sandbox for good.",
@@ -76,6 +113,43 @@ ENDPOINTS = (
                 status=204,
                 errors=(404,),
             ),
+        },
+    ),
+    Endpoint(
+        path="/api/sandboxes/{sandbox_id}/sleep",
+        parameters=SANDBOX_ID,
+        operations=_state_change(
+            "sleepSandbox",
+            "Ends the machine and keeps its state on disk; a cell that runs goes on after the wake.",
+            SandboxService.sleep,
+        ),
+    ),
+    Endpoint(
+        path="/api/sandboxes/{sandbox_id}/wake",
+        parameters=SANDBOX_ID,
+        operations=_state_change("wakeSandbox", "Gives a sleeping sandbox a machine again.", SandboxService.wake),
+    ),
+    Endpoint(
+        path="/api/sandboxes/{sandbox_id}/pause",
+        parameters=SANDBOX_ID,
+        operations=_state_change("pauseSandbox", "Stops the CPUs; the state stays in memory.", SandboxService.pause),
+    ),
+    Endpoint(
+        path="/api/sandboxes/{sandbox_id}/resume",
+        parameters=SANDBOX_ID,
+        operations=_state_change("resumeSandbox", "Lets a paused sandbox go on.", SandboxService.resume),
+    ),
+    Endpoint(
+        path="/api/sandboxes/{sandbox_id}/metrics",
+        parameters=SANDBOX_ID,
+        operations={
+            "GET": Operation(
+                name="getSandboxUsage",
+                summary="What its machine takes of the host's memory.",
+                run=get_usage,
+                reply=UsageAnswer,
+                errors=(404, 409, 502),
+            )
         },
     ),
     Endpoint(

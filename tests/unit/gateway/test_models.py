@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from gateway.app import all_endpoints
 from gateway.errors import ApiError
 from gateway.handlers.kernels import create_request
-from gateway.models import CreateKernel, NewSandbox, timestamp
+from gateway.models import CreateKernel, timestamp
+from gateway.sandbox_models import NewSandbox, SandboxChanges
 
 
 def test_times_are_as_jupyter_server_parses_them() -> None:
@@ -67,3 +68,40 @@ def test_the_document_names_every_path_and_every_name_once() -> None:
     assert len({endpoint.path for endpoint in endpoints}) == len(endpoints)
     for endpoint in endpoints:
         assert set(endpoint.parameters) == {part[1:-1] for part in endpoint.path.split("/") if part.startswith("{")}
+
+
+def test_sandboxes_say_sizes_and_times() -> None:
+    body = '{"memory_mib": 512, "idle_timeout_s": 60, "max_lifetime_s": 0, "checkpoints": "timer:5", "notebook": "a.ipynb"}'
+    request = NewSandbox.model_validate_json(body).to_create("python3")
+    assert (request.memory_mib, request.idle_timeout_s, request.max_lifetime_s) == (512, 60.0, None)
+    assert (request.checkpoints, request.notebook) == ("timer:5", "a.ipynb")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"idle_timeout_s": -1},
+        {"checkpoints": "often"},
+        {"checkpoints": "timer:0"},
+        {"kernel_id": "x"},
+        {"memory_mib": 0},
+    ],
+)
+def test_wrong_sandboxes_are_refused(body: object) -> None:
+    with pytest.raises(ValidationError):
+        NewSandbox.model_validate_json(json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "changes"),
+    [
+        ({}, {}),
+        ({"name": None}, {"name": None}),
+        ({"max_lifetime_s": 60, "name": "n"}, {"max_lifetime_s": 160.0, "name": "n"}),
+        ({"max_lifetime_s": 0, "idle_timeout_s": None}, {"max_lifetime_s": None, "idle_timeout_s": 0.0}),
+        ({"checkpoints": None}, {}),
+        ({"checkpoints": "off"}, {"checkpoints": "off"}),
+    ],
+)
+def test_changes_of_a_sandbox(body: object, changes: dict[str, object]) -> None:
+    assert SandboxChanges.model_validate_json(json.dumps(body)).changes(age_s=100.0) == changes

@@ -1,0 +1,310 @@
+"""Requests and answers of the sandbox API (docs/gateway.md, "Sandboxes")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+
+from gateway.errors import api_error, phrase
+from gateway.models import (
+    MAX_ENV_VARIABLES,
+    Answer,
+    EnvName,
+    EnvValue,
+    ErrorAnswer,
+    KernelId,
+    Name,
+    PathText,
+    SandboxRequest,
+    Size,
+    Timestamp,
+    check_env,
+    timestamp,
+)
+from kernels.errors import KernelsError
+from kernels.models import Checkpoint, CreateSandbox, Sandbox, SandboxEvent, Snapshot
+from vm_runtime.machine import MemoryUsage
+
+# A request for more is a mistake; `max_children` is the limit that counts.
+MAX_FORK_COUNT = 10_000
+
+# A hundred years: longer waits are meant as "never", which is 0.
+MAX_SECONDS = 3.2e9
+
+
+def _number(value: Any) -> Any:
+    # Strict models take no integer for a float, JSON knows no difference.
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Seconds = Annotated[float, BeforeValidator(_number), Field(ge=0, le=MAX_SECONDS)]
+Policy = Annotated[
+    str,
+    StringConstraints(pattern=r"^(off|cell|timer:[1-9][0-9]{0,5})$"),
+    Field(description="When checkpoints are taken by themselves: off, cell (after every one) or timer:<minutes>."),
+]
+CheckpointName = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+# A checkpoint's or snapshot's id or its beginning, its name, or a cell's number.
+Target = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\u0000]*$")]
+
+
+class NewSandbox(SandboxRequest):
+    """POST /api/sandboxes. What is missing is as the template or the gateway's settings say; times of 0 mean never.
+
+    notebook: the path of the notebook it is for. snapshot: start from this one (id or name) instead of the template's.
+    """
+
+    template: Name | None = None
+    name: Name | None = None
+    kernel_id: KernelId | None = None
+    env: dict[EnvName, EnvValue] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
+    cwd: PathText | None = None
+    memory_mib: Size | None = None
+    vcpus: Size | None = None
+    disk_mib: Size | None = None
+    notebook: PathText | None = None
+    idle_timeout_s: Seconds | None = None
+    max_lifetime_s: Seconds | None = None
+    checkpoints: Policy | None = None
+    snapshot: Target | None = None
+
+    _env = field_validator("env")(check_env)
+
+    def to_create(self, default_template: str) -> CreateSandbox:
+        return CreateSandbox(
+            template=self.template or default_template,
+            name=self.name,
+            kernel_id=self.kernel_id,
+            env=self.env,
+            cwd=self.cwd,
+            memory_mib=self.memory_mib,
+            vcpus=self.vcpus,
+            disk_mib=self.disk_mib,
+            notebook=self.notebook,
+            idle_timeout_s=self.idle_timeout_s,
+            max_lifetime_s=self.max_lifetime_s or None,
+            checkpoints=self.checkpoints,
+            snapshot=self.snapshot,
+        )
+
+
+class SandboxChanges(SandboxRequest):
+    """PATCH /api/sandboxes/{id}; what is missing stays. A name of null removes it. max_lifetime_s counts from now;
+    times of 0 or null mean never."""
+
+    name: Name | None = None
+    idle_timeout_s: Seconds | None = None
+    max_lifetime_s: Seconds | None = None
+    checkpoints: Policy | None = None
+
+    def changes(self, *, age_s: float) -> dict[str, Any]:
+        """For `SandboxService.configure`. age_s: of the sandbox, whose life time is counted from its creation."""
+        changes = self.model_dump(exclude_unset=True)
+        if "idle_timeout_s" in changes:
+            changes["idle_timeout_s"] = self.idle_timeout_s or 0.0
+        if "max_lifetime_s" in changes:
+            changes["max_lifetime_s"] = age_s + self.max_lifetime_s if self.max_lifetime_s else None
+        if self.checkpoints is None:
+            changes.pop("checkpoints", None)
+        return changes
+
+
+class SandboxAnswer(Answer):
+    """A sandbox; its id is the Jupyter kernel id. released: a Jupyter client has deleted the kernel, and it is kept
+    asleep for the next who opens `notebook`. idle_timeout_s: 0 is never. max_lifetime_s: from created_at on."""
+
+    id: str
+    state: Literal["creating", "running", "paused", "asleep", "failed", "gone"]
+    driver: str
+    template: str
+    parent_id: str | None
+    index: int
+    name: str | None
+    owner: str
+    created_at: Timestamp
+    last_activity: Timestamp
+    execution_state: str
+    reason: str | None
+    memory_mib: int
+    vcpus: int
+    disk_mib: int
+    snapshot_id: str | None
+    notebook: str | None
+    released: bool
+    idle_timeout_s: float
+    max_lifetime_s: float | None
+    checkpoints: str
+
+    @classmethod
+    def of(cls, sandbox: Sandbox) -> SandboxAnswer:
+        return cls(
+            id=sandbox.id,
+            state=sandbox.state.value,
+            driver=sandbox.driver,
+            template=sandbox.template,
+            parent_id=sandbox.parent_id,
+            index=sandbox.index,
+            name=sandbox.name,
+            owner=sandbox.owner,
+            created_at=timestamp(sandbox.created_at),
+            last_activity=timestamp(sandbox.last_activity),
+            execution_state=sandbox.execution_state,
+            reason=sandbox.reason,
+            memory_mib=sandbox.memory_mib,
+            vcpus=sandbox.vcpus,
+            disk_mib=sandbox.disk_mib,
+            snapshot_id=sandbox.snapshot_id,
+            notebook=sandbox.notebook,
+            released=sandbox.released,
+            idle_timeout_s=sandbox.idle_timeout_s,
+            max_lifetime_s=sandbox.max_lifetime_s,
+            checkpoints=sandbox.checkpoints,
+        )
+
+
+class ConnectionAnswer(Answer):
+    """Jupyter's connection file of a kernel on this machine."""
+
+    transport: Literal["ipc"]
+    ip: str
+    shell_port: int
+    iopub_port: int
+    stdin_port: int
+    control_port: int
+    hb_port: int
+    key: str
+    signature_scheme: str
+    kernel_name: str
+
+
+class ForkRequest(SandboxRequest):
+    """POST /api/sandboxes/{id}/fork. name: of the children, else the parent's. same_random: the children's user-level
+    random numbers go on as the parent's would. mid_cell: do not wait for the end of the cell that runs."""
+
+    count: Annotated[Size, Field(le=MAX_FORK_COUNT)] = 1
+    name: Name | None = None
+    same_random: bool = False
+    mid_cell: bool = False
+
+
+class FailedChild(Answer):
+    """Takes the place of a child that could not be made; its siblings are none the worse."""
+
+    error: ErrorAnswer
+
+
+class ForkAnswer(Answer):
+    """One entry per child, in order of their indices."""
+
+    children: list[SandboxAnswer | FailedChild]
+
+    @classmethod
+    def of(cls, children: Sequence[Sandbox | KernelsError]) -> ForkAnswer:
+        return cls(children=[_child(child) for child in children])
+
+
+def _child(child: Sandbox | KernelsError) -> SandboxAnswer | FailedChild:
+    if isinstance(child, Sandbox):
+        return SandboxAnswer.of(child)
+    error = api_error(child)
+    return FailedChild(error=ErrorAnswer(reason=phrase(error.status), message=error.message, code=error.code))
+
+
+class TreeAnswer(Answer):
+    """A family: the root's id, and every sandbox that is still there, parents before children (`parent_id`)."""
+
+    root: str
+    nodes: list[SandboxAnswer]
+
+
+class NewCheckpoint(SandboxRequest):
+    """POST /api/sandboxes/{id}/checkpoints."""
+
+    name: CheckpointName | None = None
+
+
+class CheckpointAnswer(Answer):
+    """A point on a sandbox's time line. cell: the execution count after which it was taken, null if unknown. bytes:
+    what it added to the store."""
+
+    id: str
+    name: str | None
+    cell: int | None
+    created_at: Timestamp
+    bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> CheckpointAnswer:
+        return cls(
+            id=checkpoint.id,
+            name=checkpoint.name,
+            cell=checkpoint.cell,
+            created_at=timestamp(checkpoint.created_at),
+            bytes=checkpoint.bytes,
+        )
+
+
+class GotoRequest(SandboxRequest):
+    """POST /api/sandboxes/{id}/goto. target: a checkpoint's id or the beginning of it, its name, or a cell's number."""
+
+    target: Target
+
+
+class SnapshotAnswer(Answer):
+    """A snapshot in the store. sandbox_id: whose time line it is on. cell, bytes: as a checkpoint's."""
+
+    id: str
+    name: str | None
+    owner: str
+    sandbox_id: str | None
+    template: str
+    cell: int | None
+    created_at: Timestamp
+    bytes: int
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> SnapshotAnswer:
+        return cls(
+            id=snapshot.id,
+            name=snapshot.name,
+            owner=snapshot.owner,
+            sandbox_id=snapshot.sandbox_id,
+            template=snapshot.template,
+            cell=snapshot.cell,
+            created_at=timestamp(snapshot.created_at),
+            bytes=snapshot.bytes,
+        )
+
+
+class SnapshotsQuery(BaseModel):
+    """GET /api/snapshots. owner: only theirs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    owner: Name | None = None
+
+
+class UsageAnswer(Answer):
+    """What a sandbox's machine takes of the host's memory; 0 without one (asleep). unique: what would be free if it
+    ended. shared: pages that others use as well."""
+
+    memory_unique_bytes: int
+    memory_shared_bytes: int
+
+    @classmethod
+    def of(cls, usage: MemoryUsage) -> UsageAnswer:
+        return cls(memory_unique_bytes=usage.unique_bytes, memory_shared_bytes=usage.shared_bytes)
+
+
+class EventAnswer(Answer):
+    """One event: what happened to which sandbox. data: as docs/gateway.md lists them by kind."""
+
+    sandbox_id: str
+    kind: str
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, event: SandboxEvent) -> EventAnswer:
+        return cls(sandbox_id=event.sandbox_id, kind=event.kind.value, data=event.data)
