@@ -29,7 +29,7 @@ JSON = "application/json"
 MAX_PROBLEMS = 5
 # What a browser may ask for from another origin.
 CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control"
+CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control, Range, X-Content-Crc32"
 CORS_MAX_AGE_S = 600
 
 
