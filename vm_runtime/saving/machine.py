@@ -193,23 +193,26 @@ class SavedMachine:
         return (*self._frozen_disks(), *(self.machine.disk_chain[-1:] if self.machine.disk_written else ()))
 
     async def kill(self) -> Death:
-        """End the machine, and let go of what it needs. Twice is harmless."""
+        """End the machine, and let go of what it needs. Twice is harmless. Not from within a hook of a snapshot."""
         try:
             return await self.machine.kill()
         finally:
-            self._release()
-            await asyncio.to_thread(forget_machine, self._store, self.place)
+            # A snapshot that was being taken, or a shortening, ends now and must not leave anything behind.
+            async with self._lock:
+                self._release()
+                await asyncio.to_thread(forget_machine, self._store, self.place)
 
     async def detach(self) -> None:
-        """Let go of a machine that goes on running, to be adopted later. Twice is harmless."""
-        await self.machine.detach()
-        self._release()
+        """Let go of a machine that goes on running, to be adopted later. Twice is harmless. Not from within a hook."""
+        async with self._lock:
+            await self.machine.detach()
+            self._release()
 
     def write_record(self) -> None:
         """For a later `adopt`. Blocking."""
-        SavedRecord(snapshot=self.snapshot, memory=self.ground.memory, disks=self.ground.disks).write(
-            self.place.run_dir
-        )
+        record = SavedRecord(snapshot=self.snapshot, memory=self.ground.memory, disks=self.ground.disks)
+        with contextlib.suppress(FileNotFoundError):  # its directory has gone with a machine that has just died
+            record.write(self.place.run_dir)
 
     # -- the steps ------------------------------------------------------------------------------------------------
 

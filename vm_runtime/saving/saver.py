@@ -196,13 +196,14 @@ class Saver:
                     continue
                 try:
                     await asyncio.to_thread(self._secure, saved.place, ground)
-                    base = await self._bases.acquire(ground.memory.base)
+                    await saved.rebase(ground, await self._bases.acquire(ground.memory.base))
                 except SnapshotError as error:
                     # Removed meanwhile, with the snapshot it came from: the machine stays on what it has.
                     _log.info("Machine %s stays on its long chain: %s", saved.place.id, error)
                     await asyncio.to_thread(pin_machine, self._store, saved.place, saved.ground)
-                    continue
-                await saved.rebase(ground, base)
+                except OSError as error:
+                    # It has just died, and its directories are gone: its owner is about to see that.
+                    _log.info("Machine %s cannot be moved to a shorter chain: %s", saved.place.id, error)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
