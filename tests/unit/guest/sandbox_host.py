@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import vm_runtime
 from tests.unit.guest.conftest import KEY, Host
+from vm_runtime.guest.agent import Agent, AgentSettings
+from vm_runtime.guest.paths import Paths
 from vm_runtime.guest.sandbox import values
 from vm_runtime.wire.carriers import SocketCarrier
 from vm_runtime.wire.errors import OpenRejectedError
@@ -106,6 +110,18 @@ class SandboxHost(Host):
             await call.over.wait()
         finally:
             call.over.set()
+
+
+async def sandbox_host(tmp_path: Path) -> AsyncIterator[SandboxHost]:
+    """A host with a session and a kernel. Becomes a fixture where it is used."""
+    (tmp_path / "home").mkdir()
+    paths = Paths(run=tmp_path, code=Path(vm_runtime.__file__).parents[1], home=tmp_path / "home")
+    async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
+        host = SandboxHost(agent=agent, paths=paths)
+        await host.begin()
+        await host.start()
+        yield host
+        await host.hang_up()
 
 
 def family(outcomes: dict[int, bytes | None]) -> Script:

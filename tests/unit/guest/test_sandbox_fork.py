@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import vm_runtime
 from tests.unit.guest.conftest import client, run
-from tests.unit.guest.sandbox_host import PARENT, SandboxHost, child_id, decoded, family
-from vm_runtime.guest.agent import Agent, AgentSettings
-from vm_runtime.guest.paths import Paths
+from tests.unit.guest.sandbox_host import PARENT, SandboxHost, child_id, decoded, family, sandbox_host
 from vm_runtime.guest.sandbox import values
 
-
-@pytest.fixture
-async def host(tmp_path: Path) -> AsyncIterator[SandboxHost]:
-    (tmp_path / "home").mkdir()
-    paths = Paths(run=tmp_path, code=Path(vm_runtime.__file__).parents[1], home=tmp_path / "home")
-    async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
-        host = SandboxHost(agent=agent, paths=paths)
-        await host.begin()
-        await host.start()
-        yield host
-        await host.hang_up()
+host = pytest.fixture(sandbox_host)
 
 
 async def test_the_parent_gets_a_handle(host: SandboxHost) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import builtins
+import contextlib
 import getpass
 import json
+import sqlite3
 import sys
 import threading
 import traceback
@@ -72,8 +74,9 @@ def become_child() -> None:
     builtins.input = getpass.getpass = _no_input
     history = ip.history_manager
     if history is not None and history.enabled:
-        history.end_session()
-        history.new_session()
+        with contextlib.suppress(sqlite3.Error):  # a full disk: the history is not worth the fork
+            history.end_session()
+            history.new_session()
 
 
 def become_parent() -> None:
