@@ -56,6 +56,11 @@ class DiskFile:
     format: str
 
 
+# Requests that a guest has under way at the host's disk: enough to keep it busy, few enough that their buffers and the
+# pages that they dirty stay a small part of the machine's memory limit (64, QEMU's default, had VMMs killed for it).
+DISK_WORKERS = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sockets:
     """Listening UNIX sockets, as descriptors."""
@@ -94,6 +99,7 @@ def arguments(launch: Launch) -> tuple[str, ...]:
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-M", f"microvm,{_MACHINE_OPTIONS},memory-backend={MEMORY_BACKEND}",
+        "-object", f"main-loop,id=main-loop,thread-pool-max={DISK_WORKERS}",
         "-accel", f"tcg,thread=multi,tb-size={cache_mib}" if tcg else "kvm",
         "-cpu", launch.cpu,
         "-smp", str(shape.vcpus),

@@ -58,8 +58,9 @@ from vm_runtime.snapshots.manifest import Vmm
 from vm_runtime.snapshots.memory import BaseMemory
 from vm_runtime.spec import MachineShape, MachineSpec
 
-# Beyond guest RAM: QEMU itself (40 MiB), translated code, stacks, buffers of 64 concurrent disk requests.
-VMM_OVERHEAD_MIB = 256
+# Beyond guest RAM: QEMU itself (40 MiB), translated code, and the host's cache of the disk that it writes, which the
+# older cgroups charge to it and reclaim late (at 256 MiB a VMM that wrote 600 MB at once was killed).
+VMM_OVERHEAD_MIB = 512
 # One CPU per vCPU, and one for disk and console work, which under TCG shares the process.
 VMM_EXTRA_CPUS = 1.0
 # QEMU: main, RCU, vCPUs, at most 64 disk workers (its own limit), some to spare.
