@@ -146,6 +146,18 @@ async def test_a_branch_records_what_its_cell_shows(host: SandboxHost) -> None:
     assert found.error is None
 
 
+async def test_a_branch_records_plots_and_errors(host: SandboxHost) -> None:
+    cell = "%%sandbox branch -n 2\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint(1)\n1 / 0"
+    async with client(host) as jupyter:
+        await run(jupyter, "from vm_runtime.guest.sandbox import forking; forking.EXIT_LIMIT_S = 0.1")
+        jupyter.execute(cell)
+        await host.become_child(await host.next_call("fork"))
+    found = decoded(await (await host.next_call("exit")).answer({}))
+    assert [output["output_type"] for output in found.outputs] == ["display_data", "stream", "error"]
+    assert found.outputs[0]["data"]["image/png"].startswith("iVBOR")
+    assert found.error == "ZeroDivisionError: division by zero"
+
+
 async def test_the_best_branch_is_taken_over(host: SandboxHost) -> None:
     children = family({0: outcome("a", 1.0), 1: outcome("b", 3.0), 2: outcome("c", error="ValueError: no")})
     asked: list[tuple[str, str | None]] = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vm_runtime.guest.sandbox import identity, timeline
+from vm_runtime.guest.sandbox.branches import BranchOptions, branch, try_cell
 from vm_runtime.guest.sandbox.children import link
 from vm_runtime.guest.sandbox.commands import Command, UsageProblem, completions, help_text, parse
 from vm_runtime.guest.sandbox.errors import SandboxError
@@ -93,9 +94,6 @@ def _line(command: Command) -> Any:
 
 
 def _cell(ip: Any, command: Command, cell: str) -> None:
-    # What they need of IPython would be loaded with every kernel.
-    from vm_runtime.guest.sandbox.branches import BranchOptions, branch, try_cell
-
     if command.name == "try":
         try_cell(ip, cell)
         return
