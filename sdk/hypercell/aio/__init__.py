@@ -1,0 +1,1 @@
+"""The SDK's core, all of it asynchronous. `hypercell.blocking` is made from it."""

@@ -1,0 +1,320 @@
+"""Commands in a sandbox: run one, start one in the background, follow it, write to it, end it.
+
+Frames and meaning: docs/exec_and_files.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from hypercell.aio.callbacks import OnBytes, OnText, call_back
+from hypercell.aio.transport import Transport
+from hypercell.errors import CommandFailedError, ConnectionLostError, HypercellError, NotFoundError, refused
+from hypercell.values import CommandInfo, CommandResult, TerminalSize
+
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
+
+# The gateway takes messages up to 1 MiB; pieces of this size let a slow reader hold its writer early.
+INPUT_PIECE_BYTES = 256 * 1024
+# What `run` keeps of each of stdout and stderr for its result; callbacks get everything.
+MAX_KEPT_CHARACTERS = 16 * 1024 * 1024
+
+
+class _Kept:
+    """Text of one output, decoded across pieces, up to a limit."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pieces: list[str] = []
+        self._characters = 0
+        self.dropped = 0
+
+    def add(self, data: bytes, *, final: bool = False) -> str:
+        text = self._decoder.decode(data, final)
+        kept = text[: MAX_KEPT_CHARACTERS - self._characters]
+        self._characters += len(kept)
+        self.dropped += len(text) - len(kept)
+        self._pieces.append(kept)
+        return text
+
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+
+class AsyncCommand:
+    """A command that was started, or attached to. Use `wait` to follow it to its end, and `close` if you do not.
+
+    command_id: its id in the sandbox. pid: its process there.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        path: str,
+        websocket: ClientConnection,
+        *,
+        command_id: str,
+        pid: int,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> None:
+        self.command_id = command_id
+        self.pid = pid
+        self._transport = transport
+        self._path = f"{path}/commands/{command_id}"
+        self._websocket = websocket
+        self._on_stdout, self._on_stderr, self._on_bytes = on_stdout, on_stderr, on_bytes
+        self._result: CommandResult | None = None
+        self._waiting: asyncio.Task[CommandResult] | None = None
+
+    async def wait(self, *, check: bool = False) -> CommandResult:
+        """Follows the command to its end, calling back with its output.
+
+        check: raise CommandFailedError unless it ended with status 0. Raises ConnectionLostError.
+        """
+        if self._result is None:
+            if self._waiting is None:
+                self._waiting = asyncio.create_task(self._follow())
+            self._result = await asyncio.shield(self._waiting)
+        if check and not self._result.ok:
+            raise CommandFailedError(self._result)
+        return self._result
+
+    async def _follow(self) -> CommandResult:
+        from websockets.exceptions import ConnectionClosed
+
+        stdout, stderr, skipped = _Kept(), _Kept(), 0
+        while True:
+            try:
+                message = await self._websocket.recv()
+            except ConnectionClosed as error:
+                raise ConnectionLostError(
+                    f"The connection to command {self.command_id} broke. A foreground command ends then; "
+                    "a background one goes on, and `commands.attach` follows it."
+                ) from error
+            if isinstance(message, bytes):
+                is_stdout = message[:1] == b"\x01"
+                await call_back(self._on_bytes, message[1:])
+                text = (stdout if is_stdout else stderr).add(message[1:])
+                await call_back(self._on_stdout if is_stdout else self._on_stderr, text)
+                continue
+            frame = json.loads(message)
+            if frame["type"] == "skipped":
+                skipped += int(frame["bytes"])
+            elif frame["type"] == "error":
+                raise refused(str(frame["message"]), status=500, code=str(frame["code"]))
+            elif frame["type"] == "exited":
+                stdout.add(b"", final=True)
+                stderr.add(b"", final=True)
+                await self.close()
+                return CommandResult(
+                    exit_status=frame["exit_status"],
+                    signal=frame["signal"],
+                    timed_out=frame["timed_out"],
+                    stdout=stdout.text(),
+                    stderr=stderr.text(),
+                    skipped_bytes=skipped + stdout.dropped + stderr.dropped,
+                )
+
+    async def write(self, data: str | bytes) -> None:
+        """Writes to the command's input; waits while it reads none. The command needs `stdin=True` or a terminal."""
+        raw = data.encode() if isinstance(data, str) else data
+        for start in range(0, len(raw), INPUT_PIECE_BYTES):
+            await self._send(raw[start : start + INPUT_PIECE_BYTES])
+
+    async def end_input(self) -> None:
+        """No more input comes."""
+        await self._send(json.dumps({"type": "stdin_end"}))
+
+    async def resize(self, size: TerminalSize) -> None:
+        """Tells the command's terminal its new size."""
+        await self._send(json.dumps({"type": "resize", "rows": size.rows, "columns": size.columns}))
+
+    async def _send(self, message: str | bytes) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            await self._websocket.send(message)
+        except ConnectionClosed as error:
+            raise ConnectionLostError(f"Command {self.command_id} has ended, or the connection to it.") from error
+
+    async def signal(self, name: str) -> None:
+        """Sends a signal, such as "SIGINT"."""
+        await self._transport.call("POST", f"{self._path}/signal", body={"signal": name})
+
+    async def kill(self) -> None:
+        """Ends the command and all that it started, at once. One that has ended already is fine."""
+        with suppress(NotFoundError):
+            await self._transport.call("DELETE", self._path)
+
+    async def close(self) -> None:
+        """Ends the connection. A foreground command is ended by this; a background one goes on. Twice is harmless."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._websocket.close(), 2.0)
+        waiting = self._waiting
+        if waiting is not None and waiting is not asyncio.current_task() and not waiting.done():
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    async def __aenter__(self) -> AsyncCommand:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+
+class AsyncCommands:
+    """The commands of one sandbox, as `sandbox.commands`."""
+
+    def __init__(self, transport: Transport, sandbox_id: str) -> None:
+        self._transport = transport
+        self._path = f"/api/sandboxes/{sandbox_id}"
+
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
+        timeout_s: float | None = None,
+        check: bool = False,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+    ) -> CommandResult:
+        """Runs a command to its end.
+
+        command: a command line for the sandbox's shell, or a program with its arguments. stdin: all of its input.
+        timeout_s: it is ended after so long, and the result says `timed_out`. check: raise CommandFailedError unless it
+        ends with status 0. on_stdout, on_stderr: get the output as it comes. Cancelled, it ends the command.
+        """
+        running = await self.start(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=stdin is not None,
+            timeout_s=timeout_s,
+            background=False,
+            on_stdout=on_stdout,
+            on_stderr=on_stderr,
+        )
+        feeding = None if stdin is None else asyncio.create_task(_feed(running, stdin))
+        try:
+            return await running.wait(check=check)
+        finally:
+            await running.close()
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
+
+    async def start(
+        self,
+        command: str | Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: bool = False,
+        terminal: TerminalSize | None = None,
+        background: bool = True,
+        timeout_s: float | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> AsyncCommand:
+        """Starts a command and returns at once.
+
+        background: it goes on when this connection ends; else it ends with it. stdin: whether it may be written to.
+        terminal: give it a terminal of this size (its input is open then, its output all stdout). on_bytes: gets stdout
+        and stderr undecoded. Output is taken, and callbacks called, while someone awaits `wait`.
+        """
+        websocket = await self._transport.connect(f"{self._path}/exec")
+        start: dict[str, Any] = {
+            "type": "start",
+            "command": command if isinstance(command, str) else list(command),
+            "cwd": cwd,
+            "env": dict(env or {}),
+            "stdin": stdin,
+            "background": background,
+            "timeout_s": timeout_s,
+        }
+        if terminal is not None:
+            start["tty"] = {"rows": terminal.rows, "columns": terminal.columns}
+        return await self._started(
+            websocket, json.dumps(start), on_stdout=on_stdout, on_stderr=on_stderr, on_bytes=on_bytes
+        )
+
+    async def attach(
+        self,
+        command_id: str,
+        *,
+        stdin: bool = False,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> AsyncCommand:
+        """Follows a command that runs: first the output that is kept (the newest 512 KiB), then what comes."""
+        websocket = await self._transport.connect(f"{self._path}/commands/{command_id}/attach", query={"stdin": stdin})
+        return await self._started(websocket, None, on_stdout=on_stdout, on_stderr=on_stderr, on_bytes=on_bytes)
+
+    async def _started(
+        self,
+        websocket: ClientConnection,
+        start: str | None,
+        *,
+        on_stdout: OnText | None,
+        on_stderr: OnText | None,
+        on_bytes: OnBytes | None,
+    ) -> AsyncCommand:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            if start is not None:
+                await websocket.send(start)
+            frame = json.loads(await websocket.recv())
+            if frame["type"] != "started":
+                status = int({"Bad Request": 400, "Not Found": 404, "Too Many Requests": 429}.get(frame["reason"], 500))
+                raise refused(str(frame["message"]), status=status, code=str(frame["code"]))
+        except ConnectionClosed as error:
+            raise ConnectionLostError("The connection broke while the command was started; it may run.") from error
+        except BaseException:
+            await websocket.close()
+            raise
+        return AsyncCommand(
+            self._transport,
+            self._path,
+            websocket,
+            command_id=str(frame["command_id"]),
+            pid=int(frame["pid"]),
+            on_stdout=on_stdout,
+            on_stderr=on_stderr,
+            on_bytes=on_bytes,
+        )
+
+    async def list(self) -> list[CommandInfo]:
+        """What runs, and background commands that have ended."""
+        return [CommandInfo.parse(value) for value in await self._transport.call("GET", f"{self._path}/commands")]
+
+    async def get(self, command_id: str) -> CommandInfo:
+        """One command. Raises NotFoundError."""
+        return CommandInfo.parse(await self._transport.call("GET", f"{self._path}/commands/{command_id}"))
+
+    async def kill(self, command_id: str) -> CommandInfo:
+        """Ends a command and all that it started, and forgets it. Raises NotFoundError."""
+        return CommandInfo.parse(await self._transport.call("DELETE", f"{self._path}/commands/{command_id}"))
+
+    async def signal(self, command_id: str, name: str) -> None:
+        """Sends a command a signal, such as "SIGINT". Raises NotFoundError."""
+        await self._transport.call("POST", f"{self._path}/commands/{command_id}/signal", body={"signal": name})
+
+
+async def _feed(command: AsyncCommand, data: str | bytes) -> None:
+    # A command that ends without reading its input is no failure of this.
+    with suppress(HypercellError):
+        await command.write(data)
+        await command.end_input()

@@ -1,0 +1,212 @@
+"""Files in a sandbox: content of any size, checked from end to end, and everything about them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from hypercell.aio.transport import Transport
+from hypercell.chunks import MAX_CHUNK_BYTES, MEDIA_TYPE, ChunkReader, ChunkWriter
+from hypercell.errors import ConnectionLostError, ContentBrokenError, GatewayRefusedError, refused
+from hypercell.values import FileChange, FileInfo
+
+# What is read of a local file, and sent, at a time.
+PIECE_BYTES = 256 * 1024
+# A stream may pause while the guest writes to its disk; this bounds one that has stopped.
+STALL_TIMEOUT_S = 120.0
+
+Content = str | bytes | IO[bytes] | Iterable[bytes] | AsyncIterable[bytes]
+
+
+class AsyncFiles:
+    """The files of one sandbox, as `sandbox.files`. Relative paths begin at the home directory of the kernel's user."""
+
+    def __init__(self, transport: Transport, sandbox_id: str) -> None:
+        self._transport = transport
+        self._path = f"/api/sandboxes/{sandbox_id}/files"
+
+    async def read(self, path: str) -> bytes:
+        """A file's content, which is held in memory; `stream` and `download` hold none. Raises NotFoundError."""
+        return b"".join([piece async for piece in self.stream(path)])
+
+    async def read_text(self, path: str, *, encoding: str = "utf-8") -> str:
+        """A file's content as text. Raises NotFoundError, UnicodeDecodeError."""
+        return (await self.read(path)).decode(encoding)
+
+    async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
+        """A file's content in pieces. All of it counts only when the last one has come: what was changed or cut off on
+        its way raises ContentBrokenError then, or ConnectionLostError. Raises NotFoundError."""
+        reader = ChunkReader()
+        async with self._transport.stream(
+            "GET",
+            f"{self._path}/content",
+            query={"path": path},
+            headers={"Accept": MEDIA_TYPE},
+            timeout_s=STALL_TIMEOUT_S,
+        ) as answer:
+            if answer.headers.get("Content-Type", "") != MEDIA_TYPE:
+                raise ContentBrokenError("The gateway sent content without checksums.")
+            async for data in answer.aiter_raw():
+                for piece in reader.feed(data):
+                    yield bytes(piece)
+        reader.check_done()
+
+    async def download(self, path: str, local: str | os.PathLike[str]) -> int:
+        """Copies a file of the sandbox to this machine; its size in bytes. `local` is replaced when all is there."""
+        target = Path(local)
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        size = 0
+        try:
+            with await asyncio.to_thread(part.open, "xb") as file:
+                async with aclosing(self.stream(path)) as pieces:
+                    async for piece in pieces:
+                        await asyncio.to_thread(file.write, piece)
+                        size += len(piece)
+            await asyncio.to_thread(part.replace, target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        return size
+
+    async def write(self, path: str, content: Content, *, mode: str | None = None, parents: bool = True) -> int:
+        """Writes a file whole or not at all; one that is there is replaced. Its size in bytes.
+
+        content: text (as UTF-8), bytes, a binary file, or pieces of bytes. mode: octal, like "0755". parents: make
+        missing directories. Raises DiskFullError, StateError.
+        """
+        failed: list[BaseException] = []
+
+        async def body() -> AsyncIterator[bytes]:
+            writer = ChunkWriter()
+            try:
+                async for piece in _pieces(content):
+                    yield writer.chunk(piece)
+            except Exception as error:
+                failed.append(error)
+                raise
+            yield writer.end()
+
+        try:
+            async with self._transport.stream(
+                "PUT",
+                f"{self._path}/content",
+                query={"path": path, "mode": mode, "parents": parents},
+                content=body(),
+                headers={"Content-Type": MEDIA_TYPE},
+                timeout_s=STALL_TIMEOUT_S,
+            ) as answer:
+                written = json.loads(await answer.aread())
+        except GatewayRefusedError as error:
+            if error.code == "content_broken":
+                raise ContentBrokenError(str(error)) from error
+            raise
+        except ConnectionLostError:
+            if failed:
+                raise failed[0] from None
+            raise
+        return int(written["size_bytes"])
+
+    async def upload(
+        self, local: str | os.PathLike[str], path: str, *, mode: str | None = None, parents: bool = True
+    ) -> int:
+        """Copies a file of this machine into the sandbox; its size in bytes."""
+        with await asyncio.to_thread(Path(local).open, "rb") as file:
+            return await self.write(path, file, mode=mode, parents=parents)
+
+    async def list(self, path: str = ".", *, depth: int = 1) -> list[FileInfo]:
+        """What is in a directory, to that depth. Raises NotFoundError, and LimitError for more than 10,000 entries."""
+        listing = await self._transport.call("GET", self._path, query={"path": path, "depth": depth})
+        if listing["truncated"]:
+            raise refused(
+                f"{path} has more entries than one answer holds; list it with a smaller depth, or its directories.",
+                status=413,
+                code="too_large",
+            )
+        return [FileInfo.parse(entry) for entry in listing["entries"]]
+
+    async def stat(self, path: str, *, follow: bool = True) -> FileInfo:
+        """One file, directory or link. follow: where a link leads instead of the link. Raises NotFoundError."""
+        answer = await self._transport.call("GET", f"{self._path}/stat", query={"path": path, "follow": follow})
+        return FileInfo.parse(answer)
+
+    async def exists(self, path: str) -> bool:
+        """Whether there is something of this name."""
+        try:
+            await self.stat(path, follow=False)
+        except GatewayRefusedError as error:
+            if error.code in {"file_not_found", "not_a_directory"}:
+                return False
+            raise
+        return True
+
+    async def mkdir(self, path: str, *, mode: str | None = None, parents: bool = True) -> FileInfo:
+        """A new directory. Raises StateError if there is something of this name."""
+        body: dict[str, Any] = {"path": path, "parents": parents}
+        if mode is not None:
+            body["mode"] = mode
+        return FileInfo.parse(await self._transport.call("POST", f"{self._path}/mkdir", body=body))
+
+    async def rename(self, old_path: str, new_path: str) -> FileInfo:
+        """Renames or moves; a file of the new name is replaced. Raises NotFoundError, StateError."""
+        body = {"old_path": old_path, "new_path": new_path}
+        return FileInfo.parse(await self._transport.call("POST", f"{self._path}/rename", body=body))
+
+    async def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Removes a file, a link or a directory (recursive: with all in it). Raises NotFoundError, StateError."""
+        await self._transport.call("DELETE", f"{self._path}/content", query={"path": path, "recursive": recursive})
+
+    async def watch(self, path: str = ".", *, recursive: bool = False) -> AsyncGenerator[FileChange, None]:
+        """Changes below a path, from the first step of the iteration on, until it is closed or the path is gone."""
+        from websockets.exceptions import ConnectionClosed
+
+        websocket = await self._transport.connect(f"{self._path}/watch", query={"path": path, "recursive": recursive})
+        try:
+            async for message in websocket:
+                frame = json.loads(message)
+                if frame["type"] == "change":
+                    yield FileChange.parse(frame)
+                elif frame["type"] == "error":
+                    raise refused(str(frame["message"]), status=500, code=str(frame["code"]))
+        except ConnectionClosed as error:
+            raise ConnectionLostError(f"The connection that watched {path} broke; changes may be missed.") from error
+        finally:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(websocket.close(), 2.0)
+
+
+async def _pieces(content: Content) -> AsyncIterator[memoryview]:
+    """Content in pieces of at most MAX_CHUNK_BYTES, none of them empty."""
+    if isinstance(content, str):
+        content = content.encode()
+    if isinstance(content, bytes | bytearray | memoryview):
+        for piece in _cut(content, PIECE_BYTES):
+            yield piece
+    elif isinstance(content, AsyncIterable):
+        async for part in content:
+            for piece in _cut(part, MAX_CHUNK_BYTES):
+                yield piece
+    elif hasattr(content, "read"):
+        while part := await asyncio.to_thread(content.read, PIECE_BYTES):
+            for piece in _cut(part, MAX_CHUNK_BYTES):
+                yield piece
+    else:
+        parts = iter(content)
+
+        def following() -> bytes | None:
+            return next(parts, None)
+
+        # The iterator may block, or call the blocking API.
+        while (part := await asyncio.to_thread(following)) is not None:
+            for piece in _cut(part, MAX_CHUNK_BYTES):
+                yield piece
+
+
+def _cut(data: bytes | bytearray | memoryview, size: int) -> Iterable[memoryview]:
+    view = memoryview(data)
+    return (view[start : start + size] for start in range(0, len(view), size))

@@ -1,0 +1,362 @@
+"""The WebSocket to one sandbox's kernel: many executions over it, resumed after a loss, each with its own messages.
+
+Knows messages, not what they mean to a user (hypercell/execution.py does).
+
+How a lost connection is resumed: the same `session_id` connects again, and the gateway sends what it kept. Behind
+that a probe (kernel_info_request) is sent, which the kernel answers in its turn: what has no answer when the probe has
+one was lost for good, and is told as ConnectionLostError instead of waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from hypercell.aio.transport import RETRY_FIRST_S, RETRY_LONGEST_S, START_TIMEOUT_S, Transport
+from hypercell.errors import (
+    CapacityError,
+    CodeTimeoutError,
+    ConnectionLostError,
+    GatewayRefusedError,
+    HypercellError,
+    KernelDiedError,
+    MachineFailedError,
+    NoGatewayError,
+    UnsupportedError,
+)
+from hypercell.kernel_messages import SUBPROTOCOL, KernelMessage, decode, encode_request
+
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
+
+# Messages of one execution that wait for a slow callback; then the kernel is made to wait.
+MAX_WAITING_MESSAGES = 256
+# A connection is tried again for so long, as far as the gateway could be restarting or the network be down.
+RESUME_WINDOW_S = 60.0
+# An interrupted cell gets so long to end: `except KeyboardInterrupt` and `finally` may have work to do.
+INTERRUPT_GRACE_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
+
+# Raises KeyboardInterrupt in the thread of a subshell, which the kernel's own interrupt does not reach. The user's
+# variables stay untouched.
+_INTERRUPT_SUBSHELL = """exec('''
+import ctypes, threading
+for thread in threading.enumerate():
+    if thread.name == "subshell-{id}":
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+''', {{}})"""
+
+Take = Callable[[KernelMessage], Awaitable[None]]
+
+
+class _Pending:
+    """A request that has not come to its end: that is its reply and `status: idle`, in whichever order."""
+
+    def __init__(self, *, context_id: str | None, is_probe: bool = False) -> None:
+        self.context_id = context_id
+        self.is_probe = is_probe
+        self.messages: asyncio.Queue[KernelMessage | HypercellError] = asyncio.Queue(MAX_WAITING_MESSAGES)
+        self.covers: list[str] = []
+        self.replied = False
+        self.idle = False
+
+
+class AsyncKernel:
+    """The kernel of one sandbox. `close()` ends the connection, not the kernel."""
+
+    def __init__(self, transport: Transport, kernel_id: str) -> None:
+        self._transport = transport
+        self._path = f"/api/kernels/{kernel_id}"
+        self._session_id = uuid.uuid4().hex
+        self._websocket: ClientConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._connecting = asyncio.Lock()
+        self._pending: dict[str, _Pending] = {}
+        # A context runs one piece of code at a time; waiting here keeps what has not begun withdrawable.
+        self._turns: dict[str | None, asyncio.Lock] = {}
+        self._closed = False
+        # A restart is known of; the new kernel's `starting` is no news then.
+        self._is_restarting = False
+
+    async def close(self) -> None:
+        """Ends the connection; executions that run get ConnectionLostError. Twice is harmless."""
+        self._closed = True
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+        await self._disconnect()
+        self._fail_all(ConnectionLostError("This connection to the sandbox was closed."))
+
+    async def interrupt(self) -> None:
+        """Raises KeyboardInterrupt in what runs in the main context."""
+        await self._transport.call("POST", f"{self._path}/interrupt")
+
+    async def restart(self) -> None:
+        """A new kernel; what runs in the old one ends with KernelDiedError."""
+        self._is_restarting = self._websocket is not None
+        await self._transport.call("POST", f"{self._path}/restart", timeout_s=START_TIMEOUT_S)
+        self._fail_all(KernelDiedError("The kernel was restarted while this ran; its variables are gone."))
+
+    async def execute(
+        self,
+        code: str,
+        *,
+        take: Take,
+        timeout_s: float | None = None,
+        context_id: str | None = None,
+        store_history: bool = True,
+    ) -> None:
+        """Runs code; `take` gets every message that belongs to it, in order, up to its end.
+
+        timeout_s: from when it is this code's turn; then it is interrupted. Cancelled, it is interrupted as well.
+        Raises CodeTimeoutError, KernelDiedError, ConnectionLostError, GatewayRefusedError.
+        """
+        async with self._turns.setdefault(context_id, asyncio.Lock()):
+            content = {
+                "code": code,
+                "silent": False,
+                "store_history": store_history,
+                "user_expressions": {},
+                "allow_stdin": False,
+                "stop_on_error": False,
+            }
+            pending = await self._send("shell", "execute_request", content, context_id=context_id)
+            following = asyncio.create_task(self._follow(pending, take))
+            try:
+                done, _ = await asyncio.wait({following}, timeout=timeout_s)
+                if not done:
+                    await self._stop(following, context_id, timeout_s)
+                await following
+            except asyncio.CancelledError:
+                if not following.done():
+                    with suppress(HypercellError):
+                        await asyncio.shield(self._interrupt_context(context_id))
+                raise
+            finally:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+                self._forget(pending)
+
+    async def _stop(self, following: asyncio.Task[None], context_id: str | None, timeout_s: float | None) -> None:
+        await self._interrupt_context(context_id)
+        done, _ = await asyncio.wait({following}, timeout=INTERRUPT_GRACE_S)
+        if done:
+            following.result()
+            raise CodeTimeoutError(f"The code ran longer than {timeout_s:g} s and was interrupted.", interrupted=True)
+        raise CodeTimeoutError(
+            f"The code ran longer than {timeout_s:g} s. It was interrupted, but did not stop within "
+            f"{INTERRUPT_GRACE_S:g} s; `restart()` or `kill()` ends it.",
+            interrupted=False,
+        )
+
+    async def _interrupt_context(self, context_id: str | None) -> None:
+        if context_id is None:
+            await self.interrupt()
+            return
+        helper = await self.create_context()
+        try:
+            code = _INTERRUPT_SUBSHELL.format(id=context_id)
+            content = {"code": code, "silent": True, "store_history": False, "stop_on_error": False}
+            await self._ask("shell", "execute_request", content, context_id=helper)
+        finally:
+            await self.delete_context(helper)
+
+    async def create_context(self) -> str:
+        """A subshell: runs code beside the main one, on the same variables. Its id."""
+        reply = await self._ask("control", "create_subshell_request", {})
+        if "subshell_id" not in reply:
+            raise UnsupportedError("This sandbox's kernel has no subshells; its template needs ipykernel 7 or newer.")
+        return str(reply["subshell_id"])
+
+    async def delete_context(self, context_id: str) -> None:
+        """Ends a subshell."""
+        await self._ask("control", "delete_subshell_request", {"subshell_id": context_id})
+        self._turns.pop(context_id, None)
+
+    async def _ask(
+        self, channel: str, msg_type: str, content: dict[str, Any], *, context_id: str | None = None
+    ) -> dict[str, Any]:
+        reply: dict[str, Any] = {}
+
+        async def take(message: KernelMessage) -> None:
+            if message.channel == channel:
+                reply.update(message.content)
+
+        pending = await self._send(channel, msg_type, content, context_id=context_id)
+        try:
+            await self._follow(pending, take)
+        finally:
+            self._forget(pending)
+        return reply
+
+    async def _follow(self, pending: _Pending, take: Take) -> None:
+        while not (pending.replied and pending.idle):
+            message = await pending.messages.get()
+            if isinstance(message, HypercellError):
+                raise message
+            if message.channel != "iopub":
+                pending.replied = True
+            elif message.msg_type == "status":
+                pending.idle = pending.idle or message.content.get("execution_state") == "idle"
+                continue
+            await take(message)
+
+    def _forget(self, pending: _Pending) -> None:
+        for msg_id in [msg_id for msg_id, known in self._pending.items() if known is pending]:
+            del self._pending[msg_id]
+
+    async def _send(
+        self, channel: str, msg_type: str, content: dict[str, Any], *, context_id: str | None = None
+    ) -> _Pending:
+        """A request that was given to the connection; the caller forgets it in the end."""
+        from websockets.exceptions import ConnectionClosed
+
+        websocket = await self._connected()
+        pending = _Pending(context_id=context_id)
+        msg_id, frame = encode_request(
+            channel=channel, msg_type=msg_type, content=content, session_id=self._session_id, subshell_id=context_id
+        )
+        self._pending[msg_id] = pending
+        try:
+            # A connection that breaks here is the reader's business: the probe finds out whether this arrived.
+            with suppress(ConnectionClosed):
+                await websocket.send(frame)
+        except BaseException:
+            self._forget(pending)
+            raise
+        return pending
+
+    async def _connected(self) -> ClientConnection:
+        async with self._connecting:
+            if self._closed:
+                raise ConnectionLostError("This connection to the sandbox was closed.")
+            if self._reader is not None and self._reader.done():
+                self._reader = None
+                await self._disconnect()
+            if self._websocket is None:
+                self._websocket = await self._connect()
+                self._reader = asyncio.create_task(self._read())
+            return self._websocket
+
+    async def _connect(self) -> ClientConnection:
+        return await self._transport.connect(
+            f"{self._path}/channels",
+            query={"session_id": self._session_id},
+            subprotocol=SUBPROTOCOL,
+            timeout_s=START_TIMEOUT_S,
+        )
+
+    async def _disconnect(self) -> None:
+        websocket, self._websocket = self._websocket, None
+        if websocket is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(websocket.close(), CLOSE_TIMEOUT_S)
+
+    async def _read(self) -> None:
+        """Delivers messages until the connection ends and nothing is waited for, or it cannot be resumed."""
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            while True:
+                assert self._websocket is not None
+                with suppress(ConnectionClosed):
+                    while True:
+                        data = await self._websocket.recv()
+                        if isinstance(data, bytes):
+                            await self._deliver(decode(data))
+                if not self._pending:
+                    return
+                self._websocket = await self._reconnect()
+                await self._probe()
+        except HypercellError as error:
+            self._fail_all(error)
+        except ValueError as error:
+            self._fail_all(ConnectionLostError(f"The gateway sent something that is no kernel message: {error}"))
+
+    async def _reconnect(self) -> ClientConnection:
+        await self._disconnect()
+        deadline = time.monotonic() + RESUME_WINDOW_S
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                return await self._connect()
+            except (MachineFailedError, CapacityError, NoGatewayError) as error:
+                if time.monotonic() + pause_s > deadline:
+                    raise ConnectionLostError(
+                        f"The connection to the sandbox broke and could not be resumed within {RESUME_WINDOW_S:.0f} s: "
+                        f"{error} What ran may go on; its output is lost."
+                    ) from error
+            except GatewayRefusedError as error:
+                if error.status < 500:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RETRY_LONGEST_S)
+
+    async def _probe(self) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        waiting = {msg_id: pending for msg_id, pending in self._pending.items() if not pending.is_probe}
+        for context_id in {pending.context_id for pending in waiting.values()}:
+            probe = _Pending(context_id=context_id, is_probe=True)
+            probe.covers = [msg_id for msg_id, pending in waiting.items() if pending.context_id == context_id]
+            msg_id, frame = encode_request(
+                channel="shell",
+                msg_type="kernel_info_request",
+                content={},
+                session_id=self._session_id,
+                subshell_id=context_id,
+            )
+            self._pending[msg_id] = probe
+            with suppress(ConnectionClosed):
+                assert self._websocket is not None
+                await self._websocket.send(frame)
+
+    async def _deliver(self, message: KernelMessage) -> None:
+        if message.msg_type == "status" and not message.parent_id:
+            self._on_state(str(message.content.get("execution_state")), str(message.content.get("reason") or ""))
+            return
+        pending = self._pending.get(message.parent_id)
+        if pending is None:
+            return
+        if not pending.is_probe:
+            await pending.messages.put(message)
+            return
+        pending.replied = pending.replied or message.channel != "iopub"
+        pending.idle = pending.idle or message.content.get("execution_state") == "idle"
+        if pending.replied and pending.idle:
+            self._forget(pending)
+            for msg_id in pending.covers:
+                lost = self._pending.get(msg_id)
+                if lost is not None:
+                    self._fail(
+                        lost,
+                        ConnectionLostError(
+                            "The connection to the sandbox was lost and resumed, but the gateway had not kept how this "
+                            "ended: it was run to its end, or never."
+                        ),
+                    )
+
+    def _on_state(self, state: str, reason: str) -> None:
+        """`restarting` and `dead` tell of crashes. `starting` alone tells that someone asked for a restart."""
+        if state == "starting" and self._is_restarting:
+            self._is_restarting = False
+        elif state in {"restarting", "starting", "dead"}:
+            self._is_restarting = state == "restarting"
+            how = "and does not come back" if state == "dead" else "and was started anew: its variables are gone"
+            self._fail_all(KernelDiedError(f"The kernel ended while this ran, {how}. {reason}".strip()))
+
+    def _fail_all(self, error: HypercellError) -> None:
+        for pending in list(self._pending.values()):
+            self._fail(pending, error)
+        self._pending = {msg_id: pending for msg_id, pending in self._pending.items() if not pending.is_probe}
+
+    def _fail(self, pending: _Pending, error: HypercellError) -> None:
+        if pending.messages.full():
+            # Whoever takes the messages is far behind; the end is what it must not miss.
+            pending.messages.get_nowait()
+        pending.messages.put_nowait(error)

@@ -1,0 +1,344 @@
+"""A sandbox: one isolated machine with one kernel. Its life, its code, its family and its past.
+
+Knows the routes of the gateway's sandbox API (docs/sandbox_calls.md); connections are aio/transport.py's affair.
+"""
+
+from __future__ import annotations
+
+import builtins  # the class has a method `list`
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from typing import Any, Literal
+
+from hypercell.aio.callbacks import OnError, OnResult, OnText, call_back
+from hypercell.aio.commands import AsyncCommands
+from hypercell.aio.files import AsyncFiles
+from hypercell.aio.kernel import AsyncKernel
+from hypercell.aio.transport import START_TIMEOUT_S, Transport
+from hypercell.errors import CodeTimeoutError, ForkError, KernelDiedError, NotFoundError
+from hypercell.execution import Execution, Recorder
+from hypercell.kernel_messages import KernelMessage
+from hypercell.locate import locate
+from hypercell.values import (
+    CheckpointInfo,
+    ForkFailure,
+    SandboxEvent,
+    SandboxInfo,
+    SandboxMetrics,
+    SandboxTree,
+    SnapshotInfo,
+)
+
+# A program that is killed leaves no sandbox for longer than this.
+DEFAULT_TIMEOUT_S = 3600.0
+
+
+class AsyncSandbox:
+    """A connection to one sandbox. Get one with `await AsyncSandbox.create()` or `.connect(id)`.
+
+    `async with` ends it: one that this program made is killed at the end, one it only connected to goes on. Without
+    `async with` you must call `kill` or `close`. An object belongs to the event loop in which it was made.
+    """
+
+    def __init__(self, transport: Transport, info: SandboxInfo, *, kill_at_exit: bool) -> None:
+        self._transport = transport
+        self._info = info
+        self._path = f"/api/sandboxes/{info.id}"
+        self._kernel = AsyncKernel(transport, info.id)
+        self._commands = AsyncCommands(transport, info.id)
+        self._files = AsyncFiles(transport, info.id)
+        self._kill_at_exit = kill_at_exit
+        self._closed = False
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        template: str | None = None,
+        snapshot: str | None = None,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        memory_mib: int | None = None,
+        vcpus: int | None = None,
+        disk_mib: int | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        idle_timeout_s: float | None = None,
+        checkpoints: str | None = None,
+        url: str | None = None,
+        token: str | None = None,
+    ) -> AsyncSandbox:
+        """A new sandbox.
+
+        template: the kernelspec it is made from (None: the gateway's default). snapshot: start from this snapshot (id
+        or name) instead. name: for people. env: variables of its kernel. memory_mib, vcpus, disk_mib: its size (None:
+        as the template says). timeout_s: it is deleted after so long (None: never). idle_timeout_s: it sleeps after so
+        long without activity (0: never, None: as the gateway says). checkpoints: "off", "cell" (after every cell) or
+        "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and HYPERCELL_TOKEN, or the one running here).
+
+        Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
+        """
+        body = {
+            "template": template,
+            "snapshot": snapshot,
+            "name": name,
+            "env": dict(env) if env else None,
+            "memory_mib": memory_mib,
+            "vcpus": vcpus,
+            "disk_mib": disk_mib,
+            "max_lifetime_s": timeout_s,
+            "idle_timeout_s": idle_timeout_s,
+            "checkpoints": checkpoints,
+        }
+        transport = Transport.lease(locate(url=url, token=token))
+        try:
+            given = {name: value for name, value in body.items() if value is not None}
+            model = await transport.call("POST", "/api/sandboxes", body=given, timeout_s=START_TIMEOUT_S)
+        except BaseException:
+            await transport.release()
+            raise
+        return cls(transport, SandboxInfo.parse(model), kill_at_exit=True)
+
+    @classmethod
+    async def connect(cls, sandbox_id: str, *, url: str | None = None, token: str | None = None) -> AsyncSandbox:
+        """The sandbox of this id. At the end of `async with` it goes on. Raises NotFoundError."""
+        transport = Transport.lease(locate(url=url, token=token))
+        try:
+            model = await transport.call("GET", f"/api/sandboxes/{sandbox_id}")
+        except BaseException:
+            await transport.release()
+            raise
+        return cls(transport, SandboxInfo.parse(model), kill_at_exit=False)
+
+    @classmethod
+    async def list(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SandboxInfo]:
+        """All sandboxes of the gateway."""
+        async with Transport.leased(locate(url=url, token=token)) as transport:
+            return [SandboxInfo.parse(model) for model in await transport.call("GET", "/api/sandboxes")]
+
+    @classmethod
+    async def snapshots(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SnapshotInfo]:
+        """All snapshots from which sandboxes can be created."""
+        async with Transport.leased(locate(url=url, token=token)) as transport:
+            return [SnapshotInfo.parse(model) for model in await transport.call("GET", "/api/snapshots")]
+
+    @classmethod
+    async def delete_snapshot(cls, snapshot: str, *, url: str | None = None, token: str | None = None) -> None:
+        """Removes a snapshot (id or name). Raises NotFoundError."""
+        async with Transport.leased(locate(url=url, token=token)) as transport:
+            await transport.call("DELETE", f"/api/snapshots/{snapshot}")
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id, which is also its kernel's."""
+        return self._info.id
+
+    @property
+    def commands(self) -> AsyncCommands:
+        """Commands in the sandbox."""
+        return self._commands
+
+    @property
+    def files(self) -> AsyncFiles:
+        """Files in the sandbox."""
+        return self._files
+
+    async def info(self) -> SandboxInfo:
+        """What the gateway knows about it now. Raises NotFoundError if it is gone."""
+        return self._update(await self._transport.call("GET", self._path))
+
+    async def metrics(self) -> SandboxMetrics:
+        """What it uses now."""
+        return SandboxMetrics.parse(await self._transport.call("GET", f"{self._path}/metrics"))
+
+    async def run_code(
+        self,
+        code: str,
+        *,
+        timeout_s: float | None = None,
+        context: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_result: OnResult | None = None,
+        on_error: OnError | None = None,
+    ) -> Execution:
+        """Runs code in the sandbox's kernel, like a cell of a notebook: variables stay. Returns what it gave.
+
+        An exception in the code is in the result's `error` (`raise_for_error()` raises it). on_...: called as output
+        comes; a slow one holds the kernel. timeout_s: from when it is this code's turn; then the kernel is interrupted.
+        context: from `create_context`. Cancelled, the code is interrupted. Calls of one context wait for each other.
+
+        Raises CodeTimeoutError (says whether the code has stopped, and holds what it had said), KernelDiedError,
+        ConnectionLostError, NotFoundError (the sandbox is gone), StateError.
+        """
+        recorder = Recorder()
+
+        async def take(message: KernelMessage) -> None:
+            heard = recorder.take(message)
+            if heard.stdout is not None:
+                await call_back(on_stdout, heard.stdout)
+            elif heard.stderr is not None:
+                await call_back(on_stderr, heard.stderr)
+            elif heard.result is not None:
+                await call_back(on_result, heard.result)
+            elif heard.error is not None:
+                await call_back(on_error, heard.error)
+
+        try:
+            await self._kernel.execute(code, take=take, timeout_s=timeout_s, context_id=context)
+        except (CodeTimeoutError, KernelDiedError) as error:
+            error.execution = recorder.execution
+            raise
+        return recorder.execution
+
+    async def create_context(self) -> str:
+        """A second line of execution in the same kernel: its code runs beside the main one, on the same variables.
+
+        Returns its id, for `run_code(context=)`. For variables of its own, fork. Raises UnsupportedError if the kernel
+        has none.
+        """
+        return await self._kernel.create_context()
+
+    async def delete_context(self, context: str) -> None:
+        """Ends a context."""
+        await self._kernel.delete_context(context)
+
+    async def interrupt(self) -> None:
+        """Raises KeyboardInterrupt in the code that runs, whoever runs it."""
+        await self._kernel.interrupt()
+
+    async def restart(self) -> None:
+        """A new kernel in the same sandbox: files stay, variables go."""
+        await self._kernel.restart()
+
+    async def fork(
+        self, n: int = 1, *, name: str | None = None, same_random: bool = False
+    ) -> builtins.list[AsyncSandbox]:
+        """n children that go on from this instant, with every variable, file and process as it is now.
+
+        name: theirs, for people. same_random: they draw the same random numbers. At the end of `async with`, each child
+        is killed on its own. Raises LimitError, StateError, and ForkError if some could not be made.
+        """
+        body: dict[str, Any] = {"count": n, "same_random": same_random}
+        if name is not None:
+            body["name"] = name
+        answer = await self._transport.call("POST", f"{self._path}/fork", body=body, timeout_s=START_TIMEOUT_S)
+        children, failures = [], []
+        for model in answer["children"]:
+            if "error" in model:
+                failures.append(ForkFailure(code=model["error"]["code"], message=model["error"]["message"]))
+            else:
+                transport = Transport.lease(self._transport.gateway)
+                children.append(AsyncSandbox(transport, SandboxInfo.parse(model), kill_at_exit=True))
+        if failures:
+            raise ForkError(failures, children)
+        return children
+
+    async def tree(self) -> SandboxTree:
+        """Its family: ancestors, siblings and descendants that are left."""
+        answer = await self._transport.call("GET", f"{self._path}/tree")
+        return SandboxTree(root=answer["root"], nodes=[SandboxInfo.parse(node) for node in answer["nodes"]])
+
+    async def create_snapshot(self, name: str | None = None) -> CheckpointInfo:
+        """Saves memory, disk and kernel of this instant; the sandbox goes on. `create(snapshot=name)` starts from it,
+        `goto(name)` returns to it."""
+        body = {} if name is None else {"name": name}
+        answer = await self._transport.call("POST", f"{self._path}/checkpoints", body=body, timeout_s=START_TIMEOUT_S)
+        return CheckpointInfo.parse(answer)
+
+    async def checkpoints(self) -> builtins.list[CheckpointInfo]:
+        """The points of its past that can be returned to, oldest first."""
+        return [CheckpointInfo.parse(one) for one in await self._transport.call("GET", f"{self._path}/checkpoints")]
+
+    async def goto(self, target: str | int) -> SandboxInfo:
+        """Puts the sandbox back to a checkpoint: its id, its name, or a cell's number. Raises NotFoundError."""
+        body = {"target": str(target)}
+        return self._update(
+            await self._transport.call("POST", f"{self._path}/goto", body=body, timeout_s=START_TIMEOUT_S)
+        )
+
+    async def undo(self) -> SandboxInfo:
+        """Puts the sandbox back to before the last cell. Raises StateError if no checkpoint is that old."""
+        return await self._act("undo")
+
+    async def sleep(self) -> SandboxInfo:
+        """Saves it and frees its memory; `wake`, and anything that uses it, goes on where it was."""
+        return await self._act("sleep")
+
+    async def wake(self) -> SandboxInfo:
+        """Wakes it from its sleep."""
+        return await self._act("wake")
+
+    async def pause(self) -> SandboxInfo:
+        """Stops its processors; its memory stays. Nothing but `resume` starts them."""
+        return await self._act("pause")
+
+    async def resume(self) -> SandboxInfo:
+        """Goes on after `pause`."""
+        return await self._act("resume")
+
+    async def _act(self, action: Literal["sleep", "wake", "pause", "resume", "undo"]) -> SandboxInfo:
+        return self._update(await self._transport.call("POST", f"{self._path}/{action}", timeout_s=START_TIMEOUT_S))
+
+    def _update(self, model: Mapping[str, Any]) -> SandboxInfo:
+        self._info = SandboxInfo.parse(model)
+        return self._info
+
+    async def set_timeout(self, timeout_s: float | None) -> SandboxInfo:
+        """It is deleted so long from now (None: never)."""
+        lifetime_s = None
+        if timeout_s is not None:
+            now = time.time() + self._transport.clock_offset_s
+            lifetime_s = now - self._info.created_at.timestamp() + timeout_s
+        return await self._patch(max_lifetime_s=lifetime_s)
+
+    async def set_idle_timeout(self, idle_timeout_s: float) -> SandboxInfo:
+        """It sleeps after so long without activity (0: never)."""
+        return await self._patch(idle_timeout_s=idle_timeout_s)
+
+    async def set_checkpoints(self, policy: str) -> SandboxInfo:
+        """When checkpoints are taken by themselves: "off", "cell" or "timer:<minutes>"."""
+        return await self._patch(checkpoints=policy)
+
+    async def rename(self, name: str) -> SandboxInfo:
+        """Gives it another name, for people."""
+        return await self._patch(name=name)
+
+    async def _patch(self, **fields: Any) -> SandboxInfo:
+        return self._update(await self._transport.call("PATCH", self._path, body=fields))
+
+    async def events(self) -> AsyncGenerator[SandboxEvent, None]:
+        """Its changes from now on, until it is gone or the iteration is closed."""
+        async with self._transport.stream("GET", f"{self._path}/events", timeout_s=None) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data:"):
+                    value = json.loads(line.removeprefix("data:"))
+                    yield SandboxEvent(sandbox_id=self.id, kind=str(value["kind"]), data=value.get("data", {}))
+
+    async def kill(self) -> None:
+        """Ends the sandbox for good. One that is gone already is fine."""
+        try:
+            with suppress(NotFoundError):
+                await self._transport.call("DELETE", self._path)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Ends this connection; the sandbox goes on. Twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            await self._kernel.close()
+            await self._transport.release()
+
+    async def __aenter__(self) -> AsyncSandbox:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._kill_at_exit and not self._closed:
+            await self.kill()
+        else:
+            await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._info.id} {self._info.name or ''}>".replace(" >", ">")

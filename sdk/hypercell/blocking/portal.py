@@ -1,0 +1,151 @@
+"""Runs the asynchronous core for blocking callers: one event loop in a background thread of this process.
+
+Callbacks are called in the thread of the caller, who is waiting anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from hypercell.errors import HypercellError
+from hypercell.execution import ExecutionError, Result
+
+T = TypeVar("T")
+
+OnText = Callable[[str], None]
+OnBytes = Callable[[bytes], None]
+OnResult = Callable[[Result], None]
+OnError = Callable[[ExecutionError], None]
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_pid = 0
+_thread_id = 0
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The background loop; started by the first call, and anew in a process that was forked."""
+    global _loop, _pid, _thread_id
+    with _lock:
+        if _loop is None or _pid != os.getpid():
+            _loop, _pid = asyncio.new_event_loop(), os.getpid()
+            # A daemon: a program ends without closing its sandboxes' connections.
+            thread = threading.Thread(target=_loop.run_forever, name="hypercell", daemon=True)
+            thread.start()
+            _thread_id = thread.ident or 0
+        return _loop
+
+
+class BlockingCall:
+    """One call: `run` a coroutine in the background, with callbacks made by `here`."""
+
+    def __init__(self) -> None:
+        # What is to be called here; None at the end. Each sender waits for its call, so there are few.
+        self._calls: SimpleQueue[tuple[Callable[[Any], Any], Any, asyncio.Future[None]] | None] = SimpleQueue()
+
+    def here(self, function: Callable[[T], None] | None) -> Callable[[T], Coroutine[Any, Any, None]] | None:
+        """A callback that runs `function` in the caller's thread."""
+        if function is None:
+            return None
+        wanted = function
+
+        async def relay(value: T) -> None:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._calls.put((wanted, value, done))
+            await done
+
+        return relay
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The coroutine's result. Interrupted (Ctrl-C), it cancels the coroutine and waits for its end."""
+        loop = event_loop()
+        if threading.get_ident() == _thread_id:
+            coroutine.close()
+            raise HypercellError("The blocking API cannot be used in a coroutine of the SDK; use AsyncSandbox there.")
+        tasks: list[asyncio.Task[T] | None] = []
+
+        async def work() -> T:
+            tasks.append(asyncio.current_task())
+            return await coroutine
+
+        future = asyncio.run_coroutine_threadsafe(work(), loop)
+        future.add_done_callback(lambda _: self._calls.put(None))
+        try:
+            self._serve(loop)
+        except BaseException:
+            for task in tasks:
+                if task is not None:
+                    loop.call_soon_threadsafe(task.cancel)
+            self._serve(loop)
+            raise
+        return future.result()
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (call := self._calls.get()) is not None:
+            function, value, done = call
+            try:
+                function(value)
+            except Exception as error:
+                loop.call_soon_threadsafe(_settle, done, error)
+            else:
+                loop.call_soon_threadsafe(_settle, done, None)
+
+
+def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+    if done.done():
+        return
+    if error is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+
+
+class Wrapper:
+    """A blocking object over its asynchronous twin."""
+
+    def __init__(self, inner: Any) -> None:
+        self._async = inner
+
+
+_BLOCKING_OF: dict[type, type[Wrapper]] = {}
+
+
+def register(asynchronous: type, blocking: type[Wrapper]) -> None:
+    """From now on `wrap` makes `blocking` of an `asynchronous`."""
+    _BLOCKING_OF[asynchronous] = blocking
+
+
+def wrap(value: Any) -> Any:
+    """The same value with blocking objects in place of asynchronous ones."""
+    if isinstance(value, list):
+        return [wrap(item) for item in value]
+    blocking = _BLOCKING_OF.get(type(value))
+    return value if blocking is None else blocking(value)
+
+
+def iterate(generator: AsyncGenerator[T, None]) -> Iterator[T]:
+    """What an asynchronous generator gives; it is closed when the iteration is."""
+
+    async def step() -> tuple[bool, Any]:
+        try:
+            return True, await generator.__anext__()
+        except StopAsyncIteration:
+            return False, None
+
+    try:
+        while True:
+            is_there, value = BlockingCall().run(step())
+            if not is_there:
+                return
+            yield wrap(value)
+    finally:
+        BlockingCall().run(_close(generator))
+
+
+async def _close(generator: AsyncGenerator[Any, None]) -> None:
+    await generator.aclose()

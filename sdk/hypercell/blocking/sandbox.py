@@ -1,0 +1,267 @@
+"""A sandbox: one isolated machine with one kernel. Its life, its code, its family and its past.
+
+Made by sdk/make_blocking.py from aio/sandbox.py: change that.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator, Mapping
+
+from hypercell.aio.sandbox import AsyncSandbox
+from hypercell.blocking.commands import Commands
+from hypercell.blocking.files import Files
+from hypercell.blocking.portal import BlockingCall, OnError, OnResult, OnText, Wrapper, iterate, register, wrap
+from hypercell.execution import Execution
+from hypercell.values import (
+    CheckpointInfo,
+    SandboxEvent,
+    SandboxInfo,
+    SandboxMetrics,
+    SandboxTree,
+    SnapshotInfo,
+)
+
+DEFAULT_TIMEOUT_S = 3600.0
+
+
+class Sandbox(Wrapper):
+    """A connection to one sandbox. Get one with `Sandbox.create()` or `.connect(id)`.
+
+    `with` ends it: one that this program made is killed at the end, one it only connected to goes on. Without
+    `with` you must call `kill` or `close`. An object belongs to the event loop in which it was made.
+    """
+
+    _async: AsyncSandbox
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        template: str | None = None,
+        snapshot: str | None = None,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        memory_mib: int | None = None,
+        vcpus: int | None = None,
+        disk_mib: int | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        idle_timeout_s: float | None = None,
+        checkpoints: str | None = None,
+        url: str | None = None,
+        token: str | None = None,
+    ) -> Sandbox:
+        """A new sandbox.
+
+        template: the kernelspec it is made from (None: the gateway's default). snapshot: start from this snapshot (id
+        or name) instead. name: for people. env: variables of its kernel. memory_mib, vcpus, disk_mib: its size (None:
+        as the template says). timeout_s: it is deleted after so long (None: never). idle_timeout_s: it sleeps after so
+        long without activity (0: never, None: as the gateway says). checkpoints: "off", "cell" (after every cell) or
+        "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and HYPERCELL_TOKEN, or the one running here).
+
+        Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
+        """
+        result: Sandbox = wrap(
+            BlockingCall().run(
+                AsyncSandbox.create(
+                    template=template,
+                    snapshot=snapshot,
+                    name=name,
+                    env=env,
+                    memory_mib=memory_mib,
+                    vcpus=vcpus,
+                    disk_mib=disk_mib,
+                    timeout_s=timeout_s,
+                    idle_timeout_s=idle_timeout_s,
+                    checkpoints=checkpoints,
+                    url=url,
+                    token=token,
+                )
+            )
+        )
+        return result
+
+    @classmethod
+    def connect(cls, sandbox_id: str, *, url: str | None = None, token: str | None = None) -> Sandbox:
+        """The sandbox of this id. At the end of `with` it goes on. Raises NotFoundError."""
+        result: Sandbox = wrap(BlockingCall().run(AsyncSandbox.connect(sandbox_id, url=url, token=token)))
+        return result
+
+    @classmethod
+    def list(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SandboxInfo]:
+        """All sandboxes of the gateway."""
+        return BlockingCall().run(AsyncSandbox.list(url=url, token=token))
+
+    @classmethod
+    def snapshots(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SnapshotInfo]:
+        """All snapshots from which sandboxes can be created."""
+        return BlockingCall().run(AsyncSandbox.snapshots(url=url, token=token))
+
+    @classmethod
+    def delete_snapshot(cls, snapshot: str, *, url: str | None = None, token: str | None = None) -> None:
+        """Removes a snapshot (id or name). Raises NotFoundError."""
+        BlockingCall().run(AsyncSandbox.delete_snapshot(snapshot, url=url, token=token))
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id, which is also its kernel's."""
+        return self._async.id
+
+    @property
+    def commands(self) -> Commands:
+        """Commands in the sandbox."""
+        result: Commands = wrap(self._async.commands)
+        return result
+
+    @property
+    def files(self) -> Files:
+        """Files in the sandbox."""
+        result: Files = wrap(self._async.files)
+        return result
+
+    def info(self) -> SandboxInfo:
+        """What the gateway knows about it now. Raises NotFoundError if it is gone."""
+        return BlockingCall().run(self._async.info())
+
+    def metrics(self) -> SandboxMetrics:
+        """What it uses now."""
+        return BlockingCall().run(self._async.metrics())
+
+    def run_code(
+        self,
+        code: str,
+        *,
+        timeout_s: float | None = None,
+        context: str | None = None,
+        on_stdout: OnText | None = None,
+        on_stderr: OnText | None = None,
+        on_result: OnResult | None = None,
+        on_error: OnError | None = None,
+    ) -> Execution:
+        """Runs code in the sandbox's kernel, like a cell of a notebook: variables stay. Returns what it gave.
+
+        An exception in the code is in the result's `error` (`raise_for_error()` raises it). on_...: called as output
+        comes; a slow one holds the kernel. timeout_s: from when it is this code's turn; then the kernel is interrupted.
+        context: from `create_context`. Cancelled, the code is interrupted. Calls of one context wait for each other.
+
+        Raises CodeTimeoutError (says whether the code has stopped, and holds what it had said), KernelDiedError,
+        ConnectionLostError, NotFoundError (the sandbox is gone), StateError.
+        """
+        call = BlockingCall()
+        return call.run(
+            self._async.run_code(
+                code,
+                timeout_s=timeout_s,
+                context=context,
+                on_stdout=call.here(on_stdout),
+                on_stderr=call.here(on_stderr),
+                on_result=call.here(on_result),
+                on_error=call.here(on_error),
+            )
+        )
+
+    def create_context(self) -> str:
+        """A second line of execution in the same kernel: its code runs beside the main one, on the same variables.
+
+        Returns its id, for `run_code(context=)`. For variables of its own, fork. Raises UnsupportedError if the kernel
+        has none.
+        """
+        return BlockingCall().run(self._async.create_context())
+
+    def delete_context(self, context: str) -> None:
+        """Ends a context."""
+        BlockingCall().run(self._async.delete_context(context))
+
+    def interrupt(self) -> None:
+        """Raises KeyboardInterrupt in the code that runs, whoever runs it."""
+        BlockingCall().run(self._async.interrupt())
+
+    def restart(self) -> None:
+        """A new kernel in the same sandbox: files stay, variables go."""
+        BlockingCall().run(self._async.restart())
+
+    def fork(self, n: int = 1, *, name: str | None = None, same_random: bool = False) -> builtins.list[Sandbox]:
+        """n children that go on from this instant, with every variable, file and process as it is now.
+
+        name: theirs, for people. same_random: they draw the same random numbers. At the end of `with`, each child
+        is killed on its own. Raises LimitError, StateError, and ForkError if some could not be made.
+        """
+        result: builtins.list[Sandbox] = wrap(
+            BlockingCall().run(self._async.fork(n, name=name, same_random=same_random))
+        )
+        return result
+
+    def tree(self) -> SandboxTree:
+        """Its family: ancestors, siblings and descendants that are left."""
+        return BlockingCall().run(self._async.tree())
+
+    def create_snapshot(self, name: str | None = None) -> CheckpointInfo:
+        """Saves memory, disk and kernel of this instant; the sandbox goes on. `create(snapshot=name)` starts from it,
+        `goto(name)` returns to it.
+        """
+        return BlockingCall().run(self._async.create_snapshot(name))
+
+    def checkpoints(self) -> builtins.list[CheckpointInfo]:
+        """The points of its past that can be returned to, oldest first."""
+        return BlockingCall().run(self._async.checkpoints())
+
+    def goto(self, target: str | int) -> SandboxInfo:
+        """Puts the sandbox back to a checkpoint: its id, its name, or a cell's number. Raises NotFoundError."""
+        return BlockingCall().run(self._async.goto(target))
+
+    def undo(self) -> SandboxInfo:
+        """Puts the sandbox back to before the last cell. Raises StateError if no checkpoint is that old."""
+        return BlockingCall().run(self._async.undo())
+
+    def sleep(self) -> SandboxInfo:
+        """Saves it and frees its memory; `wake`, and anything that uses it, goes on where it was."""
+        return BlockingCall().run(self._async.sleep())
+
+    def wake(self) -> SandboxInfo:
+        """Wakes it from its sleep."""
+        return BlockingCall().run(self._async.wake())
+
+    def pause(self) -> SandboxInfo:
+        """Stops its processors; its memory stays. Nothing but `resume` starts them."""
+        return BlockingCall().run(self._async.pause())
+
+    def resume(self) -> SandboxInfo:
+        """Goes on after `pause`."""
+        return BlockingCall().run(self._async.resume())
+
+    def set_timeout(self, timeout_s: float | None) -> SandboxInfo:
+        """It is deleted so long from now (None: never)."""
+        return BlockingCall().run(self._async.set_timeout(timeout_s))
+
+    def set_idle_timeout(self, idle_timeout_s: float) -> SandboxInfo:
+        """It sleeps after so long without activity (0: never)."""
+        return BlockingCall().run(self._async.set_idle_timeout(idle_timeout_s))
+
+    def set_checkpoints(self, policy: str) -> SandboxInfo:
+        """When checkpoints are taken by themselves: "off", "cell" or "timer:<minutes>"."""
+        return BlockingCall().run(self._async.set_checkpoints(policy))
+
+    def rename(self, name: str) -> SandboxInfo:
+        """Gives it another name, for people."""
+        return BlockingCall().run(self._async.rename(name))
+
+    def events(self) -> Iterator[SandboxEvent]:
+        """Its changes from now on, until it is gone or the iteration is closed."""
+        return iterate(self._async.events())
+
+    def kill(self) -> None:
+        """Ends the sandbox for good. One that is gone already is fine."""
+        BlockingCall().run(self._async.kill())
+
+    def close(self) -> None:
+        """Ends this connection; the sandbox goes on. Twice is harmless."""
+        BlockingCall().run(self._async.close())
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        BlockingCall().run(self._async.__aexit__(*exc_info))
+
+
+register(AsyncSandbox, Sandbox)
