@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
+from kernels.exercise import exercise
 from kernels.pool import Pool
 from kernels.session import Greeting
 from kernels.settings import ServiceSettings
@@ -101,8 +102,7 @@ class Launcher:
     async def _make_spare(self, template: Template) -> WarmMachine:
         warm = await self._restore_template(template, SPARE_IDENTITY)
         try:
-            # Runs the paths that a first cell takes, so that the emulator has them translated when a user comes.
-            await warm.session.call("kernel.exercise")
+            await exercise(warm, self._settings.run_dir)
         except BaseException:
             await warm.close()
             raise

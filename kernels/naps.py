@@ -123,7 +123,7 @@ class Naps:
             core.registry.fail(sandbox_id, reason)
             return
         taken = core.store.get(sandbox.snapshot_id).created_at
-        text = f"{reason} It goes on from its checkpoint of {taken:%Y-%m-%d %H:%M:%S} UTC."
+        text = f"The sandbox goes on from its checkpoint of {taken:%Y-%m-%d %H:%M:%S} UTC. {reason}"
         core.registry.fall_back(sandbox_id, text)
 
     async def watch(self) -> None:

@@ -1,0 +1,44 @@
+"""Exercise for a spare machine: everything that a first client does, done once, so that an emulator has translated it.
+
+A client's connections, handshakes and first requests run through the agent and the kernel like any others. What they
+leave (namespace, counters, history) is as new. Knows nothing of pools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from pathlib import Path
+from typing import cast
+
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.connect import KernelConnectionInfo
+
+from kernels.endpoints import Endpoints
+from kernels.errors import MachineFailedError
+from kernels.warm import WarmMachine
+
+# Under emulation on a busy host; a kernel that does not answer for so long is not worth keeping.
+EXERCISE_TIMEOUT_S = 60.0
+
+
+async def exercise(warm: WarmMachine, run_dir: Path) -> None:
+    """Errors: MachineFailedError; the machine is still the caller's to end."""
+    await warm.session.call("kernel.exercise")
+    endpoints = Endpoints(run_dir / "k" / f"x{secrets.token_hex(5)}", lambda: None)
+    try:
+        await endpoints.start()
+        endpoints.attach(warm.session.open_channel)
+        client = AsyncKernelClient()
+        client.load_connection_info(cast(KernelConnectionInfo, endpoints.connection_info(warm.key)))
+        client.start_channels()
+        try:
+            async with asyncio.timeout(EXERCISE_TIMEOUT_S):
+                await client.wait_for_ready(timeout=EXERCISE_TIMEOUT_S)
+                await client.execute_interactive("pass", store_history=False, timeout=EXERCISE_TIMEOUT_S)
+        except (TimeoutError, RuntimeError) as error:
+            raise MachineFailedError(f"A spare machine's kernel did not answer: {error}") from error
+        finally:
+            client.stop_channels()
+    finally:
+        await endpoints.close()
