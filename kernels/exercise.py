@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 from typing import cast
 
-from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
 from kernels.endpoints import Endpoints
