@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 from tornado import web
-from tornado.httpserver import HTTPServer
 from tornado.routing import Rule
 
 from gateway.channels import ChannelsHandler
@@ -24,12 +23,6 @@ from gateway.state import Gateway
 from gateway.watch_socket import WatchSocket
 
 log = logging.getLogger("gateway.access")
-
-# A request whose headers or body do not come in this time is not coming; slow uploads are not part of this API.
-REQUEST_TIMEOUT_S = 60.0
-# Browsers keep idle connections for minutes; an attacker's cost nothing but a descriptor.
-IDLE_CONNECTION_TIMEOUT_S = 600.0
-MAX_HEADER_BYTES = 64 * 1024
 
 
 def all_endpoints() -> tuple[Endpoint, ...]:
@@ -89,17 +82,6 @@ def make_application(gateway: Gateway) -> web.Application:
         default_handler_args={"gateway": gateway},
         gateway=gateway,
         log_function=_log_request,
-    )
-
-
-def make_server(gateway: Gateway) -> HTTPServer:
-    """The HTTP server; the caller gives it sockets and stops it."""
-    return HTTPServer(
-        make_application(gateway),
-        xheaders=False,
-        idle_connection_timeout=IDLE_CONNECTION_TIMEOUT_S,
-        body_timeout=REQUEST_TIMEOUT_S,
-        max_header_size=MAX_HEADER_BYTES,
     )
 
 

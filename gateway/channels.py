@@ -25,6 +25,7 @@ from gateway.handlers.sandboxes import FORWARDING_HEADERS
 from gateway.local_peer import peer_uid
 from gateway.state import Gateway
 from kernels.errors import KernelsError, UnknownSandboxError
+from kernels.models import SandboxState
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         if not _SESSION_ID.match(self._session_id):
             raise ApiError(400, "invalid_request", "A session_id has 1 to 200 letters, digits and .-_:@.")
         try:
-            await self.gateway.service.ready(kernel_id)
+            # A sleeping kernel is woken by the first message.
+            if self.gateway.kernel_sandbox(kernel_id).state is not SandboxState.ASLEEP:
+                await self.gateway.service.ready(kernel_id)
         except UnknownSandboxError as error:
             raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
         self.gateway.hub.check_room(kernel_id, self._session_id)
@@ -125,7 +128,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         self._watch()
         client = Client(write=self._write, close=self._close_with, legacy=self._legacy)
         try:
-            self._connection = await self.gateway.hub.attach(self._kernel_id, self._session_id, client)
+            self._connection = self.gateway.hub.attach(self._kernel_id, self._session_id, client)
         except KernelsError as error:
             self._close_with(CLOSE_FAILED, str(error))
 

@@ -53,6 +53,11 @@ def status_message(state: str, reason: str | None) -> KernelMessage:
     return make_message("iopub", "status", content)
 
 
+def stderr_message(text: str, parent: Part = b"{}") -> KernelMessage:
+    """A word of the gateway's own in the output of the cell whose header is `parent`."""
+    return make_message("iopub", "stream", {"name": "stderr", "text": text}, parent)
+
+
 class KernelLink:
     """Connects on construction. `start(receive)` begins delivery; `close()` ends it, twice is harmless.
 
@@ -105,6 +110,16 @@ class KernelLink:
 
     def _sockets(self) -> dict[str, ZmqSocket]:
         return {"iopub": self._iopub, **self._dealers}
+
+    @property
+    def subscribed(self) -> bool:
+        """Whether iopub has delivered something on the kernel's present sockets."""
+        return self._subscribed.is_set()
+
+    def expect_subscription(self) -> None:
+        """The kernel's sockets are gone and will come back: these here connect again by themselves."""
+        self._iopub.drain()
+        self._subscribed.clear()
 
     async def send(self, message: KernelMessage) -> None:
         """To the kernel; waits while it takes no more."""

@@ -20,6 +20,9 @@ MAX_ENV_VARIABLES = 512
 MAX_ENV_BYTES = 64 * 1024
 _UUID = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 
+# JupyterLab's consoles: `console-1-<uuid>`.
+_CONSOLE_PATH = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+
 # Names and paths are shown, stored and passed on, never opened; long ones are mistakes.
 Name = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\u0000]*$")]
 PathText = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\u0000]*$")]
@@ -40,6 +43,11 @@ Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 def timestamp(moment: datetime) -> str:
     """UTC with six digits of microseconds and a Z: jupyter_server parses it with `%Y-%m-%dT%H:%M:%S.%fZ`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def notebook_of(path: str | None) -> str | None:
+    """The notebook that a kernel for this path belongs to; None for consoles, whose paths nobody opens again."""
+    return None if not path or _CONSOLE_PATH.search(path) else path
 
 
 class JupyterRequest(BaseModel):
@@ -93,7 +101,8 @@ def _size_in(env: Mapping[str, str], variable: str) -> int | None:
 
 
 class CreateKernel(JupyterRequest):
-    """POST /api/kernels. KERNEL_MEMORY_MIB, KERNEL_VCPUS and KERNEL_DISK_MIB in `env` say the same as `resources`."""
+    """POST /api/kernels. KERNEL_MEMORY_MIB, KERNEL_VCPUS and KERNEL_DISK_MIB in `env` say the same as `resources`;
+    JPY_SESSION_NAME is the notebook's path."""
 
     name: Name | None = None
     env: dict[EnvName, EnvValue] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
@@ -111,10 +120,15 @@ class CreateKernel(JupyterRequest):
             kernel_id=self.kernel_id,
             env=self.env,
             cwd=self.env.get("KERNEL_WORKING_DIR") or self.path or None,
+            notebook=notebook_of(self.env.get("JPY_SESSION_NAME")),
             memory_mib=resources.memory_mib or _size_in(self.env, "KERNEL_MEMORY_MIB"),
             vcpus=resources.vcpus or _size_in(self.env, "KERNEL_VCPUS"),
             disk_mib=resources.disk_mib or _size_in(self.env, "KERNEL_DISK_MIB"),
         )
+
+
+# Where the sandbox's state says more than the kernel's own.
+_KERNEL_STATE = {SandboxState.FAILED: "dead", SandboxState.ASLEEP: "idle"}
 
 
 class KernelAnswer(Answer):
@@ -129,12 +143,13 @@ class KernelAnswer(Answer):
 
     @classmethod
     def of(cls, sandbox: Sandbox, connections: int) -> KernelAnswer:
-        failed = sandbox.state is SandboxState.FAILED
+        # A cell that sleeps in the middle goes on after the wake, but nothing is done now.
+        state = _KERNEL_STATE.get(sandbox.state, sandbox.execution_state)
         return cls(
             id=sandbox.id,
             name=sandbox.template,
             last_activity=timestamp(sandbox.last_activity),
-            execution_state="dead" if failed else sandbox.execution_state,
+            execution_state=state,
             connections=connections,
             reason=sandbox.reason,
         )

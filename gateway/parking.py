@@ -29,7 +29,8 @@ class Parked:
     """
 
     def __init__(self, link: KernelLink, *, max_bytes: int, budget: BufferBudget) -> None:
-        self.link = link
+        self.link: KernelLink | None = link
+        self.session_id = link.session_id
         self._max_bytes = max_bytes
         self._budget = budget
         self._messages: deque[KernelMessage] = deque()
@@ -38,19 +39,22 @@ class Parked:
         self._dropped_bytes = 0
         self._dropped_parent: bytes = b"{}"
 
-    @property
-    def session_id(self) -> str:
-        return self.link.session_id
-
     def start(self) -> None:
         """Begins to keep what the link delivers."""
-        self.link.start(self.keep)
-        self.link.resume()
+        if self.link is not None:
+            self.link.start(self.keep)
+            self.link.resume()
+
+    def unlink(self) -> None:
+        """The kernel sleeps or is gone: ends the sockets. When it wakes it keeps by itself what nobody listens to."""
+        link, self.link = self.link, None
+        if link is not None:
+            link.drain_iopub()
+            link.close()
 
     def relink(self, link: KernelLink) -> None:
         """Goes on with the link to a restarted kernel."""
-        self.link.drain_iopub()
-        self.link.close()
+        self.unlink()
         self.link = link
         self.start()
 
@@ -95,4 +99,5 @@ class Parked:
     def close(self) -> None:
         """Forgets everything and ends the link."""
         self.release(for_session=self.session_id)
-        self.link.close()
+        if self.link is not None:
+            self.link.close()

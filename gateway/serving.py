@@ -11,11 +11,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from tornado.netutil import bind_sockets
-
-from gateway.app import make_server
-from gateway.errors import StartError
+from gateway.app import make_application
 from gateway.hub import KernelHub
+from gateway.listener import Listener
 from gateway.metrics import Metrics
 from gateway.sessions import SessionStore
 from gateway.settings import GatewaySettings
@@ -38,10 +36,10 @@ class Serving:
 
 
 @asynccontextmanager
-async def serving(settings: GatewaySettings, service: SandboxService) -> AsyncIterator[Serving]:
-    """Listens until the context ends, then closes every connection. The caller runs and ends `service`.
+async def serving(settings: GatewaySettings, service: SandboxService, listener: Listener) -> AsyncIterator[Serving]:
+    """Serves at `listener` until the context ends, then ends every WebSocket. The caller runs and ends both.
 
-    Errors: StartError when the address cannot be listened at.
+    Errors: StartError for a foreign file of sessions.
     """
     metrics = Metrics(states=lambda: [sandbox.state for sandbox in service.list()], pool_ready=service.pool_ready)
     async with AsyncExitStack() as stack:
@@ -54,24 +52,11 @@ async def serving(settings: GatewaySettings, service: SandboxService) -> AsyncIt
             events = await stack.enter_async_context(service.subscribe())
             task = asyncio.create_task(follow(events))
             stack.push_async_callback(_cancelled, task)
-        server = make_server(gateway)
+        listener.application = make_application(gateway)
         try:
-            sockets = bind_sockets(settings.port, settings.host)
-        except OSError as error:
-            raise StartError(
-                f"Cannot listen at {settings.host}:{settings.port}: {error.strerror}. --port chooses another port "
-                "(0 takes any free one)."
-            ) from error
-        server.add_sockets(sockets)
-        stack.push_async_callback(server.close_all_connections)
-        stack.callback(server.stop)
-        yield Serving(url=_url(settings.host, sockets[0].getsockname()[1]), token=token, gateway=gateway)
-
-
-def _url(host: str, port: int) -> str:
-    # What listens everywhere is reached on this machine through loopback.
-    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{name}:{port}"
+            yield Serving(url=listener.url, token=token, gateway=gateway)
+        finally:
+            listener.application, listener.doing = None, "stopping"
 
 
 async def _follow_sessions(sessions: SessionStore, events: EventQueue) -> None:

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from weakref import WeakValueDictionary
 
 from gateway.errors import ApiError, api_error
-from gateway.hub import KernelHub
+from gateway.hub import CLOSE_NORMAL, KernelHub
 from gateway.metrics import Metrics
 from gateway.models import KernelAnswer
 from gateway.sessions import SessionStore
 from gateway.settings import GatewaySettings
-from kernels.errors import KernelsError
+from kernels.errors import KernelsError, UnknownSandboxError
 from kernels.models import CreateSandbox, Sandbox
 from kernels.service import SandboxService
 
@@ -46,6 +46,23 @@ class Gateway:
         if not names:
             raise ApiError(503, "no_image", "There is no image yet. `hypercelld image build` makes one.")
         return "python3" if "python3" in names else names[0]
+
+    def kernels(self) -> list[Sandbox]:
+        """The sandboxes whose kernels Jupyter's clients see: those that no client has deleted."""
+        return [sandbox for sandbox in self.service.list() if not sandbox.released]
+
+    def kernel_sandbox(self, kernel_id: str) -> Sandbox:
+        """The sandbox of a kernel that Jupyter's clients see. Errors: UnknownSandboxError."""
+        sandbox = self.service.get(kernel_id)
+        if sandbox.released:
+            raise UnknownSandboxError(kernel_id)
+        return sandbox
+
+    async def release(self, kernel_id: str) -> None:
+        """A Jupyter client deletes a kernel: its clients and sessions go. Errors: as `SandboxService.release`."""
+        self.hub.close_clients(kernel_id, CLOSE_NORMAL, "the kernel was deleted")
+        await self.service.release(kernel_id)
+        self.sessions.remove_kernel(kernel_id)
 
     def kernel(self, sandbox: Sandbox) -> KernelAnswer:
         """Jupyter's model of it."""

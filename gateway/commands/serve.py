@@ -1,4 +1,4 @@
-"""`hypercelld serve`: image, accelerator, driver, templates, then HTTP, each with a word to the person who waits."""
+"""`hypercelld serve`: listens, then sees to image, machines and templates, each with a word to the person who waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic.fields import FieldInfo
 
 from gateway.errors import StartError
+from gateway.listener import listening
 from gateway.presence import gateway_files, state_lock
 from gateway.serving import Serving, serving
 from gateway.settings import GatewaySettings, load_settings
 from kernels.errors import KernelsError
-from kernels.service import SandboxService
-from vm_runtime.drivers.qemu.accelerator import Wish, choose
-from vm_runtime.drivers.qemu.driver import QemuDriver
+from kernels.host import open_service
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.errors import ImageError
 from vm_runtime.images.progress import LineProgress
@@ -88,7 +87,7 @@ async def _until_signal(settings: GatewaySettings) -> None:
         nonlocal stopping
         if not stopping:
             stopping = True
-            say("Stopping: ending kernels and connections.")
+            say("Stopping.")
             task.cancel()
 
     loop = asyncio.get_running_loop()
@@ -96,9 +95,14 @@ async def _until_signal(settings: GatewaySettings) -> None:
         loop.add_signal_handler(number, stop)
     try:
         async with running(settings) as gateway:
-            say(f"Hypercell serves at {gateway.url} (try {gateway.url}/api/status?token={gateway.token})")
-            say(f"  jupyter lab --gateway-url={gateway.url} --GatewayClient.auth_token={gateway.token}")
-            say("Ctrl-C ends it and all its kernels.")
+            say(f"Hypercell serves at {gateway.url}/?token={gateway.token}")
+            say(
+                f"  jupyter lab --gateway-url={gateway.url} --GatewayClient.auth_token={gateway.token} "
+                "--GatewayClient.allowed_envs=JPY_SESSION_NAME"
+            )
+            say("  hypercell lab")
+            kernels = "sleep until the next start" if settings.stop_means_sleep else "end, too"
+            say(f"Ctrl-C ends it; kernels {kernels}.")
             await asyncio.Event().wait()
     except asyncio.CancelledError:
         if not stopping:
@@ -108,24 +112,27 @@ async def _until_signal(settings: GatewaySettings) -> None:
 
 @asynccontextmanager
 async def running(settings: GatewaySettings) -> AsyncIterator[Serving]:
-    """The whole gateway, from nothing to listening, and back. Errors: StartError, KernelsError, VmRuntimeError,
+    """The whole gateway, from nothing to serving, and back. Errors: StartError, KernelsError, VmRuntimeError,
     ImageError."""
     with state_lock(settings.state_dir):
-        images = ImageStore(settings.state_dir / "images")
-        if not images.current():
-            say("There is no image yet; building the default one (`hypercelld image build`), which takes some minutes.")
-            await images.build(load_recipe(DEFAULT_RECIPE), LineProgress(say))
-        image = next(iter(images.current().values()))
-        choice = await choose(Wish(settings.accelerator), state_dir=settings.state_dir, image=image.files)
-        say(choice.why)
-        driver = await QemuDriver.start(accelerator=choice.accelerator)
-        try:
-            async with SandboxService(settings.service_settings(), driver) as service:
-                await service.prepare(progress=say)
-                async with serving(settings, service) as gateway:
+        async with listening(host=settings.host, port=settings.port) as listener:
+
+            def progress(text: str) -> None:
+                say(text)
+                listener.tell(text)
+
+            await _ensure_image(settings, progress)
+            async with open_service(settings.service_settings(), say=progress) as service:
+                await service.prepare(progress=progress)
+                async with serving(settings, service, listener) as gateway:
                     with gateway_files(
                         url=gateway.url, token=gateway.token, state_dir=settings.state_dir, run_dir=settings.run_dir
                     ):
                         yield gateway
-        finally:
-            await driver.close()
+
+
+async def _ensure_image(settings: GatewaySettings, progress: Callable[[str], None]) -> None:
+    images = ImageStore(settings.state_dir / "images")
+    if not images.current():
+        progress("There is no image yet; building the default one (`hypercelld image build`) takes some minutes.")
+        await images.build(load_recipe(DEFAULT_RECIPE), LineProgress(progress))

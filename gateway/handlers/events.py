@@ -1,7 +1,7 @@
 """Changes of sandboxes as Server-Sent Events (the HTML standard, section 9.2), for one sandbox or all.
 
-Knows Tornado. Events that a client has not taken wait in its queue on the event bus; who falls behind the limit there or
-takes nothing for `client_timeout_s` is cut off.
+Knows Tornado. Events that a client has not taken wait in its queue on the event bus; whoever falls behind the limit
+there, or takes nothing for `client_timeout_s`, is cut off.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.errors import ApiError
 from gateway.models import CreateKernel, KernelAnswer
+from kernels.errors import UnknownSandboxError
 from kernels.models import CreateSandbox, Sandbox
 
 KERNEL_ID = {"kernel_id": "The kernel's id."}
@@ -23,14 +24,14 @@ def create_request(body: CreateKernel, default_template: str) -> CreateSandbox:
 def find(call: Call) -> Sandbox:
     """The sandbox of the request's path. Errors: ApiError 404 in jupyter_server's words."""
     kernel_id = call.path["kernel_id"]
-    for sandbox in call.gateway.service.list():
-        if sandbox.id == kernel_id:
-            return sandbox
-    raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}")
+    try:
+        return call.gateway.kernel_sandbox(kernel_id)
+    except UnknownSandboxError as error:
+        raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
 
 
 async def list_kernels(call: Call) -> Reply:
-    return Reply(body=[call.gateway.kernel(sandbox) for sandbox in call.gateway.service.list()])
+    return Reply(body=[call.gateway.kernel(sandbox) for sandbox in call.gateway.kernels()])
 
 
 async def create_kernel(call: Call) -> Reply:
@@ -44,7 +45,7 @@ async def get_kernel(call: Call) -> Reply:
 
 
 async def delete_kernel(call: Call) -> Reply:
-    await call.gateway.service.delete(find(call).id)
+    await call.gateway.release(find(call).id)
     return Reply(status=204)
 
 
@@ -66,7 +67,7 @@ ENDPOINTS = (
             "GET": Operation(name="listKernels", summary="All kernels.", run=list_kernels, reply=list[KernelAnswer]),
             "POST": Operation(
                 name="createKernel",
-                summary="A new kernel in a sandbox of its own.",
+                summary="A new kernel in a sandbox of its own, or the one that was left behind with this notebook.",
                 run=create_kernel,
                 body=CreateKernel,
                 reply=KernelAnswer,
@@ -85,7 +86,8 @@ ENDPOINTS = (
             ),
             "DELETE": Operation(
                 name="deleteKernel",
-                summary="Ends a kernel and its sandbox for good.",
+                summary="Ends a kernel. That of a notebook is kept asleep for the next who opens it "
+                "(delete_means_sleep); DELETE /api/sandboxes/{id} ends it for good.",
                 run=delete_kernel,
                 status=204,
                 errors=(404,),

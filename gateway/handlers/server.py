@@ -14,7 +14,7 @@ async def version(call: Call) -> Reply:
 
 async def status(call: Call) -> Reply:
     gateway = call.gateway
-    sandboxes = gateway.service.list()
+    sandboxes = gateway.kernels()
     last_activity = max((sandbox.last_activity for sandbox in sandboxes), default=gateway.started)
     return Reply(
         body=StatusAnswer(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.errors import ApiError
 from gateway.handlers.kernels import CREATE_ERRORS
-from gateway.models import CreateSession, NotebookAnswer, PatchSession, SessionAnswer, SessionKernel
+from gateway.models import CreateSession, NotebookAnswer, PatchSession, SessionAnswer, SessionKernel, notebook_of
 from gateway.sessions import Session
 from gateway.state import Gateway
 from kernels.errors import UnknownSandboxError
@@ -21,7 +21,7 @@ SESSION_ID = {"session_id": "The session's id."}
 def _answer(gateway: Gateway, session: Session) -> SessionAnswer | None:
     """The session's model; None, and the session is forgotten, when its kernel is gone."""
     try:
-        sandbox = gateway.service.get(session.kernel_id)
+        sandbox = gateway.kernel_sandbox(session.kernel_id)
     except UnknownSandboxError:
         gateway.sessions.remove(session.id)
         return None
@@ -43,14 +43,17 @@ def _find(call: Call) -> tuple[Session, SessionAnswer]:
     return session, answer
 
 
-async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: str) -> str:
-    """The id of the kernel that a session asks for, started where it is not there."""
+async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: str, type: str) -> str:
+    """The id of the kernel that a session asks for, started or woken where it is not there."""
     wanted = wanted or SessionKernel()
     if wanted.id is not None:
         with suppress(UnknownSandboxError):
-            return gateway.service.get(wanted.id).id
+            return gateway.kernel_sandbox(wanted.id).id
     request = CreateSandbox(
-        template=wanted.name or gateway.default_template(), kernel_id=wanted.id, env={"JPY_SESSION_NAME": path}
+        template=wanted.name or gateway.default_template(),
+        kernel_id=wanted.id,
+        env={"JPY_SESSION_NAME": path},
+        notebook=notebook_of(path) if type == "notebook" else None,
     )
     return (await gateway.create(request)).id
 
@@ -67,7 +70,7 @@ async def create_session(call: Call) -> Reply:
         session = gateway.sessions.by_path(body.path)
         answer = _answer(gateway, session) if session else None
         if answer is None:
-            kernel_id = await _kernel_for(gateway, body.kernel, path=body.path)
+            kernel_id = await _kernel_for(gateway, body.kernel, path=body.path, type=body.type)
             session = gateway.sessions.add(path=body.path, name=body.name, type=body.type, kernel_id=kernel_id)
             answer = _answer(gateway, session)
     if answer is None:
@@ -90,27 +93,24 @@ async def patch_session(call: Call) -> Reply:
     )
     if body.kernel is not None and body.kernel.id is not None:
         try:
-            after = replace(after, kernel_id=gateway.service.get(body.kernel.id).id)
+            after = replace(after, kernel_id=gateway.kernel_sandbox(body.kernel.id).id)
         except UnknownSandboxError as error:
             raise ApiError(404, "kernel_not_found", f"No such kernel: {body.kernel.id}") from error
     elif body.kernel is not None and body.kernel.name is not None:
-        after = replace(after, kernel_id=await _kernel_for(gateway, body.kernel, path=after.path))
+        after = replace(after, kernel_id=await _kernel_for(gateway, body.kernel, path=after.path, type=after.type))
     gateway.sessions.put(after)
     if after.kernel_id != before.kernel_id:
-        await _delete_kernel(gateway, before.kernel_id)
+        # For good, also where a delete means sleep: who chose another kernel does not want this one back.
+        with suppress(UnknownSandboxError):
+            await gateway.service.delete(before.kernel_id)
     return Reply(body=_find(call)[1])
-
-
-async def _delete_kernel(gateway: Gateway, kernel_id: str) -> None:
-    # Unknown: someone else was faster.
-    with suppress(UnknownSandboxError):
-        await gateway.service.delete(kernel_id)
 
 
 async def delete_session(call: Call) -> Reply:
     session, _ = _find(call)
     call.gateway.sessions.remove(session.id)
-    await _delete_kernel(call.gateway, session.kernel_id)
+    with suppress(UnknownSandboxError):  # someone else was faster
+        await call.gateway.release(session.kernel_id)
     return Reply(status=204)
 
 
@@ -150,7 +150,7 @@ ENDPOINTS = (
             ),
             "DELETE": Operation(
                 name="deleteSession",
-                summary="Ends a session and its kernel.",
+                summary="Ends a session and its kernel, as deleting the kernel does.",
                 run=delete_session,
                 status=204,
                 errors=(404,),

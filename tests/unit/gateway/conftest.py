@@ -23,7 +23,8 @@ from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketClientConnection
 
 import vm_runtime
-from gateway.app import make_server
+from gateway.app import make_application
+from gateway.listener import make_server
 from gateway.metrics import Metrics
 from gateway.settings import GatewaySettings
 from gateway.state import Gateway
@@ -101,7 +102,7 @@ async def agent_box(directory: Path) -> AsyncIterator[Box]:
             hub=cast(Any, None),
             metrics=Metrics(states=list, pool_ready=int),
         )
-        server = make_server(gateway)
+        server = make_server(make_application(gateway))
         sockets = bind_sockets(0, "127.0.0.1")
         server.add_sockets(sockets)
         try:

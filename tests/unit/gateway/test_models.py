@@ -71,10 +71,10 @@ def test_the_document_names_every_path_and_every_name_once() -> None:
 
 
 def test_sandboxes_say_sizes_and_times() -> None:
-    body = '{"memory_mib": 512, "idle_timeout_s": 60, "max_lifetime_s": 0, "checkpoints": "timer:5", "notebook": "a.ipynb"}'
+    body = '{"memory_mib": 512, "idle_timeout_s": 60, "max_lifetime_s": 0, "checkpoints": "timer:5", "notebook": "a"}'
     request = NewSandbox.model_validate_json(body).to_create("python3")
     assert (request.memory_mib, request.idle_timeout_s, request.max_lifetime_s) == (512, 60.0, None)
-    assert (request.checkpoints, request.notebook) == ("timer:5", "a.ipynb")
+    assert (request.checkpoints, request.notebook) == ("timer:5", "a")
 
 
 @pytest.mark.parametrize(
