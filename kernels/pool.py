@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # After a refill failed: long enough not to burn the host, short enough to recover by itself.
 RETRY_DELAY_S = 10.0
+# After a machine was given out: its user's first cells come first. Under emulation a refill costs a CPU for a second.
+REFILL_DELAY_S = 2.0
 
 
 class Pool:
@@ -40,6 +43,7 @@ class Pool:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._demand = 0
+        self._last_taken = float("-inf")
 
     def keep(self, template: Template) -> None:
         """From now on, machines of this template are kept ready."""
@@ -51,6 +55,7 @@ class Pool:
         ready = self._ready[template.digest]
         while ready:
             warm = ready.popleft()
+            self._last_taken = time.monotonic()
             self._wanted.set()
             if not warm.dead:
                 return warm
@@ -71,7 +76,7 @@ class Pool:
             self._wanted.clear()
             for template in list(self._templates.values()):
                 while len(self._ready[template.digest]) < self._size and self._has_room():
-                    await self._quiet.wait()
+                    await self._wait_quiet()
                     try:
                         self._ready[template.digest].append(await self._make(template))
                     except (KernelsError, VmRuntimeError) as error:
@@ -79,6 +84,12 @@ class Pool:
                         await asyncio.sleep(RETRY_DELAY_S)
                         self._wanted.set()
                         break
+
+    async def _wait_quiet(self) -> None:
+        """Until no one waits for a machine and no one has just been given one."""
+        while (left_s := self._last_taken + REFILL_DELAY_S - time.monotonic()) > 0 or not self._quiet.is_set():
+            await self._quiet.wait()
+            await asyncio.sleep(max(0.0, left_s))
 
     async def close(self) -> None:
         """Ends every machine that was not given out. Cancel `run()` first."""
@@ -97,5 +108,6 @@ class _Demand:
 
     def __exit__(self, *exc: object) -> None:
         self._pool._demand -= 1
+        self._pool._last_taken = time.monotonic()
         if self._pool._demand == 0:
             self._pool._quiet.set()
