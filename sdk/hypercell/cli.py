@@ -1,13 +1,17 @@
-"""The command `hypercell`: JupyterLab on the gateway's kernels, and kernelspecs for other Jupyter applications.
+"""The command `hypercell`: its arguments and how it ends. What the subcommands do is in `hypercell.command`.
 
-Only parses arguments and prints; heavy imports wait until a subcommand needs them.
+Heavy imports wait until a subcommand needs them. Exit statuses: 0 done; 1 it could not be done, and stderr says why in
+one sentence; 2 wrong arguments; 3 the code that was run raised an exception; 124 its time was up; 130 Ctrl-C.
+`exec` ends with the status of its command, 128 + n if signal n ended it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from hypercell import __version__
 from hypercell.errors import HypercellError, MissingPackageError, UnsupportedError
@@ -15,6 +19,7 @@ from hypercell.locate import locate
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 DEFAULT_KERNELSPEC = "hypercell"
 
@@ -29,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HypercellError as error:
         print(f"hypercell: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read this (`head`) has seen enough; Python must not complain when it flushes at exit.
+        sys.stderr.close()
+        return EXIT_FAILED
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -41,6 +52,19 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             "This application starts kernels without jupyter_client's provisioners, so it cannot use this kernelspec. "
             "Give it the gateway's URL as an existing Jupyter server instead."
         )
+    if options.command == "kernelspec":
+        return _kernelspec(options)
+    if options.command == "completion":
+        from hypercell.command.completion import script
+
+        print(script(options.shell, _parser()), end="")
+        return EXIT_OK
+    module, function = options.run
+    status: int = asyncio.run(getattr(import_module(f"hypercell.command.{module}"), function)(options))
+    return status
+
+
+def _kernelspec(options: argparse.Namespace) -> int:
     try:
         from hypercell.jupyter import kernelspec
     except ImportError as error:
@@ -64,11 +88,151 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hypercell", description="Notebook kernels in microVMs: the client's side.")
     parser.add_argument("--version", action="version", version=f"hypercell {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_sandbox_commands(commands)
+    _add_work_commands(commands)
+    _add_jupyter_commands(commands)
+    completion = commands.add_parser("completion", help="a completion script, for your shell's start-up file")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
 
+
+def _common() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    _add_gateway(common)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    return common
+
+
+def _add_gateway(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="the gateway (default: HYPERCELL_URL, or the one running here)")
+    parser.add_argument("--token", help="its token (default: HYPERCELL_TOKEN, which keeps it out of the process list)")
+
+
+def _creation() -> argparse.ArgumentParser:
+    creation = argparse.ArgumentParser(add_help=False)
+    creation.add_argument("--template", help="the kernelspec to make it from (default: the gateway's)")
+    creation.add_argument("--snapshot", help="start from this snapshot (id or name)")
+    creation.add_argument("--name", help="its name, for people")
+    creation.add_argument("-e", "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE")
+    creation.add_argument("--memory-mib", type=int, metavar="MIB", help="memory (default: the template's)")
+    creation.add_argument("--vcpus", type=int, metavar="N", help="processors (default: the template's)")
+    creation.add_argument("--disk-mib", type=int, metavar="MIB", help="disk (default: the template's)")
+    return creation
+
+
+Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def _add_sandbox_commands(commands: Commands) -> None:
+    common, creation = _common(), _creation()
+
+    def add(
+        name: str, about: str, *more: argparse.ArgumentParser, module: str = "sandboxes"
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about.capitalize() + ".", parents=[common, *more])
+        sub.set_defaults(run=(module, name))
+        return sub
+
+    sandbox = "id, beginning of an id, or name"
+    new = add("new", "make a sandbox and print its id", creation)
+    new.add_argument(
+        "--lifetime", type=float, default=0.0, metavar="S", help="delete it after so long (default: never)"
+    )
+    ls = add("ls", "list sandboxes, or files in one")
+    ls.add_argument("place", nargs="?", metavar="SANDBOX:PATH", help="a directory in a sandbox")
+    ls.add_argument("--ids", action="store_true", help="print nothing but ids")
+    for name, about in (
+        ("info", "show all about a sandbox"),
+        ("tree", "show a sandbox's family of forks"),
+        ("checkpoints", "list the points of its past to which it can return"),
+    ):
+        add(name, about).add_argument("sandbox", help=sandbox)
+    fork = add("fork", "make children that go on from this instant, and print their ids")
+    fork.add_argument("sandbox", help=sandbox)
+    fork.add_argument("-n", "--count", type=int, default=1, help="how many (default: 1)")
+    fork.add_argument("--name", help="their name, for people")
+    fork.add_argument("--same-random", action="store_true", help="they draw the same random numbers")
+    snapshot = add("snapshot", "save its state under a name")
+    snapshot.add_argument("sandbox", help=sandbox)
+    snapshot.add_argument("name", nargs="?", help="for `new --snapshot` and `goto`")
+    goto = add("goto", "put a sandbox back to a checkpoint")
+    goto.add_argument("sandbox", help=sandbox)
+    goto.add_argument("target", nargs="?", help="id, name or cell number (default: before the last cell)")
+    for name, about in (
+        ("sleep", "save sandboxes and free their memory"),
+        ("wake", "let sleeping sandboxes go on"),
+        ("rm", "end sandboxes for good"),
+    ):
+        sub = add(name, about)
+        sub.add_argument("sandboxes", nargs="*", metavar="SANDBOX", help=sandbox)
+        if name == "rm":
+            sub.add_argument("--all", action="store_true", help="all of the gateway's sandboxes")
+    logs = add("logs", "show the output of a background command")
+    logs.add_argument("sandbox", help=sandbox)
+    logs.add_argument("command_id", nargs="?", help="the command (default: the newest)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the command ends")
+    logs.add_argument("--events", action="store_true", help="instead: what happens to the sandbox from now on")
+
+
+def _add_work_commands(commands: Commands) -> None:
+    common, creation = _common(), _creation()
+    run = commands.add_parser(
+        "run",
+        help="run a script or a notebook in a sandbox",
+        description="Runs a script or a notebook in a sandbox of its own, which is removed afterwards. "
+        "A notebook's outputs are written back into it.",
+        parents=[common, creation],
+    )
+    run.set_defaults(run=("running", "run"), lifetime=0.0)
+    run.add_argument("file", metavar="FILE.py|FILE.ipynb")
+    run.add_argument("arguments", nargs="*", help="the script's arguments (after `--` if they begin with a dash)")
+    run.add_argument("--sandbox", help="run it in this one, which stays")
+    run.add_argument("--keep", action="store_true", help="leave the sandbox running")
+    run.add_argument("--timeout", type=float, metavar="S", help="interrupt a script or cell after so long")
+    run.add_argument("--allow-errors", action="store_true", help="go on after a cell that failed")
+    run.add_argument("-o", "--output", metavar="FILE.ipynb", help="write the notebook there instead")
+
+    execute = commands.add_parser(
+        "exec",
+        help="run a command in a sandbox",
+        description="Runs a command in a sandbox and ends with its status. One argument is a line for the shell, "
+        "several are a program and its arguments.",
+        parents=[common],
+    )
+    execute.set_defaults(run=("terminal", "run_command"))
+    execute.add_argument("-i", "--interactive", action="store_true", help="pass standard input on")
+    execute.add_argument("-t", "--tty", action="store_true", help="with a terminal; -it for a shell")
+    execute.add_argument("-d", "--detach", action="store_true", help="in the background; `hypercell logs` shows it")
+    execute.add_argument("-w", "--cwd", help="the directory to run it in")
+    execute.add_argument("-e", "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE")
+    execute.add_argument("--timeout", type=float, metavar="S", help="end it after so long")
+    execute.add_argument("sandbox", help="id, beginning of an id, or name")
+    execute.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND")
+
+    cp = commands.add_parser(
+        "cp",
+        help="copy files between here and a sandbox",
+        description="Copies a file, or with -r a directory. One side is SANDBOX:PATH; `-` is standard input or output.",
+        parents=[common],
+    )
+    cp.set_defaults(run=("copying", "cp"))
+    cp.add_argument("-r", "--recursive", action="store_true", help="a directory and all in it")
+    cp.add_argument("source")
+    cp.add_argument("target")
+
+
+def _add_jupyter_commands(commands: Commands) -> None:
     lab = commands.add_parser(
         "lab",
         help="start JupyterLab with kernels from the gateway",
@@ -76,8 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         # `--no-browser` and the like are JupyterLab's; an abbreviation must not be taken for one of ours.
         allow_abbrev=False,
     )
-    lab.add_argument("--url", help="the gateway (default: HYPERCELL_URL, or the one running here)")
-    lab.add_argument("--token", help="its token (default: HYPERCELL_TOKEN, which keeps it out of the process list)")
+    _add_gateway(lab)
 
     kernelspec = commands.add_parser("kernelspec", help="kernelspecs for jupyter console, nbclient, papermill, ...")
     actions = kernelspec.add_subparsers(dest="action", required=True)
@@ -96,7 +259,6 @@ def _parser() -> argparse.ArgumentParser:
     # Not for people: what the kernelspec's argv runs where no provisioner is known.
     kernel = commands.add_parser("kernel")
     kernel.add_argument("-f", dest="connection_file")
-    return parser
 
 
 if __name__ == "__main__":

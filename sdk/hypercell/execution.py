@@ -107,12 +107,16 @@ class Logs:
 
 @dataclass(kw_only=True)
 class Execution:
-    """What running code gave. execution_count: the number of the cell, None if it was never run."""
+    """What running code gave. execution_count: the number of the cell, None if it was never run.
+
+    outputs: the same in the order in which it came, as a notebook's cell stores it (nbformat 4).
+    """
 
     results: list[Result] = field(default_factory=list)
     logs: Logs = field(default_factory=Logs)
     error: ExecutionError | None = None
     execution_count: int | None = None
+    outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def text(self) -> str | None:
@@ -155,7 +159,7 @@ class Recorder:
     def __init__(self) -> None:
         self.execution = Execution()
         # Where a display that is updated later stands.
-        self._displays: dict[str, int] = {}
+        self._displays: dict[str, tuple[int, int]] = {}
         self._clear_at_next = False
 
     def take(self, message: KernelMessage) -> Heard:
@@ -165,6 +169,7 @@ class Recorder:
             self._clear()
         if message.msg_type == "stream":
             text = str(content["text"])
+            self._print(str(content["name"]), text)
             if content["name"] == "stderr":
                 self.execution.logs.stderr.append(text)
                 return Heard(stderr=text)
@@ -190,14 +195,31 @@ class Recorder:
         result = Result(data=content["data"], metadata=content.get("metadata", {}), is_main=is_main)
         display_id = (content.get("transient") or {}).get("display_id")
         if display_id is not None:
-            self._displays[display_id] = len(self.execution.results)
+            self._displays[display_id] = (len(self.execution.results), len(self.execution.outputs))
         self.execution.results.append(result)
+        output: dict[str, Any] = {
+            "output_type": "display_data",
+            "data": dict(result.data),
+            "metadata": dict(result.metadata),
+        }
+        if is_main:
+            output.update(output_type="execute_result", execution_count=content.get("execution_count"))
+        self.execution.outputs.append(output)
         return result
 
+    def _print(self, name: str, text: str) -> None:
+        last = self.execution.outputs[-1] if self.execution.outputs else {}
+        if last.get("output_type") == "stream" and last["name"] == name:
+            last["text"].append(text)
+        else:
+            self.execution.outputs.append({"output_type": "stream", "name": name, "text": [text]})
+
     def _update(self, content: Mapping[str, Any]) -> Heard:
-        place = self._displays.get((content.get("transient") or {}).get("display_id", ""))
-        if place is None:
+        found = self._displays.get((content.get("transient") or {}).get("display_id", ""))
+        if found is None:
             return _NOTHING  # a display of an earlier execution
+        place, output = found
+        self.execution.outputs[output].update(data=content["data"], metadata=content.get("metadata", {}))
         is_main = self.execution.results[place].is_main
         result = Result(data=content["data"], metadata=content.get("metadata", {}), is_main=is_main)
         self.execution.results[place] = result
@@ -207,11 +229,20 @@ class Recorder:
         self._clear_at_next = False
         self._displays.clear()
         self.execution.results.clear()
+        self.execution.outputs.clear()
         self.execution.logs = Logs()
 
     def _error(self, content: Mapping[str, Any]) -> Heard:
         self.execution.error = ExecutionError(
             name=str(content["ename"]), value=str(content["evalue"]), traceback="\n".join(content["traceback"])
+        )
+        self.execution.outputs.append(
+            {
+                "output_type": "error",
+                "ename": self.execution.error.name,
+                "evalue": self.execution.error.value,
+                "traceback": list(content["traceback"]),
+            }
         )
         return Heard(error=self.execution.error)
 

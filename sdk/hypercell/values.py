@@ -54,6 +54,7 @@ class SandboxInfo(_Parsed):
     index: int = 0
     snapshot_id: str | None = None
     notebook: str | None = None
+    released: bool = False
     idle_timeout_s: float = 0.0
     max_lifetime_s: float | None = None
     checkpoints: str = "off"
@@ -92,11 +93,15 @@ class CheckpointInfo(_Parsed):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotInfo(_Parsed):
-    """A snapshot from which sandboxes can be created. bytes: what it adds to the store."""
+    """A snapshot from which sandboxes can be created. sandbox_id: whose time line it is on. bytes: what it adds to the
+    store."""
 
     id: str
-    name: str | None = None
-    created_at: datetime | None = None
+    name: str | None
+    template: str
+    created_at: datetime
+    sandbox_id: str | None = None
+    cell: int | None = None
     bytes: int = 0
 
 
@@ -182,11 +187,9 @@ class TerminalSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SandboxMetrics:
-    """What a sandbox uses. values: the gateway's numbers by name; units are in the names."""
+class SandboxMetrics(_Parsed):
+    """What a sandbox takes of the host's memory; 0 while it sleeps. unique: what would be free if it ended. shared:
+    pages that others (its template, its relatives) use as well."""
 
-    values: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> SandboxMetrics:
-        return cls(values=dict(value))
+    memory_unique_bytes: int
+    memory_shared_bytes: int

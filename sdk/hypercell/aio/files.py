@@ -202,8 +202,8 @@ async def _pieces(content: Content) -> AsyncIterator[memoryview]:
             return next(parts, None)
 
         # The iterator may block, or call the blocking API.
-        while (part := await asyncio.to_thread(following)) is not None:
-            for piece in _cut(part, MAX_CHUNK_BYTES):
+        while (found := await asyncio.to_thread(following)) is not None:
+            for piece in _cut(found, MAX_CHUNK_BYTES):
                 yield piece
 
 

@@ -5,9 +5,10 @@ Knows the routes of the gateway's sandbox API (docs/sandbox_calls.md); connectio
 
 from __future__ import annotations
 
+import asyncio
 import builtins  # the class has a method `list`
 import json
-import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -17,7 +18,15 @@ from hypercell.aio.commands import AsyncCommands
 from hypercell.aio.files import AsyncFiles
 from hypercell.aio.kernel import AsyncKernel
 from hypercell.aio.transport import START_TIMEOUT_S, Transport
-from hypercell.errors import CodeTimeoutError, ForkError, KernelDiedError, NotFoundError
+from hypercell.errors import (
+    CodeTimeoutError,
+    ConnectionLostError,
+    ForkError,
+    HypercellError,
+    KernelDiedError,
+    NotFoundError,
+    StateError,
+)
 from hypercell.execution import Execution, Recorder
 from hypercell.kernel_messages import KernelMessage
 from hypercell.locate import locate
@@ -79,7 +88,9 @@ class AsyncSandbox:
 
         Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
         """
+        sandbox_id = str(uuid.uuid4())
         body = {
+            "kernel_id": sandbox_id,
             "template": template,
             "snapshot": snapshot,
             "name": name,
@@ -87,14 +98,14 @@ class AsyncSandbox:
             "memory_mib": memory_mib,
             "vcpus": vcpus,
             "disk_mib": disk_mib,
-            "max_lifetime_s": timeout_s,
+            "max_lifetime_s": timeout_s or 0,
             "idle_timeout_s": idle_timeout_s,
             "checkpoints": checkpoints,
         }
         transport = Transport.lease(locate(url=url, token=token))
         try:
             given = {name: value for name, value in body.items() if value is not None}
-            model = await transport.call("POST", "/api/sandboxes", body=given, timeout_s=START_TIMEOUT_S)
+            model = await _create(transport, sandbox_id, given)
         except BaseException:
             await transport.release()
             raise
@@ -119,15 +130,15 @@ class AsyncSandbox:
 
     @classmethod
     async def snapshots(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SnapshotInfo]:
-        """All snapshots from which sandboxes can be created."""
+        """All snapshots in the gateway's store, oldest first: checkpoints, templates, imported ones."""
         async with Transport.leased(locate(url=url, token=token)) as transport:
             return [SnapshotInfo.parse(model) for model in await transport.call("GET", "/api/snapshots")]
 
     @classmethod
-    async def delete_snapshot(cls, snapshot: str, *, url: str | None = None, token: str | None = None) -> None:
-        """Removes a snapshot (id or name). Raises NotFoundError."""
+    async def delete_snapshot(cls, snapshot_id: str, *, url: str | None = None, token: str | None = None) -> None:
+        """Removes a snapshot. Raises NotFoundError, and StateError if a sandbox needs it."""
         async with Transport.leased(locate(url=url, token=token)) as transport:
-            await transport.call("DELETE", f"/api/snapshots/{snapshot}")
+            await transport.call("DELETE", f"/api/snapshots/{snapshot_id}")
 
     @property
     def id(self) -> str:
@@ -213,14 +224,15 @@ class AsyncSandbox:
         await self._kernel.restart()
 
     async def fork(
-        self, n: int = 1, *, name: str | None = None, same_random: bool = False
+        self, n: int = 1, *, name: str | None = None, same_random: bool = False, mid_cell: bool = False
     ) -> builtins.list[AsyncSandbox]:
         """n children that go on from this instant, with every variable, file and process as it is now.
 
-        name: theirs, for people. same_random: they draw the same random numbers. At the end of `async with`, each child
-        is killed on its own. Raises LimitError, StateError, and ForkError if some could not be made.
+        name: theirs, for people. same_random: they draw the same random numbers. mid_cell: do not wait for the end of
+        the code that runs; the children go on with it, too. Each child is killed at the end of an `async with` of its
+        own. Raises LimitError, StateError, and ForkError if some could not be made.
         """
-        body: dict[str, Any] = {"count": n, "same_random": same_random}
+        body: dict[str, Any] = {"count": n, "same_random": same_random, "mid_cell": mid_cell}
         if name is not None:
             body["name"] = name
         answer = await self._transport.call("POST", f"{self._path}/fork", body=body, timeout_s=START_TIMEOUT_S)
@@ -252,7 +264,7 @@ class AsyncSandbox:
         return [CheckpointInfo.parse(one) for one in await self._transport.call("GET", f"{self._path}/checkpoints")]
 
     async def goto(self, target: str | int) -> SandboxInfo:
-        """Puts the sandbox back to a checkpoint: its id, its name, or a cell's number. Raises NotFoundError."""
+        """Puts the sandbox back or forth to a checkpoint: its id or name, or a cell's number. Raises NotFoundError."""
         body = {"target": str(target)}
         return self._update(
             await self._transport.call("POST", f"{self._path}/goto", body=body, timeout_s=START_TIMEOUT_S)
@@ -287,11 +299,7 @@ class AsyncSandbox:
 
     async def set_timeout(self, timeout_s: float | None) -> SandboxInfo:
         """It is deleted so long from now (None: never)."""
-        lifetime_s = None
-        if timeout_s is not None:
-            now = time.time() + self._transport.clock_offset_s
-            lifetime_s = now - self._info.created_at.timestamp() + timeout_s
-        return await self._patch(max_lifetime_s=lifetime_s)
+        return await self._patch(max_lifetime_s=timeout_s or 0)
 
     async def set_idle_timeout(self, idle_timeout_s: float) -> SandboxInfo:
         """It sleeps after so long without activity (0: never)."""
@@ -342,3 +350,19 @@ class AsyncSandbox:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._info.id} {self._info.name or ''}>".replace(" >", ">")
+
+
+async def _create(transport: Transport, sandbox_id: str, body: Mapping[str, Any]) -> Any:
+    """POST that is safe to repeat, because this side chose the id. Cancelled, it leaves nothing behind."""
+    try:
+        try:
+            return await transport.call("POST", "/api/sandboxes", body=body, timeout_s=START_TIMEOUT_S)
+        except ConnectionLostError:
+            try:
+                return await transport.call("POST", "/api/sandboxes", body=body, timeout_s=START_TIMEOUT_S)
+            except StateError:
+                return await transport.call("GET", f"/api/sandboxes/{sandbox_id}")
+    except asyncio.CancelledError:
+        with suppress(HypercellError):
+            await asyncio.shield(transport.call("DELETE", f"/api/sandboxes/{sandbox_id}"))
+        raise

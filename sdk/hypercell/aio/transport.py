@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 from weakref import WeakKeyDictionary
@@ -53,8 +52,6 @@ class Transport:
         self._leases = 0
         self._client: httpx.AsyncClient | None = None
         self._has_answered = False
-        # The gateway's clock minus ours: its answers hold its times.
-        self.clock_offset_s = 0.0
 
     @classmethod
     def lease(cls, gateway: Gateway) -> Transport:
@@ -166,7 +163,7 @@ class Transport:
             async with self._client.stream(
                 method, path, params=parameters, headers=dict(headers or {}), timeout=timeout, **sent
             ) as answer:
-                self._heard(answer)
+                self._has_answered = True
                 if answer.status_code >= 400:
                     raise self.refusal(answer.status_code, await answer.aread(), answer.reason_phrase)
                 yield answer
@@ -177,11 +174,6 @@ class Transport:
                 f"The connection to the Hypercell gateway at {self.gateway.url} broke during {method} {path} "
                 f"({type(error).__name__}{': ' if str(error) else ''}{error}). It may have been done all the same."
             ) from error
-
-    def _heard(self, answer: httpx.Response) -> None:
-        self._has_answered = True
-        if "Date" in answer.headers:
-            self.clock_offset_s = parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()
 
     def _unreachable(self, error: Exception) -> NoGatewayError:
         return NoGatewayError(

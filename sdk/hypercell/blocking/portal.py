@@ -111,6 +111,9 @@ class Wrapper:
     def __init__(self, inner: Any) -> None:
         self._async = inner
 
+    def __repr__(self) -> str:
+        return repr(self._async).replace("<Async", "<", 1)
+
 
 _BLOCKING_OF: dict[type, type[Wrapper]] = {}
 

@@ -94,13 +94,13 @@ class Sandbox(Wrapper):
 
     @classmethod
     def snapshots(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SnapshotInfo]:
-        """All snapshots from which sandboxes can be created."""
+        """All snapshots in the gateway's store, oldest first: checkpoints, templates, imported ones."""
         return BlockingCall().run(AsyncSandbox.snapshots(url=url, token=token))
 
     @classmethod
-    def delete_snapshot(cls, snapshot: str, *, url: str | None = None, token: str | None = None) -> None:
-        """Removes a snapshot (id or name). Raises NotFoundError."""
-        BlockingCall().run(AsyncSandbox.delete_snapshot(snapshot, url=url, token=token))
+    def delete_snapshot(cls, snapshot_id: str, *, url: str | None = None, token: str | None = None) -> None:
+        """Removes a snapshot. Raises NotFoundError, and StateError if a sandbox needs it."""
+        BlockingCall().run(AsyncSandbox.delete_snapshot(snapshot_id, url=url, token=token))
 
     @property
     def id(self) -> str:
@@ -180,14 +180,17 @@ class Sandbox(Wrapper):
         """A new kernel in the same sandbox: files stay, variables go."""
         BlockingCall().run(self._async.restart())
 
-    def fork(self, n: int = 1, *, name: str | None = None, same_random: bool = False) -> builtins.list[Sandbox]:
+    def fork(
+        self, n: int = 1, *, name: str | None = None, same_random: bool = False, mid_cell: bool = False
+    ) -> builtins.list[Sandbox]:
         """n children that go on from this instant, with every variable, file and process as it is now.
 
-        name: theirs, for people. same_random: they draw the same random numbers. At the end of `with`, each child
-        is killed on its own. Raises LimitError, StateError, and ForkError if some could not be made.
+        name: theirs, for people. same_random: they draw the same random numbers. mid_cell: do not wait for the end of
+        the code that runs; the children go on with it, too. Each child is killed at the end of an `with` of its
+        own. Raises LimitError, StateError, and ForkError if some could not be made.
         """
         result: builtins.list[Sandbox] = wrap(
-            BlockingCall().run(self._async.fork(n, name=name, same_random=same_random))
+            BlockingCall().run(self._async.fork(n, name=name, same_random=same_random, mid_cell=mid_cell))
         )
         return result
 
@@ -206,7 +209,7 @@ class Sandbox(Wrapper):
         return BlockingCall().run(self._async.checkpoints())
 
     def goto(self, target: str | int) -> SandboxInfo:
-        """Puts the sandbox back to a checkpoint: its id, its name, or a cell's number. Raises NotFoundError."""
+        """Puts the sandbox back or forth to a checkpoint: its id or name, or a cell's number. Raises NotFoundError."""
         return BlockingCall().run(self._async.goto(target))
 
     def undo(self) -> SandboxInfo:

@@ -1,0 +1,1 @@
+"""What the subcommands of `hypercell` do; `hypercell.cli` has their arguments."""

@@ -1,0 +1,138 @@
+"""`hypercell run`: a script or a notebook in a sandbox; a notebook's outputs are written back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypercell.aio.sandbox import AsyncSandbox
+from hypercell.command.output import print_json, progress
+from hypercell.command.sandboxes import connect, create
+from hypercell.errors import CodeTimeoutError, HypercellError, KernelDiedError
+from hypercell.execution import Execution, ExecutionError, Result
+
+EXIT_CODE_FAILED = 3
+EXIT_TIMED_OUT = 124
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What `--json` prints. status: ok, error or timeout. output: the notebook that was written."""
+
+    sandbox_id: str
+    status: str
+    error: ExecutionError | None
+    cells: int
+    output: str | None
+
+
+async def run(options: argparse.Namespace) -> int:
+    path = Path(options.file)
+    try:
+        text = path.read_text(encoding="utf-8")  # noqa: ASYNC240 - nothing else runs yet
+    except OSError as error:
+        raise HypercellError(f"{path} cannot be read: {error.strerror}.") from error
+    sandbox = await (create(options) if options.sandbox is None else connect(options, options.sandbox))
+    try:
+        if path.suffix == ".ipynb":
+            report = await _run_notebook(sandbox, text, options)
+        else:
+            report = await _run_script(sandbox, text, options)
+    finally:
+        if options.sandbox is None and not options.keep:
+            await sandbox.kill()
+        else:
+            await sandbox.close()
+    if options.json:
+        print_json(report)
+    elif options.keep:
+        print(f"The sandbox goes on: {sandbox.id}", file=sys.stderr)
+    return {"ok": 0, "error": EXIT_CODE_FAILED, "timeout": EXIT_TIMED_OUT}[report.status]
+
+
+async def _run_script(sandbox: AsyncSandbox, text: str, options: argparse.Namespace) -> RunReport:
+    # In one message with the script's own code line numbers would be wrong.
+    await sandbox.run_code(f"import sys; sys.argv = {[options.file, *options.arguments]!r}; del sys")
+    show = not options.json
+    status, execution = await _run_code(sandbox, text, options.timeout, show=show)
+    if show and execution.error is not None:
+        print(execution.error.traceback or execution.error.name, file=sys.stderr)
+    return RunReport(sandbox_id=sandbox.id, status=status, error=execution.error, cells=1, output=None)
+
+
+async def _run_code(sandbox: AsyncSandbox, code: str, timeout_s: float | None, *, show: bool) -> tuple[str, Execution]:
+    def stdout(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def stderr(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def result(found: Result) -> None:
+        print(found, flush=True)
+
+    try:
+        execution = await sandbox.run_code(
+            code,
+            timeout_s=timeout_s,
+            on_stdout=stdout if show else None,
+            on_stderr=stderr if show else None,
+            on_result=result if show else None,
+        )
+    except CodeTimeoutError as error:
+        print(f"hypercell: {error}", file=sys.stderr)
+        return "timeout", error.execution or Execution()
+    except KernelDiedError as error:
+        print(f"hypercell: {error}", file=sys.stderr)
+        return "error", error.execution or Execution()
+    return ("ok" if execution.error is None else "error"), execution
+
+
+async def _run_notebook(sandbox: AsyncSandbox, text: str, options: argparse.Namespace) -> RunReport:
+    notebook = _parsed(text, options.file)
+    target = Path(options.output or options.file)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        cell["outputs"], cell["execution_count"] = [], None
+    status, error, count = "ok", None, 0
+    try:
+        for number, cell in enumerate(cells, start=1):
+            async with progress(f"Cell {number} of {len(cells)}"):
+                state, execution = await _run_code(sandbox, "".join(cell["source"]), options.timeout, show=False)
+            cell["outputs"], cell["execution_count"] = execution.outputs, execution.execution_count
+            count = number
+            if state != "ok" and status == "ok":
+                status, error = state, execution.error
+                if not options.json:
+                    told = f"{error.name}: {error.value}" if error else "it has no end of its own"
+                    print(f"hypercell: cell {number} failed: {told}", file=sys.stderr)
+            if state != "ok" and not options.allow_errors:
+                break
+    finally:
+        # Also after Ctrl-C: what ran is worth keeping.
+        _write(target, notebook)
+    if not options.json:
+        print(f"{count} of {len(cells)} cells ran; the outputs are in {target}", file=sys.stderr)
+    return RunReport(sandbox_id=sandbox.id, status=status, error=error, cells=count, output=str(target))
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    try:
+        notebook = json.loads(text)
+        if notebook["nbformat"] != 4:
+            raise HypercellError(f"{name} has the format {notebook['nbformat']}; `jupyter nbconvert` makes it 4.")
+        if not all(isinstance(cell["source"], str | list) for cell in notebook["cells"]):
+            raise TypeError("a cell has no source")
+    except (ValueError, KeyError, TypeError) as error:
+        raise HypercellError(f"{name} is no notebook: {error}") from error
+    return dict(notebook)
+
+
+def _write(target: Path, notebook: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = target.with_name(f".{target.name}.part")
+    part.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(target)

@@ -1,0 +1,261 @@
+"""`hypercell new, ls, info, fork, tree, snapshot, sleep, wake, rm, logs`: the life of sandboxes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from hypercell.aio.sandbox import AsyncSandbox
+from hypercell.command.output import age, print_json, print_table, print_tree, progress, size
+from hypercell.errors import HypercellError
+from hypercell.values import CommandResult, FileInfo, SandboxInfo
+
+ID_CHARACTERS = 36
+# The output that is kept comes at once; so long without any is its end.
+QUIET_S = 0.5
+
+
+async def find_id(options: argparse.Namespace, text: str) -> str:
+    """The id of the sandbox with this id, beginning of an id, or name. Raises HypercellError unless there is one."""
+    if len(text) == ID_CHARACTERS:
+        return text
+    known = await AsyncSandbox.list(url=options.url, token=options.token)
+    found = [info.id for info in known if info.name == text] or [info.id for info in known if info.id.startswith(text)]
+    if len(found) == 1:
+        return found[0]
+    how = "Several sandboxes have" if found else "No sandbox has"
+    raise HypercellError(f"{how} the name, or an id that begins with, {text!r}. `hypercell ls` lists them.")
+
+
+async def connect(options: argparse.Namespace, text: str) -> AsyncSandbox:
+    """A connection to the sandbox that a person named."""
+    return await AsyncSandbox.connect(await find_id(options, text), url=options.url, token=options.token)
+
+
+async def create(options: argparse.Namespace) -> AsyncSandbox:
+    """A new sandbox as the arguments say."""
+    async with progress("Starting a sandbox"):
+        return await AsyncSandbox.create(
+            template=options.template,
+            snapshot=options.snapshot,
+            name=options.name,
+            env=dict(options.env),
+            memory_mib=options.memory_mib,
+            vcpus=options.vcpus,
+            disk_mib=options.disk_mib,
+            timeout_s=options.lifetime or None,
+            url=options.url,
+            token=options.token,
+        )
+
+
+async def new(options: argparse.Namespace) -> int:
+    sandbox = await create(options)
+    try:
+        if options.json:
+            print_json(await sandbox.info())
+        else:
+            print(sandbox.id)
+    finally:
+        await sandbox.close()
+    return 0
+
+
+async def ls(options: argparse.Namespace) -> int:
+    if options.place is not None:
+        return await list_files(options)
+    sandboxes = await AsyncSandbox.list(url=options.url, token=options.token)
+    if options.json:
+        print_json(sandboxes)
+        return 0
+    if options.ids:
+        print("\n".join(one.id for one in sandboxes))
+        return 0
+    rows = [
+        (one.id, one.name or "", one.state, one.execution_state, one.template, age(one.created_at))
+        for one in sorted(sandboxes, key=lambda one: one.created_at)
+    ]
+    print_table(("ID", "NAME", "STATE", "KERNEL", "TEMPLATE", "AGE"), rows)
+    return 0
+
+
+async def list_files(options: argparse.Namespace) -> int:
+    name, _, path = options.place.partition(":")
+    async with await connect(options, name) as sandbox:
+        entries = await sandbox.files.list(path or ".")
+    if options.json:
+        print_json(entries)
+    else:
+        print_table(("MODE", "SIZE", "NAME"), [(one.mode, size(one.size_bytes), _shown(one)) for one in entries])
+    return 0
+
+
+def _shown(entry: FileInfo) -> str:
+    suffix = {"directory": "/", "link": f" -> {entry.target}"}.get(entry.kind, "")
+    return entry.name + suffix
+
+
+async def info(options: argparse.Namespace) -> int:
+    async with await connect(options, options.sandbox) as sandbox:
+        known = await sandbox.info()
+        memory = await sandbox.metrics()
+    if options.json:
+        print_json({"sandbox": known, "metrics": memory})
+        return 0
+    for name, value in (
+        ("id", known.id),
+        ("name", known.name),
+        ("state", known.state + (f" ({known.reason})" if known.reason else "")),
+        ("kernel", known.execution_state),
+        ("template", known.template),
+        ("parent", known.parent_id),
+        ("created", f"{age(known.created_at)} ago"),
+        ("last used", f"{age(known.last_activity)} ago"),
+        ("size", f"{known.memory_mib} MiB memory, {known.vcpus} CPU, {known.disk_mib} MiB disk"),
+        ("memory now", f"{size(memory.memory_unique_bytes)} its own, {size(memory.memory_shared_bytes)} shared"),
+    ):
+        if value:
+            print(f"{name:<11}{value}")
+    return 0
+
+
+async def fork(options: argparse.Namespace) -> int:
+    async with await connect(options, options.sandbox) as sandbox:
+        async with progress(f"Forking into {options.count}"):
+            children = await sandbox.fork(options.count, name=options.name, same_random=options.same_random)
+        infos = [await child.info() for child in children]
+        await asyncio.gather(*(child.close() for child in children))
+    _print_infos(options, infos)
+    return 0
+
+
+def _print_infos(options: argparse.Namespace, infos: Sequence[SandboxInfo]) -> None:
+    if options.json:
+        print_json(list(infos))
+    else:
+        for one in infos:
+            print(one.id)
+
+
+async def tree(options: argparse.Namespace) -> int:
+    async with await connect(options, options.sandbox) as sandbox:
+        family = await sandbox.tree()
+    if options.json:
+        print_json(family)
+    else:
+        print_tree(family, marked=sandbox.id)
+    return 0
+
+
+async def snapshot(options: argparse.Namespace) -> int:
+    async with await connect(options, options.sandbox) as sandbox, progress("Saving"):
+        made = await sandbox.create_snapshot(options.name)
+    if options.json:
+        print_json(made)
+    else:
+        print(made.id)
+    return 0
+
+
+async def checkpoints(options: argparse.Namespace) -> int:
+    async with await connect(options, options.sandbox) as sandbox:
+        known = await sandbox.checkpoints()
+    if options.json:
+        print_json(known)
+    else:
+        rows = [
+            (one.id, one.name or "", "" if one.cell is None else str(one.cell), size(one.bytes), age(one.created_at))
+            for one in known
+        ]
+        print_table(("ID", "NAME", "CELL", "SIZE", "AGE"), rows)
+    return 0
+
+
+async def goto(options: argparse.Namespace) -> int:
+    async with await connect(options, options.sandbox) as sandbox, progress("Going there"):
+        info = await (sandbox.undo() if options.target is None else sandbox.goto(options.target))
+    _print_infos(options, [info])
+    return 0
+
+
+async def sleep(options: argparse.Namespace) -> int:
+    return await _each(options, "sleep")
+
+
+async def wake(options: argparse.Namespace) -> int:
+    return await _each(options, "wake")
+
+
+async def rm(options: argparse.Namespace) -> int:
+    return await _each(options, "kill")
+
+
+async def _each(options: argparse.Namespace, action: str) -> int:
+    """The same for every sandbox; one that fails is told and stops no other."""
+    done, status = [], 0
+    names = options.sandboxes
+    if getattr(options, "all", False):
+        names = [info.id for info in await AsyncSandbox.list(url=options.url, token=options.token)]
+    for name in names:
+        try:
+            async with await connect(options, name) as sandbox, progress(f"{action} {name}"):
+                await getattr(sandbox, action)()
+                done.append(sandbox.id)
+        except HypercellError as error:
+            print(f"hypercell: {name}: {error}", file=sys.stderr)
+            status = 1
+    if options.json:
+        print_json(done)
+    else:
+        print("\n".join(done))
+    return status
+
+
+async def logs(options: argparse.Namespace) -> int:
+    """Events of a sandbox, or the output of a background command: what is kept, and with `--follow` what comes."""
+    async with await connect(options, options.sandbox) as sandbox:
+        if options.events:
+            async for event in sandbox.events():
+                if options.json:
+                    print_json(event)
+                else:
+                    print(event.kind, dict(event.data), flush=True)
+            return 0
+        command_id = options.command_id
+        if command_id is None:
+            known = [one for one in await sandbox.commands.list() if one.background]
+            if not known:
+                raise HypercellError("No background command has run in this sandbox; `hypercell exec -d` starts one.")
+            command_id = max(known, key=lambda one: one.started_at).command_id
+        running = await sandbox.commands.get(command_id)
+        print(f"[{running.command_id}] {running.command}", file=sys.stderr)
+
+        output = _Output()
+        async with await sandbox.commands.attach(command_id, on_bytes=output) as command:
+            following = asyncio.create_task(command.wait())
+            try:
+                await (following if options.follow else _until_quiet(following, output))
+            finally:
+                following.cancel()
+    return 0
+
+
+class _Output:
+    """Passes bytes on to stdout and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, data: bytes) -> None:
+        self.count += len(data)
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+async def _until_quiet(following: asyncio.Task[CommandResult], output: _Output) -> None:
+    seen = -1
+    while not following.done() and output.count != seen:
+        seen = output.count
+        await asyncio.wait({following}, timeout=QUIET_S)
