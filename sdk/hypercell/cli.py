@@ -12,10 +12,14 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from hypercell import __version__
 from hypercell.errors import HypercellError, MissingPackageError, UnsupportedError
 from hypercell.locate import locate
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -129,9 +133,6 @@ def _creation() -> argparse.ArgumentParser:
     creation.add_argument("--vcpus", type=int, metavar="N", help="processors (default: the template's)")
     creation.add_argument("--disk-mib", type=int, metavar="MIB", help="disk (default: the template's)")
     return creation
-
-
-Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_sandbox_commands(commands: Commands) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from hypercell.execution import Execution, ExecutionError, Result
 
 EXIT_CODE_FAILED = 3
 EXIT_TIMED_OUT = 124
+# What the kernel puts into tracebacks for terminals.
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ async def _run_script(sandbox: AsyncSandbox, text: str, options: argparse.Namesp
     show = not options.json
     status, execution = await _run_code(sandbox, text, options.timeout, show=show)
     if show and execution.error is not None:
-        print(execution.error.traceback or execution.error.name, file=sys.stderr)
+        text = execution.error.traceback or execution.error.name
+        print(text if sys.stderr.isatty() else COLOURS.sub("", text), file=sys.stderr)
     return RunReport(sandbox_id=sandbox.id, status=status, error=execution.error, cells=1, output=None)
 
 

@@ -208,7 +208,7 @@ async def _each(options: argparse.Namespace, action: str) -> int:
             status = 1
     if options.json:
         print_json(done)
-    else:
+    elif done:
         print("\n".join(done))
     return status
 
