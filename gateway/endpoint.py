@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 JSON = "application/json"
 # How many mistakes of one request are told.
 MAX_PROBLEMS = 5
+# How often the largest body that is taken fits into the largest one that is read before it is refused.
+DRAINED_BODIES = 64
 # What a browser may ask for from another origin.
 CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control, Range, X-Content-Crc32"
@@ -210,8 +212,9 @@ class EndpointHandler(JsonHandler):
     def check_request(self) -> None:
         """All that can be checked before the body. Errors: ApiError, HTTPError 405."""
         connection = self.request.connection
-        # Beyond this Tornado hangs up without an answer; below it we answer 413.
-        connection.set_max_body_size(64 * self._body_limit)  # type: ignore[union-attr]
+        # Too large a body is still read up to here, so that clients which send before they listen get the 413.
+        drained = DRAINED_BODIES * self._body_limit
+        connection.set_max_body_size(drained)  # type: ignore[union-attr]
         self.check_host()
         method = self.request.method or ""
         if method == "OPTIONS":
@@ -220,7 +223,8 @@ class EndpointHandler(JsonHandler):
         if not operation.public:
             self.check_token()
         length = "0" if operation.request_media else self.request.headers.get("Content-Length", "0")
-        if length.isascii() and length.isdigit() and int(length) > self._body_limit:
+        if length.isascii() and length.isdigit() and int(length) > drained:
+            # Answered at once; without this Tornado would hang up without an answer.
             connection.set_max_body_size(2**62)  # type: ignore[union-attr]
             raise self._too_large()
 
