@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: starts the gateways, runs the topics, writes JSON and the README's table."""
+"""The command `python -m benchmarks`: starts the gateways, runs the topics, writes JSON and the README's tables."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.host import describe_host
+from benchmarks.host import describe_host, vmm_sentence
 from benchmarks.messages import BenchmarkError
 from benchmarks.peers import ROOT, given, hypercell, jupyter_kernel_gateway
-from benchmarks.results import Report, Row, from_json, to_json
-from benchmarks.setup import Setup
+from benchmarks.results import Line, Report, Row, from_json, to_json
+from benchmarks.setup import Bench, Setup
+from benchmarks.state_dirs import build_state_dir, template_snapshot
 from benchmarks.table import markdown, update_readme
-from benchmarks.topics import burst, memory, output, restore, round_trip, start
+from benchmarks.topics import burst, fork, memory, output, restore, round_trip, start, state
+from gateway.errors import GatewayError
 from gateway.places import default_state_dir
+from kernels.errors import KernelsError
+from vm_runtime.errors import VmRuntimeError
 
-TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
+# Those that compare gateways, and are one table.
+GATEWAY_TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
     "start": start.measure,
     "burst": burst.measure,
     "round_trip": round_trip.measure,
@@ -29,26 +34,30 @@ TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
     "memory": memory.measure,
     "restore": restore.measure,
 }
+# Those that have nothing to do with gateways; each has a table of its own.
+OWN_TOPICS: dict[str, Callable[[Bench], Awaitable[list[Line]]]] = {"state": state.measure, "fork": fork.measure}
+TOPICS = (*GATEWAY_TOPICS, *OWN_TOPICS)
 # Warm machines of the gateway "with a pool": what `hypercelld serve` keeps by default.
 POOL_SIZE = 1
+CACHE = ROOT / "benchmarks" / "cache"
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 when a measurement could not be made, 130 after Ctrl-C."""
-    options = _parser().parse_args()
+    options = _parser().parse_args(arguments)
     try:
         if options.table_of is not None:
             path = options.table_of
             report = from_json(path)
         else:
             report, path = asyncio.run(_measured(options))
-        text = markdown(report, source=_shown(path))
-        print(text)
+        tables = markdown(report, source=_shown(path))
+        print("\n\n".join(tables.values()))
         if options.update_readme:
-            update_readme(README, text)
-    except (BenchmarkError, OSError, ValueError) as error:
+            update_readme(README, tables)
+    except (BenchmarkError, GatewayError, KernelsError, VmRuntimeError, OSError, ValueError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -61,15 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few repetitions: minutes instead of half an hour")
     parser.add_argument("--only", action="append", choices=TOPICS, metavar="NAME", help=f"one of {', '.join(TOPICS)}")
-    parser.add_argument("--update-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--update-readme", action="store_true", help="put the tables into README.md")
     parser.add_argument(
-        "--table-of", type=Path, metavar="FILE", help="measure nothing, make the table of these results"
+        "--table-of", type=Path, metavar="FILE", help="measure nothing, make the tables of these results"
     )
     parser.add_argument(
         "--state-dir",
         type=Path,
         default=default_state_dir(),
         help="where image and template are taken from, or built if they are missing (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=CACHE,
+        help="where what is built for the benchmark is kept: state, an image, a virtual environment (%(default)s)",
     )
     parser.add_argument("--url", help="measure this running Hypercell gateway instead of starting two")
     parser.add_argument("--token", default=os.environ.get("HYPERCELL_TOKEN", ""), help="its token (HYPERCELL_TOKEN)")
@@ -91,19 +106,30 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
-    if options.update_readme and options.only:
-        raise BenchmarkError("--update-readme needs a whole run: a table with some lines missing would replace it.")
+    names = options.only or TOPICS
+    compared = [name for name in GATEWAY_TOPICS if name in names]
+    if options.update_readme and compared and len(compared) < len(GATEWAY_TOPICS):
+        raise BenchmarkError("--update-readme needs all topics of a table: one with lines missing would replace it.")
     rows: list[Row] = []
+    lines: list[Line] = []
+    state_dir = await build_state_dir(options.cache_dir, options.state_dir, scikit_learn="state" in names, say=_say)
+    bench = Bench(state_dir=state_dir, cache_dir=options.cache_dir, quick=options.quick, say=_say)
     async with AsyncExitStack() as stack:
-        setup = await _set_up(options, stack)
-        for name in options.only or TOPICS:
+        setup = await _set_up(options, bench, stack) if compared else None
+        for name in compared:
+            assert setup is not None
             _say(f"{name} ...")
-            rows += await TOPICS[name](setup)
+            rows += await GATEWAY_TOPICS[name](setup)
+    for name in OWN_TOPICS:
+        if name in names:
+            _say(f"{name} ...")
+            lines += await OWN_TOPICS[name](bench)
     report = Report(
         taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=options.quick,
-        host=describe_host(_vmm(options.state_dir)),
+        host=describe_host(vmm_sentence(template_snapshot(state_dir))),
         rows=tuple(rows),
+        lines=tuple(lines),
     )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json"
@@ -111,35 +137,30 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
     return report, path
 
 
-async def _set_up(options: argparse.Namespace, stack: AsyncExitStack) -> Setup:
+async def _set_up(options: argparse.Namespace, bench: Bench, stack: AsyncExitStack) -> Setup:
+    unpooled = None
     if options.url is not None:
-        pooled, unpooled = await stack.enter_async_context(given(options.url, options.token)), None
+        pooled = await stack.enter_async_context(given(options.url, options.token))
     else:
-        _say("Hypercell with a pool ... (builds image and template where they are missing)")
+        _say("Hypercell with a pool ...")
         pooled = await stack.enter_async_context(
-            hypercell(name="hypercell, pool", source_dir=options.state_dir, pool_size=POOL_SIZE)
+            hypercell(name="hypercell, pool", source_dir=bench.state_dir, pool_size=POOL_SIZE)
         )
         _say("Hypercell without a pool ...")
         unpooled = await stack.enter_async_context(
-            hypercell(name="hypercell, no pool", source_dir=options.state_dir, pool_size=0)
+            hypercell(name="hypercell, no pool", source_dir=bench.state_dir, pool_size=0)
         )
     _say("jupyter_kernel_gateway ...")
     baseline = await stack.enter_async_context(jupyter_kernel_gateway())
     return Setup(
+        state_dir=bench.state_dir,
+        cache_dir=bench.cache_dir,
+        quick=bench.quick,
+        say=bench.say,
         baseline=baseline,
         pooled=pooled,
         unpooled=unpooled,
-        state_dir=options.state_dir,
-        quick=options.quick,
-        say=_say,
     )
-
-
-def _vmm(state_dir: Path) -> str | None:
-    try:
-        return restore.newest_template(state_dir / "templates").vmm
-    except BenchmarkError:
-        return None
 
 
 def _shown(path: Path) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any
@@ -67,6 +67,11 @@ class GatewayClient:
     async def get(self, path: str) -> bytes:
         """Errors: HTTPError, OSError."""
         return await self._call("GET", path)
+
+    async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer's JSON, None where there is no body. Errors: BenchmarkError, OSError."""
+        answer = await self._call("POST", path, json.dumps(body or {}))
+        return json.loads(answer) if answer else None
 
     async def create(self, kernel_name: str | None = None) -> str:
         """POST /api/kernels; the kernel's id."""

@@ -8,6 +8,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vm_runtime.snapshots.manifest import Manifest
+
 
 def describe_host(vmm: str | None) -> dict[str, str]:
     """vmm: the identity of the VMM (a template's), None if unknown."""
@@ -26,6 +28,12 @@ def describe_host(vmm: str | None) -> dict[str, str]:
     if vmm is not None:
         facts["VMM"] = vmm
     return facts
+
+
+def vmm_sentence(snapshot: Manifest) -> str:
+    """The VMM that a snapshot was taken with."""
+    vmm = snapshot.vmm
+    return f"{vmm.driver} {vmm.version}, {vmm.machine}, {vmm.cpu_model}, {vmm.accelerator}"
 
 
 def _version(distribution: str) -> str:

@@ -21,6 +21,10 @@ class BenchmarkError(Exception):
     """A measurement could not be made; the message says why."""
 
 
+class CellError(BenchmarkError):
+    """The code of a cell raised; the message is the exception's name and text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """A message's JSON parts as they travel, in the order of both protocols."""
@@ -67,7 +71,7 @@ class Execution:
     def take(self, parts: Parts) -> None:
         """Counts one message of any channel; those of other requests are ignored.
 
-        Errors: BenchmarkError when the code raised.
+        Errors: CellError when the code raised.
         """
         if json.loads(parts.parent).get("msg_id") != self.message_id:
             return
@@ -82,15 +86,21 @@ class Execution:
             self.replied_at = perf_counter()
             content = json.loads(parts.content)
             if content["status"] != "ok":
-                raise BenchmarkError(f"The cell failed: {content.get('ename')}: {content.get('evalue')}")
+                raise CellError(f"{content.get('ename')}: {content.get('evalue')}")
+            value = (content.get("user_expressions") or {}).get("value")
+            if value is not None:
+                if value["status"] != "ok":
+                    raise CellError(f"{value['ename']}: {value['evalue']}")
+                self.results.append(value["data"]["text/plain"])
         elif kind == "status" and json.loads(parts.content)["execution_state"] == "idle":
             self.idle_at = perf_counter()
         elif kind == "execute_result":
             self.results.append(json.loads(parts.content)["data"]["text/plain"])
 
 
-def execute_request(code: str, *, session_id: str) -> tuple[str, Parts]:
-    """A request and its message id."""
+def execute_request(code: str, *, session_id: str, expression: str | None = None) -> tuple[str, Parts]:
+    """A request and its message id. expression: evaluated after the code, which then runs silently, so that nothing
+    that watches cells (Kishu) sees it; its value's repr is the only one of `Execution.results`."""
     message_id = str(uuid.uuid4())
     header = {
         "msg_id": message_id,
@@ -102,9 +112,9 @@ def execute_request(code: str, *, session_id: str) -> tuple[str, Parts]:
     }
     content: dict[str, Any] = {
         "code": code,
-        "silent": False,
+        "silent": expression is not None,
         "store_history": False,
-        "user_expressions": {},
+        "user_expressions": {} if expression is None else {"value": expression},
         "allow_stdin": False,
         "stop_on_error": True,
     }

@@ -14,23 +14,22 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.client import GatewayClient
 from benchmarks.messages import BenchmarkError
 from benchmarks.processes import descendants, kill_remaining, named, stop
+from benchmarks.state_dirs import borrowed_state_dir
 from gateway.places import run_dir_of, well_known_file
 
 ROOT = Path(__file__).parents[1]
-# Where `serve` keeps the accelerator that it found to work.
-ACCELERATOR_FILE = "accelerator.json"
 # The command of this checkout, run by this interpreter.
 HYPERCELLD = (sys.executable, "-c", "import sys; from gateway.cli import main; sys.exit(main())")
-# The first start builds image and template where they are missing: minutes, more on a busy machine.
-START_TIMEOUT_S = 1800.0
+# Image and template are there; a busy machine takes long for the imports alone.
+START_TIMEOUT_S = 120.0
 # A pool of one refills in a second or two; emulated and on a busy machine in some ten.
 POOL_TIMEOUT_S = 120.0
 
@@ -114,12 +113,18 @@ async def jupyter_kernel_gateway() -> AsyncIterator[Peer]:
 
 @asynccontextmanager
 async def hypercell(*, name: str, source_dir: Path, pool_size: int) -> AsyncIterator[Peer]:
-    """`hypercelld serve` on a state directory of its own that shares images and templates with `source_dir`."""
-    with borrowed_state_dir(source_dir) as state_dir:
+    """`hypercelld serve` on a state directory of its own that shares image and template with `source_dir`.
+
+    Without checkpoints after cells and without sleep at its end: neither is what a comparison of gateways is about.
+    """
+    # The well-known file of a gateway that the user runs stays as it is. Short: sockets may lie below it, and their
+    # paths have at most 107 bytes.
+    with (
+        borrowed_state_dir(source_dir) as state_dir,
+        tempfile.TemporaryDirectory(prefix="hcb-", dir="/tmp") as runtime_name,
+    ):
         port, token = _free_port(), secrets.token_hex(16)
-        # The well-known file of a gateway that the user runs stays as it is.
-        runtime_root = state_dir / "run"
-        runtime_root.mkdir()
+        runtime_root = Path(runtime_name)
         environment = {"XDG_RUNTIME_DIR": str(runtime_root)}
         command = [
             *HYPERCELLD,
@@ -129,6 +134,9 @@ async def hypercell(*, name: str, source_dir: Path, pool_size: int) -> AsyncIter
             f"--token={token}",
             f"--state-dir={state_dir}",
             f"--pool-size={pool_size}",
+            "--checkpoints=off",
+            "--idle-timeout-s=0",
+            "--no-stop-means-sleep",
         ]
         run_dir = run_dir_of(state_dir)
         if os.geteuid() != 0:
@@ -161,22 +169,6 @@ async def given(url: str, token: str) -> AsyncIterator[Peer]:
         yield Peer(name="hypercell", client=client, pid=pid, machines_dir=machines_dir)
     finally:
         client.close()
-
-
-@contextmanager
-def borrowed_state_dir(source_dir: Path) -> Iterator[Path]:
-    """A temporary state directory whose images and templates are those of another: nothing is built twice, and
-    sandboxes, disks and the index of a gateway that uses the other one are not touched."""
-    # Short: sockets lie below it, and their paths have at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="hcb-", dir="/tmp") as name:
-        path = Path(name)
-        for part in ("images", "templates"):
-            (source_dir / part).mkdir(parents=True, exist_ok=True)
-            (path / part).symlink_to((source_dir / part).absolute())
-        # Finding out whether KVM works takes a boot; the answer is the host's, not the directory's.
-        if (source_dir / ACCELERATOR_FILE).exists():
-            shutil.copy(source_dir / ACCELERATOR_FILE, path)
-        yield path
 
 
 @asynccontextmanager

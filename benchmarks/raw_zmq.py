@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import hashlib
 import hmac
+import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -34,17 +36,36 @@ class RawKernel:
         self._poller.register(shell, zmq.POLLIN)
         self._poller.register(iopub, zmq.POLLIN)
 
-    async def execute(self, code: str) -> Execution:
-        """Runs code until its reply and idle have come. Errors: BenchmarkError, TimeoutError."""
-        message_id, parts = execute_request(code, session_id=self._session_id)
-        blobs = [parts.header, parts.parent, parts.metadata, parts.content]
-        signer = hmac.new(self._key, b"".join(blobs), hashlib.sha256)
-        execution = Execution(message_id=message_id, sent_at=perf_counter())
+    async def ask(self, expression: str, *, after: str = "") -> Any:
+        """The value of an expression, which JSON can hold, after silently running some code. Errors: as `execute`."""
+        execution = await self.execute(after, expression=f"__import__('json').dumps({expression})")
+        return json.loads(ast.literal_eval(execution.results[-1]))
+
+    async def execute(self, code: str, *, expression: str | None = None) -> Execution:
+        """Runs code until its reply and idle have come. expression: see `execute_request`.
+
+        Errors: CellError, TimeoutError.
+        """
         async with asyncio.timeout(TIMEOUT_S):
-            await self._shell.send_multipart([_DELIMITER, signer.hexdigest().encode(), *blobs])
+            execution = await self._send(code, expression)
             while not execution.finished:
                 for plug, _ in await self._poller.poll():
                     execution.take(_parts_of(await plug.recv_multipart()))
+        return execution
+
+    async def reply(self, code: str) -> None:
+        """Runs code until its reply has come; iopub is not waited for. Errors: CellError, TimeoutError."""
+        async with asyncio.timeout(TIMEOUT_S):
+            execution = await self._send(code, None)
+            while execution.replied_at is None:
+                execution.take(_parts_of(await self._shell.recv_multipart()))
+
+    async def _send(self, code: str, expression: str | None) -> Execution:
+        message_id, parts = execute_request(code, session_id=self._session_id, expression=expression)
+        blobs = [parts.header, parts.parent, parts.metadata, parts.content]
+        signer = hmac.new(self._key, b"".join(blobs), hashlib.sha256)
+        execution = Execution(message_id=message_id, sent_at=perf_counter())
+        await self._shell.send_multipart([_DELIMITER, signer.hexdigest().encode(), *blobs])
         return execution
 
     async def wait_ready(self) -> None:
@@ -61,8 +82,8 @@ class RawKernel:
 
 
 @asynccontextmanager
-async def raw_kernel(info: Mapping[str, Any]) -> AsyncIterator[RawKernel]:
-    """Connects to the kernel of a connection file."""
+async def raw_kernel(info: Mapping[str, Any], *, wait: bool = True) -> AsyncIterator[RawKernel]:
+    """Connects to the kernel of a connection file. wait: until iopub is subscribed, which `reply` does not need."""
     if info["signature_scheme"] != "hmac-sha256":
         raise BenchmarkError(f"The kernel signs with {info['signature_scheme']}, not hmac-sha256.")
     with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as shell, context.socket(zmq.SUB) as iopub:
@@ -71,7 +92,8 @@ async def raw_kernel(info: Mapping[str, Any]) -> AsyncIterator[RawKernel]:
         shell.connect(_address(info, "shell"))
         iopub.connect(_address(info, "iopub"))
         kernel = RawKernel(shell, iopub, str(info["key"]).encode())
-        await kernel.wait_ready()
+        if wait:
+            await kernel.wait_ready()
         yield kernel
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,38 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cell:
+    """samples: in the line's unit, in the order they were taken. text: what is said instead of numbers, or beside."""
+
+    samples: tuple[float, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a table with a column for each of several ways. cells: by the way's name.
+
+    topic: which makes the table; heading: lines of the same one stand together. target: what the median must reach
+    (lower is better), in the unit; missed targets are shown, never asserted.
+    """
+
+    topic: str
+    heading: str
+    title: str
+    unit: str
+    cells: Mapping[str, Cell]
+    target: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole run. host: what it ran on, and versions."""
+    """A whole run. host: what it ran on, and versions. rows: of the gateways' table. lines: of the other tables."""
 
     taken_at: str
     quick: bool
     host: Mapping[str, str]
     rows: tuple[Row, ...]
+    lines: tuple[Line, ...] = ()
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
@@ -86,7 +111,13 @@ def to_json(report: Report) -> str:
             samples: tuple[float, ...] = value[side]
             value[f"{side}_summary"] = asdict(Summary.of(samples)) if samples else None
         rows.append(value)
-    return json.dumps({"format": FORMAT_VERSION, **asdict(report), "rows": rows}, indent=1) + "\n"
+    lines = []
+    for line in report.lines:
+        value = asdict(line)
+        for cell in value["cells"].values():
+            cell["summary"] = asdict(Summary.of(cell["samples"])) if cell["samples"] else None
+        lines.append(value)
+    return json.dumps({"format": FORMAT_VERSION, **asdict(report), "rows": rows, "lines": lines}, indent=1) + "\n"
 
 
 def from_json(path: Path) -> Report:
@@ -105,4 +136,17 @@ def from_json(path: Path) -> Report:
         )
         for row in value["rows"]
     )
-    return Report(taken_at=value["taken_at"], quick=value["quick"], host=value["host"], rows=rows)
+    lines = tuple(
+        Line(
+            topic=line["topic"],
+            heading=line["heading"],
+            title=line["title"],
+            unit=line["unit"],
+            cells={
+                name: Cell(samples=tuple(cell["samples"]), text=cell["text"]) for name, cell in line["cells"].items()
+            },
+            target=line["target"],
+        )
+        for line in value["lines"]
+    )
+    return Report(taken_at=value["taken_at"], quick=value["quick"], host=value["host"], rows=rows, lines=lines)

@@ -13,26 +13,33 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Bench:
+    """state_dir: where images and templates are. cache_dir: for what the benchmark itself builds once. quick: few
+    repetitions. say: prints a line of progress."""
+
+    state_dir: Path
+    cache_dir: Path
+    quick: bool
+    say: Callable[[str], None]
+
+    def times(self, full: int, *, quick: int) -> int:
+        """How often to repeat."""
+        return quick if self.quick else full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup(Bench):
     """baseline: jupyter_kernel_gateway. pooled: Hypercell with its default pool, or the gateway that was given.
-    unpooled: Hypercell without a pool, None beside a given gateway. state_dir: where image and template are.
-    quick: few repetitions. say: prints a line of progress."""
+    unpooled: Hypercell without a pool, None beside a given gateway."""
 
     baseline: Peer
     pooled: Peer
     unpooled: Peer | None
-    state_dir: Path
-    quick: bool
-    say: Callable[[str], None]
 
     @property
     def peers(self) -> tuple[Peer, ...]:
         """All of them, in the order of their turns."""
         return tuple(peer for peer in (self.baseline, self.pooled, self.unpooled) if peer is not None)
-
-    def times(self, full: int, *, quick: int) -> int:
-        """How often to repeat."""
-        return quick if self.quick else full
 
 
 async def in_turns(

@@ -1,39 +1,80 @@
-"""A report as a Markdown table, and its place between two comments of README.md."""
+"""A report as Markdown tables, and their places between comments of README.md."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.messages import BenchmarkError
-from benchmarks.results import Report, Row, Summary
+from benchmarks.results import Cell, Line, Report, Row, Summary
 
-BEGIN = "<!-- benchmarks:begin -->"
-END = "<!-- benchmarks:end -->"
-
-
-def markdown(report: Report, *, source: str) -> str:
-    """The table with a line on where and when. source: the file that holds every sample."""
-    lines = [
-        "| measured | jupyter_kernel_gateway | Hypercell | ratio |",
-        "|---|---|---|---|",
-        *(_line(row) for row in report.rows),
-        "",
-        f"Median, in parentheses the quartiles, over as many samples as `{source}` holds; a ratio below 1 means that",
-        f"Hypercell does better. Taken {report.taken_at[:10]} on {_host(report)}.",
-        "What each line means: [benchmarks/README.md](benchmarks/README.md).",
-    ]
-    return "\n".join(lines)
+# The table of the gateways; the other topics' have the topic's name in it.
+GATEWAYS = ""
 
 
-def update_readme(readme: Path, text: str) -> None:
-    """Puts `text` between the two comments. Errors: BenchmarkError where they are missing."""
-    old = readme.read_text()
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise BenchmarkError(f"{readme} has no {BEGIN} followed by {END}.")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+def markdown(report: Report, *, source: str) -> dict[str, str]:
+    """The tables by topic (GATEWAYS for the rows), each with a line on where and when. source: the file that holds
+    every sample."""
+    tables = {}
+    if report.rows:
+        tables[GATEWAYS] = [
+            "| measured | jupyter_kernel_gateway | Hypercell | ratio |",
+            "|---|---|---|---|",
+            *(_line(row) for row in report.rows),
+            "",
+            f"Median, in parentheses the quartiles, over as many samples as `{source}` holds; a ratio below 1 means",
+            f"that Hypercell does better. {_taken(report)}",
+        ]
+    for topic in dict.fromkeys(line.topic for line in report.lines):
+        lines = [line for line in report.lines if line.topic == topic]
+        tables[topic] = []
+        for heading in dict.fromkeys(line.heading for line in lines):
+            tables[topic] += [*_table(heading, [line for line in lines if line.heading == heading]), ""]
+        tables[topic] += [
+            f"Median, in parentheses the quartiles, over as many samples as `{source}` holds.",
+            _taken(report),
+        ]
+    return {topic: "\n".join(lines) for topic, lines in tables.items()}
+
+
+def update_readme(readme: Path, tables: Mapping[str, str]) -> None:
+    """Puts each table between its two comments. Errors: BenchmarkError where they are missing."""
+    text = readme.read_text()
+    for topic, table in tables.items():
+        name = f"benchmarks:{topic}" if topic else "benchmarks"
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, found_begin, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found_begin or not found_end:
+            raise BenchmarkError(f"{readme} has no {begin} followed by {end}.")
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    readme.write_text(text)
+
+
+def _table(heading: str, lines: Sequence[Line]) -> list[str]:
+    columns = list(dict.fromkeys(name for line in lines for name in line.cells))
+    targets = any(line.target is not None for line in lines)
+    names = [heading, *columns, *(["to reach"] if targets else [])]
+    text = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for line in lines:
+        cells = [line.title, *(_text(line.cells.get(name, Cell()), line.unit) for name in columns)]
+        if targets:
+            cells.append("" if line.target is None else f"{_number(line.target)} {line.unit}".strip())
+        text.append(f"| {' | '.join(cells)} |")
+    return text
+
+
+def _text(cell: Cell, unit: str) -> str:
+    # A bar would end the cell.
+    return " ".join(filter(None, (_cell(cell.samples, unit), cell.text.replace("|", "/"))))
+
+
+def _taken(report: Report) -> str:
+    quick = " With few repetitions (`--quick`)." if report.quick else ""
+    return (
+        f"Taken {report.taken_at[:10]} on {_host(report)}.{quick}\n"
+        "What each line means: [benchmarks/README.md](benchmarks/README.md)."
+    )
 
 
 def _line(row: Row) -> str:
@@ -45,7 +86,7 @@ def _cell(samples: Sequence[float], unit: str) -> str:
     if not samples:
         return ""
     summary = Summary.of(samples)
-    middle = f"{_number(summary.median)} {unit}"
+    middle = f"{_number(summary.median)} {unit}".strip()
     low, high = _number(summary.lower_quartile), _number(summary.upper_quartile)
     return middle if low == high else f"{middle} ({low} to {high})"
 

@@ -1,0 +1,130 @@
+"""A `SandboxService` in this process, with what HTTP does not tell: how long machines stood still, and since when they
+run. No HTTP server and no client between: what is measured here is the mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.messages import BenchmarkError
+from benchmarks.raw_zmq import RawKernel, raw_kernel
+from benchmarks.state_dirs import borrowed_state_dir, service_settings, started_driver
+from kernels.errors import KernelsError
+from kernels.models import CreateSandbox, Sandbox
+from kernels.service import SandboxService
+from kernels.warm import new_place
+from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.machine import Machine
+from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.saving.values import Taken, Then
+from vm_runtime.snapshots.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One fork below the kernels layer. pause_ms: of the parent. running_ms: from the call until each child's vCPUs
+    ran. stored_ms: until the snapshot was stored and the children were handed out."""
+
+    pause_ms: float
+    running_ms: tuple[float, ...]
+    stored_ms: float
+
+
+class Lab(SandboxService):
+    """The service with its inside in reach."""
+
+    async def new(self, template: str) -> Sandbox:
+        return await self.create(CreateSandbox(template=template))
+
+    async def take(self, sandbox_id: str) -> Taken:
+        """A checkpoint, with its times."""
+        core = self._core
+        async with core.lock(sandbox_id):
+            saved = core.running(sandbox_id).saved
+            taken = await saved.take(core.description(sandbox_id, name=None), then=Then.RESUME)
+            await core.keep(sandbox_id, taken.manifest)
+            return taken
+
+    async def settled(self) -> None:
+        """Waits until nothing is rewritten in the background."""
+        await self._core.launcher.saver.settled()
+
+    def snapshot_of(self, sandbox_id: str) -> Manifest:
+        """What a sleeping sandbox wakes from."""
+        return self._core.store.get(self.get(sandbox_id).snapshot_id or "")
+
+    def pid(self, sandbox_id: str) -> int:
+        """The VMM's."""
+        return self._core.running(sandbox_id).saved.machine.pid
+
+    async def restore_ms(self, snapshot: Manifest) -> float:
+        """A machine in the state of a snapshot, from the call until its vCPUs run; it is ended again."""
+        began = perf_counter()
+        saved = await self._core.launcher.saver.restore(snapshot, place=self._place())
+        took = 1000 * (perf_counter() - began)
+        await saved.kill()
+        return took
+
+    async def split(self, sandbox_id: str, *, count: int) -> Split:
+        """A fork into machines that nobody greets; they are ended again."""
+        core = self._core
+        running: list[float] = []
+
+        async def note(place: MachinePlace, machine: Machine) -> None:
+            running.append(1000 * (perf_counter() - began))
+
+        async with core.lock(sandbox_id):
+            saved = core.running(sandbox_id).saved
+            description = core.description(sandbox_id, name=None)
+            places = [self._place() for _ in range(count)]
+            began = perf_counter()
+            forked = await core.launcher.saver.fork(saved, description, places=places, on_running=note)
+            stored_ms = 1000 * (perf_counter() - began)
+            await core.keep(sandbox_id, forked.taken.manifest)
+        for child in forked.children:
+            if not isinstance(child, SavedMachine):
+                raise BenchmarkError(f"A child was not made: {child}")
+            await child.kill()
+        return Split(pause_ms=forked.taken.pause_ms, running_ms=tuple(running), stored_ms=stored_ms)
+
+    async def children_of(self, sandbox_id: str, *, count: int) -> list[Sandbox]:
+        """`fork`, all of whose children must come."""
+        children: Sequence[Sandbox | KernelsError] = await self.fork(sandbox_id, count=count)
+        for child in children:
+            if not isinstance(child, Sandbox):
+                raise BenchmarkError(f"A child was not made: {child}")
+        return [child for child in children if isinstance(child, Sandbox)]
+
+    @asynccontextmanager
+    async def connected(self, sandbox_id: str) -> AsyncIterator[RawKernel]:
+        """A client on the kernel's own sockets."""
+        async with raw_kernel(dict(self.connection_info(sandbox_id))) as kernel:
+            yield kernel
+
+    @asynccontextmanager
+    async def sandbox(self, template: str) -> AsyncIterator[tuple[str, RawKernel]]:
+        """A new sandbox and a client of it; it is deleted at the end."""
+        sandbox_id = (await self.new(template)).id
+        try:
+            async with self.connected(sandbox_id) as kernel:
+                yield sandbox_id, kernel
+        finally:
+            await self.delete(sandbox_id)
+
+    def _place(self) -> MachinePlace:
+        return new_place(self._settings.state_dir, self._settings.run_dir)
+
+
+@asynccontextmanager
+async def open_lab(state_dir: Path, *, names: Sequence[str]) -> AsyncIterator[Lab]:
+    """A lab on a temporary state directory with these images and their templates."""
+    with borrowed_state_dir(state_dir, names=names) as borrowed:
+        async with started_driver(borrowed) as driver, Lab(service_settings(borrowed), driver, say=_quiet) as lab:
+            yield lab
+
+
+def _quiet(text: str) -> None:
+    """Progress of a service that takes no time to start and stop is of no interest."""
