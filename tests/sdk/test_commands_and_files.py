@@ -1,0 +1,151 @@
+"""Commands and files through the SDK, with what can go wrong in a guest."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hypercell import (
+    AsyncSandbox,
+    CommandFailedError,
+    DiskFullError,
+    FileChange,
+    InvalidRequestError,
+    NotFoundError,
+    Sandbox,
+    StateError,
+    TerminalSize,
+)
+from tests.gateways import RunningGateway
+
+MIB = 1024 * 1024
+
+
+def test_a_command_and_how_it_ended(sandbox: Sandbox) -> None:
+    heard: list[str] = []
+    result = sandbox.commands.run(
+        "echo $WORD; cat; echo oops >&2; exit 3", env={"WORD": "w"}, stdin="typed\n", on_stderr=heard.append
+    )
+    assert (result.stdout, result.stderr, result.exit_status, result.ok) == ("w\ntyped\n", "oops\n", 3, False)
+    assert heard == ["oops\n"]
+    with pytest.raises(CommandFailedError, match="status 3: oops"):
+        sandbox.commands.run("echo oops >&2; exit 3", check=True)
+    assert sandbox.commands.run(["printf", "%s", "a b"]).stdout == "a b"
+    assert sandbox.commands.run("sleep 60", timeout_s=0.5).timed_out
+    with pytest.raises(InvalidRequestError, match="no-such-program"):
+        sandbox.commands.run(["no-such-program"])
+
+
+def test_a_background_command(sandbox: Sandbox) -> None:
+    command = sandbox.commands.start("read line; echo got $line; sleep 100", stdin=True)
+    command.write("this\n")
+    assert sandbox.commands.get(command.command_id).running
+    assert command.command_id in {known.command_id for known in sandbox.commands.list()}
+    command.close()
+    again = sandbox.commands.attach(command.command_id)
+    sandbox.commands.signal(command.command_id, "SIGTERM")
+    result = again.wait()
+    assert (result.stdout, result.signal) == ("got this\n", "SIGTERM")
+    sandbox.commands.kill(command.command_id)
+    with pytest.raises(NotFoundError):
+        sandbox.commands.get(command.command_id)
+
+
+def test_a_terminal(sandbox: Sandbox) -> None:
+    command = sandbox.commands.start(["bash", "--norc"], terminal=TerminalSize(rows=20, columns=70), background=False)
+    with command:
+        command.write("stty size\n")
+        command.resize(TerminalSize(rows=10, columns=30))
+        command.write("stty size\nexit 4\n")
+        result = command.wait()
+    assert "20 70" in result.stdout and "10 30" in result.stdout
+    assert result.exit_status == 4
+
+
+async def test_a_cancelled_command_is_ended(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
+    async with await AsyncSandbox.connect(sandbox.id) as same:
+        began = asyncio.Event()
+        running = asyncio.create_task(same.commands.run("echo on; sleep 600", on_stdout=lambda text: began.set()))
+        await began.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(60):
+            while any(known.running for known in await same.commands.list()):  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.1)
+
+
+def test_files(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    assert files.write("dir/deep/a.txt", "grüße", mode="0600") == 7
+    assert files.read_text("dir/deep/a.txt") == "grüße"
+    assert files.stat("dir/deep/a.txt").mode == "0600"
+    assert [entry.name for entry in files.list("dir", depth=2)] == ["deep", "a.txt"]
+    assert files.exists("dir/deep") and not files.exists("dir/no")
+    files.mkdir("dir/other")
+    files.rename("dir/deep/a.txt", "dir/other/b.txt")
+    assert files.read("dir/other/b.txt") == "grüße".encode()
+    with pytest.raises(StateError):
+        files.remove("dir")
+    files.remove("dir", recursive=True)
+    with pytest.raises(NotFoundError):
+        files.read("dir/other/b.txt")
+    with pytest.raises(StateError):
+        files.read("/tmp")
+
+
+def test_content_of_every_kind_arrives(sandbox: Sandbox, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 8192
+    assert sandbox.files.write("kinds", io.BytesIO(data)) == len(data)
+    assert sandbox.files.read("kinds") == data
+    assert sandbox.files.write("kinds", (data[i : i + 1000] for i in range(0, len(data), 1000))) == len(data)
+    assert hashlib.sha256(b"".join(sandbox.files.stream("kinds"))).digest() == hashlib.sha256(data).digest()
+    local = tmp_path / "local.bin"
+    assert sandbox.files.download("kinds", local) == len(data)
+    assert local.read_bytes() == data
+    assert sandbox.files.upload(local, "again") == len(data)
+    assert sandbox.commands.run("cmp kinds again", check=True).ok
+    assert sandbox.files.write("empty", b"") == 0
+    assert sandbox.files.read("empty") == b""
+
+
+def test_a_source_that_fails_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"x" * 1000
+        raise ZeroDivisionError
+
+    sandbox.files.write("whole", "old")
+    with pytest.raises(ZeroDivisionError):
+        sandbox.files.write("whole", broken())
+    assert sandbox.files.read("whole") == b"old"
+    with pytest.raises(NotFoundError):
+        sandbox.files.download("no-such-file", tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told(at_gateway: RunningGateway) -> None:
+    with Sandbox.create(checkpoints="off", disk_mib=64) as small:
+        zeros = bytes(MIB)
+        with pytest.raises(DiskFullError):
+            small.files.write("big", (zeros for _ in range(200)))
+        assert not small.files.exists("big")
+        execution = small.run_code("open('big', 'wb').write(bytes(200 * 2**20))")
+        assert execution.error is not None and execution.error.name == "OSError"
+        assert small.run_code("1").text == "1"
+
+
+async def test_watching(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
+    async with await AsyncSandbox.connect(sandbox.id) as same:
+        await same.files.mkdir("watched")
+        changes = same.files.watch("watched")
+        first: asyncio.Task[FileChange] = asyncio.create_task(anext(changes))
+        await asyncio.sleep(1)
+        await same.commands.run("touch watched/new", check=True)
+        change = await asyncio.wait_for(first, 60)
+        assert (change.event, Path(change.path).name) == ("created", "new")
+        await changes.aclose()

@@ -1,0 +1,139 @@
+"""Sandboxes come, fork, sleep, go back and go; none is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hypercell import AsyncSandbox, NotFoundError, Sandbox, SandboxEvent, StateError
+from tests.gateways import RunningGateway
+
+
+def test_with_kills_what_it_made_and_leaves_what_it_found(at_gateway: RunningGateway) -> None:
+    with Sandbox.create(name="mine", env={"WORD": "hello"}, memory_mib=1024) as made:
+        assert made.run_code("import os; os.environ['WORD']").text == "'hello'"
+        assert made.info().name == "mine"
+        with Sandbox.connect(made.id) as found:
+            assert found.run_code("1").text == "1"
+        assert made.id in {info.id for info in Sandbox.list()}
+        assert made.info().state == "running"
+    assert made.id not in {info.id for info in Sandbox.list()}
+    made.kill()
+
+
+def test_fork_and_tree(sandbox: Sandbox) -> None:
+    sandbox.run_code("value = [0]")
+    children = sandbox.fork(2, name="child")
+    try:
+        for number, child in enumerate(children, start=1):
+            assert child.run_code(f"value.append({number}); value").text == f"[0, {number}]"
+        assert sandbox.run_code("value").text == "[0]"
+        tree = sandbox.tree()
+        assert tree.root == sandbox.id
+        assert {info.id for info in tree.children(sandbox.id)} == {child.id for child in children}
+        assert {info.name for info in tree.children(sandbox.id)} == {"child"}
+    finally:
+        for child in children:
+            child.kill()
+
+
+def test_sleep_wake_pause_resume(sandbox: Sandbox) -> None:
+    sandbox.run_code("kept = 'yes'")
+    assert sandbox.sleep().state == "asleep"
+    assert sandbox.wake().state == "running"
+    assert sandbox.run_code("kept").text == "'yes'"
+    assert sandbox.sleep().state == "asleep"
+    # Using it wakes it.
+    assert sandbox.run_code("kept").text == "'yes'"
+    assert sandbox.pause().state == "paused"
+    assert sandbox.resume().state == "running"
+    assert sandbox.metrics().memory_unique_bytes > 0
+
+
+def test_snapshots_and_time_travel(at_gateway: RunningGateway) -> None:
+    with Sandbox.create(checkpoints="off") as sandbox:
+        sandbox.run_code("value = 'then'")
+        made = sandbox.create_snapshot("base-for-test")
+        sandbox.run_code("value = 'now'")
+        with Sandbox.create(snapshot=made.id) as other:
+            assert other.run_code("value").text == "'then'"
+        assert made.id in {checkpoint.id for checkpoint in sandbox.checkpoints()}
+        sandbox.goto("base-for-test")
+        assert sandbox.run_code("value").text == "'then'"
+        assert made.id in {snapshot.id for snapshot in Sandbox.snapshots()}
+        with pytest.raises(NotFoundError):
+            sandbox.goto("no-such-checkpoint")
+
+
+def test_limits_of_time(sandbox: Sandbox) -> None:
+    lifetime_s = sandbox.set_timeout(3000).max_lifetime_s
+    assert lifetime_s is not None and lifetime_s >= 3000
+    assert sandbox.set_timeout(None).max_lifetime_s is None
+    assert sandbox.set_idle_timeout(77).idle_timeout_s == 77
+    assert sandbox.set_checkpoints("off").checkpoints == "off"
+    assert sandbox.rename("other").name == "other"
+
+
+def test_a_sandbox_ends_by_its_timeout(at_gateway: RunningGateway) -> None:
+    sandbox = Sandbox.create(timeout_s=5)
+    deadline = time.monotonic() + 120
+    while sandbox.id in {info.id for info in Sandbox.list()}:
+        assert time.monotonic() < deadline, "it outlived its timeout"
+        time.sleep(0.5)
+    with pytest.raises(NotFoundError):
+        sandbox.run_code("1")
+    sandbox.close()
+
+
+def test_a_killed_program_leaves_none_for_longer_than_its_timeout(at_gateway: RunningGateway) -> None:
+    program = (
+        "from hypercell import Sandbox; import time; print(Sandbox.create(timeout_s=8).id, flush=True); time.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout is not None
+    with process:
+        sandbox_id = process.stdout.readline().strip()
+        process.send_signal(signal.SIGKILL)
+    assert sandbox_id
+    deadline = time.monotonic() + 120
+    while sandbox_id in {info.id for info in Sandbox.list()}:
+        assert time.monotonic() < deadline, "it was left behind"
+        time.sleep(0.5)
+
+
+async def test_events(at_gateway: RunningGateway) -> None:
+    async with await AsyncSandbox.create(checkpoints="off") as sandbox:
+        seen: list[SandboxEvent] = []
+
+        async def follow() -> None:
+            async for event in sandbox.events():
+                seen.append(event)
+
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0.5)
+        await sandbox.run_code("1")
+        other = await AsyncSandbox.connect(sandbox.id)
+        await other.kill()
+        await asyncio.wait_for(following, 60)
+        assert {"execution_state", "deleted"} <= {event.kind for event in seen}
+
+
+async def test_several_at_once_through_one_program(at_gateway: RunningGateway) -> None:
+    async def one(number: int) -> str | None:
+        async with await AsyncSandbox.create(checkpoints="off", timeout_s=600) as sandbox:
+            return (await sandbox.run_code(f"{number} * 2")).text
+
+    assert await asyncio.gather(*(one(number) for number in range(4))) == ["0", "2", "4", "6"]
+
+
+def test_what_a_state_forbids_is_said(sandbox: Sandbox) -> None:
+    sandbox.sleep()
+    with pytest.raises(StateError, match="asleep"):
+        sandbox.pause()
+    sandbox.wake()
