@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ MAX_CONNECTIONS = 200
 SOCKET_TYPES = {"shell": b"ROUTER", "iopub": b"XPUB", "stdin": b"ROUTER", "control": b"ROUTER", "hb": b"REP"}
 REQUEST_CHANNELS = frozenset({"shell", "control"})
 READ_BYTES = 64 * 1024
-# Kept of a client that talks while there is no machine (subscriptions, heart beats): beyond it nothing more is read.
+# Kept of a client that talks while there is no machine (subscriptions): beyond it nothing more is read.
 MAX_HELD_BYTES = 256 * 1024
+# ZMTP's message that takes back the subscription to everything, which is what Jupyter's clients have.
+UNSUBSCRIBE = b"\x00\x01\x00"
+# From the kernel's last output to a subscriber until it has arrived here: milliseconds, emulated some more.
+QUIET_S = 0.03
 
 OpenChannel = Callable[[str], Awaitable[Stream]]
 
@@ -37,9 +41,9 @@ class Endpoints:
     """The listening sockets of one kernel, for as long as its sandbox exists, with or without a machine.
 
     `attach(open_channel)` when there is a machine, `detach()` when it goes: while there is none, connections are held,
-    their handshakes answered, and the first message on shell or control calls `on_request`, which should see to it that
-    a machine is attached soon. `await start()` opens the sockets; `await close()` ends all (twice is harmless) and
-    removes the directory, which has mode 0700.
+    their handshakes and heart beats answered, and the first message on shell or control calls `on_request`, which
+    should see to it that a machine is attached soon. `await start()` opens the sockets; `await close()` ends all (twice
+    is harmless) and removes the directory, which has mode 0700.
     """
 
     def __init__(self, directory: Path, on_request: Callable[[], None]) -> None:
@@ -49,6 +53,8 @@ class Endpoints:
         self._attached = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self._connections: set[asyncio.Task[None]] = set()
+        self._held: set[asyncio.Task[None]] = set()
+        self._iopub: set[Stream] = set()
 
     async def start(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -66,14 +72,27 @@ class Endpoints:
         self._attached.set()
 
     async def detach(self) -> None:
-        """The machine is gone, or is about to be: connections to it end; clients connect anew and are held."""
+        """The machine is gone, or is about to be: connections to it end; clients connect anew and are held. Twice is
+        harmless: what is held stays so."""
         self._open_channel = None
         self._attached.clear()
         await self.drop_connections()
 
+    async def quiesce(self) -> None:
+        """Before `detach` from a machine that goes on later: its kernel keeps what it says from now on for the next
+        subscriber, and what is on its way to clients arrives."""
+        if self._iopub:
+            await asyncio.gather(*(stream.write(UNSUBSCRIBE) for stream in self._iopub), return_exceptions=True)
+            await asyncio.sleep(QUIET_S)
+
     async def drop_connections(self) -> None:
-        """Ends every connection, keeps listening: clients connect anew (their ZMQ sockets do so by themselves)."""
-        connections = list(self._connections)
+        """Ends every connection to a kernel, keeps listening: clients connect anew (their ZMQ sockets do so by
+        themselves). Those that are held stay: what their clients have said already would be lost."""
+        await self._end(self._connections - self._held)
+
+    @staticmethod
+    async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+        connections = list(tasks)
         for task in connections:
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
@@ -83,6 +102,7 @@ class Endpoints:
         for server in servers:
             server.close()
         await self.detach()
+        await self._end(self._connections)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _accept(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -95,36 +115,57 @@ class Endpoints:
         try:
             # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
             if self._open_channel is not None:
-                await relay(await self._open_channel(name), reader, writer)
-            else:
-                await self._hold(name, reader, writer)
+                await self._relay(name, await self._open_channel(name), reader, writer)
+                return
+            self._held.add(task)
+            client = await self._hold(name, reader, writer)
+            self._held.discard(task)
+            if client is not None and self._open_channel is not None:
+                stream = await self._open_channel(name)
+                await self._replay(client, stream, writer)
+                await self._relay(name, stream, reader, writer)
         except (WireError, OSError, HandshakeError, asyncio.CancelledError):
-            # The connection's own task, which nothing awaits: cancelled only by `drop_connections`.
+            # The connection's own task, which nothing awaits: cancelled only by `drop_connections` and `close`.
             pass
         finally:
             self._connections.discard(task)
+            self._held.discard(task)
             writer.close()
 
-    async def _hold(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answers the handshake, waits for a machine (asking for one once a request is there), and hands over to it."""
+    async def _relay(
+        self, name: str, stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if name != "iopub":
+            await relay(stream, reader, writer)
+            return
+        self._iopub.add(stream)
+        try:
+            await relay(stream, reader, writer)
+        finally:
+            self._iopub.discard(stream)
+
+    async def _hold(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Handshake | None:
+        """Answers the handshake and waits for a machine, asking for one once a request is there. None if the client has
+        gone, else what it said."""
         client = Handshake()
         writer.write(GREETING)
         while not client.done:
             data = await reader.read(READ_BYTES)
             if not data:
-                return
+                return None
             client.feed(data)
         writer.write(ready(SOCKET_TYPES[name]))
         while not self._attached.is_set():
+            if name == "hb":
+                # A sleeping kernel is well. The answer to a heart beat is its own bytes: REQ and REP have one envelope.
+                writer.write(bytes(client.rest))
+                client.rest.clear()
             request = bool(client.rest) and name in REQUEST_CHANNELS
             if request:
                 self._on_request()
             if not await self._more_or_attached(client, reader, read=not request):
-                return
-        assert self._open_channel is not None
-        stream = await self._open_channel(name)
-        await self._replay(client, stream, writer)
-        await relay(stream, reader, writer)
+                return None
+        return client
 
     async def _more_or_attached(self, client: Handshake, reader: asyncio.StreamReader, *, read: bool) -> bool:
         """Waits for a machine, or (if `read`) for more from the client. False when the client has gone."""

@@ -71,6 +71,12 @@ class LiveSandbox:
         """From now on clients reach this machine's kernel."""
         self._endpoints.attach(self._open_channel)
 
+    async def let_go(self) -> None:
+        """Before the machine sleeps: its clients wait from now on, and nothing that it said to them is lost. `start`
+        takes that back."""
+        await self._endpoints.quiesce()
+        await self._endpoints.detach()
+
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
         """Gives a kernel that runs already its environment, directory and identity."""
         await self.session.call("sandbox.identify", {"identity": dict(identity)})

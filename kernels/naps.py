@@ -42,10 +42,13 @@ class Naps:
         core = self._core
         if core.get(sandbox_id).state is SandboxState.ASLEEP:
             return core.get(sandbox_id)
-        core.running(sandbox_id)
+        live = core.running(sandbox_id)
+        # Before the snapshot: what clients and kernel say to each other during it would be lost with the machine.
+        await live.let_go()
         try:
             await core.take(sandbox_id, core.description(sandbox_id, name=None), then=Then.STOP)
         except (SnapshotError, VmRuntimeError) as error:
+            live.start()
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
         await core.take_down(sandbox_id)
         core.registry.update(sandbox_id, machine_id="")
@@ -104,8 +107,8 @@ class Naps:
             return core.registry.move(sandbox_id, SandboxState.RUNNING)
 
     def on_request(self, sandbox_id: str) -> None:
-        """A client asks something of a sandbox that has no machine."""
-        if sandbox_id in self._core.registry and self._core.get(sandbox_id).state is SandboxState.ASLEEP:
+        """A client asks something of a sandbox that has no machine, or is losing it just now."""
+        if sandbox_id in self._core.registry and self._core.get(sandbox_id).state is not SandboxState.FAILED:
             self._core.spawn(self._wake_on_request(sandbox_id))
 
     async def _wake_on_request(self, sandbox_id: str) -> None:
