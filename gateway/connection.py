@@ -36,6 +36,7 @@ class Connection:
         self._metrics = metrics
         self._link: KernelLink | None = None
         self._linked = asyncio.Event()
+        self._waiting = 0
         self._closed = False
         self.outgoing = Outgoing(
             client.write, legacy=client.legacy, on_full=self._pause, on_drained=self._resume, metrics=metrics
@@ -68,6 +69,8 @@ class Connection:
             self._link.expect_subscription()
         if not self._closed:
             self._linked.clear()
+        if self._waiting:
+            self._on_waiting()  # it fell asleep again before they could pass
 
     def _stop_settling(self) -> None:
         settling, self.settling = self.settling, None
@@ -77,8 +80,12 @@ class Connection:
     async def from_client(self, message: KernelMessage) -> None:
         """Passes one message to the kernel. Waits while the kernel sleeps, restarts or takes no more."""
         if not self._linked.is_set():
-            self._on_waiting()
-            await self._linked.wait()
+            self._waiting += 1
+            try:
+                self._on_waiting()
+                await self._linked.wait()
+            finally:
+                self._waiting -= 1
         if self._link is None:
             return
         if message.channel == "shell" and b'"execute_request"' in bytes(message.header[:1024]):
