@@ -1,6 +1,6 @@
-"""Real gateways for tests: `hypercelld serve` as a process of its own, with the image and template of one state directory.
+"""Real gateways for tests: `hypercelld serve` as a process of its own, with the image and template of one directory.
 
-Image and template are made once (minutes) and kept in `.state/test` of this checkout, so that the next run takes seconds.
+Image and template are made once (minutes) and kept in `.state/test` of this checkout: the next run takes seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.places import run_dir_of
+from vm_runtime.snapshots.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
 STATE = Path(os.environ.get("HYPERCELL_TEST_STATE", ROOT / ".state" / "test"))
@@ -49,15 +50,15 @@ class RunningGateway:
         assert status == 0, f"hypercelld ended with {status}:\n{self.log.read_text()}"
 
 
-def start_gateway(state_dir: Path, *flags: str, token: str | None = None) -> RunningGateway:
-    """Starts a gateway and waits until it serves. The caller stops or kills it."""
+def start_gateway(state_dir: Path, *flags: str, token: str | None = None, port: int = 0) -> RunningGateway:
+    """Starts a gateway and waits until it serves. The caller stops or kills it. port: 0 is any that is free."""
     state_dir.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_hex(16)
     log = state_dir / "gateway.log"
     run_dir = run_dir_of(state_dir)
     presence = run_dir / "gateway.json"
     command = [
-        sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--token", token,
+        sys.executable, "-m", "gateway.cli", "serve", "--host", "127.0.0.1", "--port", str(port), "--token", token,
         "--state-dir", str(state_dir), *flags,
     ]  # fmt: skip
     with log.open("wb") as output:
@@ -68,18 +69,34 @@ def start_gateway(state_dir: Path, *flags: str, token: str | None = None) -> Run
             process.kill()
             raise AssertionError(f"hypercelld did not serve ({process.poll()}):\n{log.read_text()}")
         time.sleep(0.05)
-    return RunningGateway(
-        url=found["url"], token=token, state_dir=state_dir, run_dir=run_dir, process=process, log=log
-    )
+    return RunningGateway(url=found["url"], token=token, state_dir=state_dir, run_dir=run_dir, process=process, log=log)
 
 
 def copy_state(target: Path) -> Path:
-    """A state directory with the image and template of the shared one (hard links) and nothing else."""
+    """A state directory with the images and templates of the shared one (hard links) and nothing else.
+
+    Not the rest of the shared snapshots, which belong to sandboxes there, and never an SQLite file: two gateways would
+    write the same one.
+    """
     target.mkdir(parents=True)
-    for name in ("images", "templates", "snapshots", "accelerator.json"):
+    for name in ("images", "templates", "accelerator.json"):
         if (STATE / name).exists():
             subprocess.run(["cp", "-al", STATE / name, target / name], check=True)
+    for pin in (STATE / "snapshots/pins").glob("template-*.json"):
+        _link(pin, target)
+        for snapshot_id in json.loads(pin.read_text())["snapshots"]:
+            manifest = STATE / f"snapshots/manifests/{snapshot_id}.json"
+            _link(manifest, target)
+            for kind, part in Manifest.parse(manifest.read_bytes()).parts():
+                _link(STATE / f"snapshots/parts/{kind}/{part.digest}", target)
     return target
+
+
+def _link(path: Path, target: Path) -> None:
+    linked = target / path.relative_to(STATE)
+    linked.parent.mkdir(parents=True, exist_ok=True)
+    if not linked.exists():
+        linked.hardlink_to(path)
 
 
 @contextmanager
