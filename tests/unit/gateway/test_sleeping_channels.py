@@ -1,0 +1,188 @@
+"""WebSockets of kernels that sleep, wake, go back in time and lose their machines or their gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateways import RunningGateway, start_gateway
+from tests.unit.gateway.client import KernelClient, Message, request, stream_text
+
+
+@pytest.fixture
+async def kernel_id(gateway: RunningGateway) -> AsyncIterator[str]:
+    kernel_id = await new_kernel(gateway)
+    yield kernel_id
+    await request(gateway, "DELETE", f"/api/sandboxes/{kernel_id}")
+
+
+async def new_kernel(gateway: RunningGateway, *, notebook: str | None = None) -> str:
+    env = {"JPY_SESSION_NAME": notebook} if notebook is not None else {}
+    response = await request(gateway, "POST", "/api/kernels", {"env": env})
+    assert response.code == 201, response.body
+    kernel_id: str = json.loads(response.body)["id"]
+    return kernel_id
+
+
+async def post(gateway: RunningGateway, kernel_id: str, operation: str) -> None:
+    response = await request(gateway, "POST", f"/api/sandboxes/{kernel_id}/{operation}", {})
+    assert response.code == 200, response.body
+
+
+async def state_of(gateway: RunningGateway, kernel_id: str) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((await request(gateway, "GET", f"/api/sandboxes/{kernel_id}")).body)
+    return state
+
+
+def machine_pid(gateway: RunningGateway) -> int:
+    """The VMM of a gateway that has one machine only."""
+    (record,) = gateway.run_dir.glob("m/*/machine.json")
+    pid: int = json.loads(record.read_text())["pid"]
+    return pid
+
+
+@pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
+async def test_a_message_wakes_a_kernel_that_fell_asleep(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
+    clients = [await KernelClient.connect(gateway, kernel_id, v1=v1) for _ in range(2)]
+    await clients[0].run("x = 0")
+    for number in range(1, 4):
+        await post(gateway, kernel_id, "sleep")
+        assert stream_text(await clients[0].run("x += 1\nprint(x)")) == f"{number}\n"
+        assert stream_text(await clients[1].until("stream")) == f"{number}\n"
+    for client in clients:
+        await client.close()
+
+
+async def test_connecting_wakes_nobody_until_it_asks(gateway: RunningGateway, kernel_id: str) -> None:
+    await post(gateway, kernel_id, "sleep")
+    client = await KernelClient.connect(gateway, kernel_id)
+    assert await client.rest(1.5) == []
+    assert (await state_of(gateway, kernel_id))["state"] == "asleep"
+    assert stream_text(await client.run("print('awake')")) == "awake\n"
+    await client.close()
+
+
+async def test_a_cell_sleeps_in_the_middle_and_goes_on(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    msg_id = await client.execute("import time\nprint('before', flush=True)\ntime.sleep(2)\nprint('after')")
+    seen = await client.until("stream")
+    await post(gateway, kernel_id, "sleep")
+    await asyncio.sleep(2.5)
+    await post(gateway, kernel_id, "wake")
+    seen += await client.until("status", execution_state="idle")
+    assert stream_text(seen) == "before\nafter\n"
+    assert msg_id in {message["parent_header"].get("msg_id") for message in seen}
+    await client.close()
+
+
+async def test_a_notebook_gets_its_kernel_back(gateway: RunningGateway) -> None:
+    notebook = f"/home/me/{uuid.uuid4()}.d/n.ipynb"
+    kernel_id = await new_kernel(gateway, notebook=notebook)
+    client = await KernelClient.connect(gateway, kernel_id)
+    await client.run("x = 'kept'")
+    await client.execute("import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(1)")
+    await client.until("stream")
+    assert (await request(gateway, "DELETE", f"/api/kernels/{kernel_id}")).code == 204
+    while not client.ended:
+        await client.receive()
+    assert client.websocket.close_reason == "the kernel was deleted"
+    # Jupyter's clients do not see it, the sandbox API does.
+    assert (await request(gateway, "GET", f"/api/kernels/{kernel_id}")).code == 404
+    kernels = json.loads((await request(gateway, "GET", "/api/kernels")).body)
+    assert kernel_id not in [kernel["id"] for kernel in kernels]
+    sandbox = await state_of(gateway, kernel_id)
+    assert (sandbox["state"], sandbox["released"], sandbox["notebook"]) == ("asleep", True, notebook)
+    assert await new_kernel(gateway, notebook=notebook) == kernel_id
+    client = await KernelClient.connect(gateway, kernel_id)
+    output = stream_text(await client.until("status", execution_state="idle"))
+    while not output.endswith("2\n"):
+        output += stream_text(await client.until("status", execution_state="idle"))
+    assert output in ("1\n2\n", "0\n1\n2\n")
+    assert stream_text(await client.run("print(x)")) == "kept\n"
+    await client.close()
+    assert (await request(gateway, "DELETE", f"/api/sandboxes/{kernel_id}")).code == 204
+    again = await new_kernel(gateway, notebook=notebook)
+    assert again != kernel_id
+    await request(gateway, "DELETE", f"/api/sandboxes/{again}")
+
+
+async def test_a_session_gets_its_kernel_back(gateway: RunningGateway) -> None:
+    body = {"path": f"{uuid.uuid4()}/n.ipynb", "type": "notebook", "kernel": {}}
+    session = json.loads((await request(gateway, "POST", "/api/sessions", body)).body)
+    assert (await request(gateway, "DELETE", f"/api/sessions/{session['id']}")).code == 204
+    assert (await request(gateway, "GET", f"/api/sessions/{session['id']}")).code == 404
+    again = json.loads((await request(gateway, "POST", "/api/sessions", body)).body)
+    assert again["kernel"]["id"] == session["kernel"]["id"]
+    assert again["id"] != session["id"]
+    await request(gateway, "DELETE", f"/api/sandboxes/{session['kernel']['id']}")
+
+
+def told(messages: list[Message]) -> str:
+    """What was written to stderr."""
+    streams = [m["content"] for m in messages if m["header"]["msg_type"] == "stream"]
+    return "".join(content["text"] for content in streams if content["name"] == "stderr")
+
+
+async def test_a_lost_machine_goes_on_from_its_checkpoint(state_dir: Path) -> None:
+    gateway = start_gateway(state_dir, "--pool-size", "0")
+    try:
+        kernel_id = await new_kernel(gateway)
+        client = await KernelClient.connect(gateway, kernel_id)
+        await client.run("x = 'of the checkpoint'")
+        assert (await request(gateway, "POST", f"/api/sandboxes/{kernel_id}/checkpoints")).code == 201
+        await client.execute("x = 'lost'\nprint('begun', flush=True)\nwhile True: pass")
+        seen = await client.until("stream")
+        os.kill(machine_pid(gateway), signal.SIGKILL)
+        seen = await client.until("status", execution_state="restarting")
+        assert "goes on from its checkpoint of 20" in told(seen)
+        # In the output of the cell that did not end.
+        (word,) = [m for m in seen if m["header"]["msg_type"] == "stream"]
+        assert word["parent_header"]["msg_type"] == "execute_request"
+        late = await KernelClient.connect(gateway, kernel_id)
+        assert "goes on from its checkpoint of 20" in told(await late.until("status", execution_state="restarting"))
+        assert stream_text(await client.run("print(x)")) == "of the checkpoint\n"
+        for each in (client, late):
+            await each.close()
+    finally:
+        gateway.stop()
+
+
+async def test_the_gateway_is_killed_in_the_middle_of_a_cell(state_dir: Path) -> None:
+    gateway = start_gateway(state_dir, "--pool-size", "0")
+    kernel_id = await new_kernel(gateway)
+    client = await KernelClient.connect(gateway, kernel_id)
+    await client.run("x = 1")
+    await client.execute("import time\nfor i in range(10):\n    print(i, flush=True)\n    time.sleep(0.5)\nx = 2")
+    seen = await client.until("stream")
+    gateway.kill()
+    seen += [message for message in await client.rest(1.0) if message is not None]
+    session_id, client = client.session_id, None  # type: ignore[assignment]
+    await asyncio.sleep(2)
+    gateway = start_gateway(state_dir, "--pool-size", "0", token=gateway.token)
+    try:
+        client = await KernelClient.connect(gateway, kernel_id, session_id=session_id)
+        output = stream_text(seen)
+        async with asyncio.timeout(60):
+            while not output.endswith("9\n"):
+                message = await client.receive()
+                assert message is not None
+                output += stream_text([message])
+        assert output == "".join(f"{i}\n" for i in range(10))
+        assert stream_text(await client.run("print(x)")) == "2\n"
+        # A clean stop puts it to sleep, and it is there at the next start.
+        gateway.stop()
+        assert "Asleep: 1 of 1." in gateway.log.read_text()
+        gateway = start_gateway(state_dir, "--pool-size", "0", token=gateway.token)
+        client = await KernelClient.connect(gateway, kernel_id, session_id=session_id)
+        assert stream_text(await client.run("print(x)")) == "2\n"
+        await client.close()
+    finally:
+        gateway.stop()
