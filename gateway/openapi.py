@@ -73,7 +73,8 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         success["headers"] = {
             name: {"description": text, "schema": {"type": "string"}} for name, text in operation.headers.items()
         }
-    errors = {403, *operation.errors} if operation.public else {401, 403, *operation.errors}
+    # 503: while the gateway starts or stops (listener.py).
+    errors = {403, 503, *operation.errors} | (set() if operation.public else {401})
     responses = {str(operation.status): success}
     for status in sorted(errors):
         responses[str(status)] = {"description": phrase(status), "content": {JSON: {"schema": schemas["error"]}}}
