@@ -25,6 +25,7 @@ def blocking_name(text: str) -> str:
     text = re.sub(r"AsyncGenerator\[(.+?), None\]", r"Iterator[\1]", text)
     text = re.sub(r"\bAsyncIterable\[bytes\] \| |\| AsyncIterable\[bytes\]", "", text)
     text = re.sub(r"\bAsync(Sandbox|Commands?|Files)\b", r"\1", text)
+    text = text.replace(" An object belongs to the event loop in which it was made.", "")
     return text.replace("`async with`", "`with`").replace("await ", "").replace("awaits", "calls")
 
 

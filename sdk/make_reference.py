@@ -30,8 +30,8 @@ HIDDEN = {"Recorder", "Heard", "refused"}
 HEAD = """\
 # Reference
 
-Made by `sdk/make_reference.py` from the docstrings: change those. Every class of `hypercell` with `Async` before its name has the
-same methods, awaited; its generators are asynchronous ones.
+Made by `sdk/make_reference.py` from the docstrings: change those. Every class of `hypercell` with `Async` before its
+name has the same methods, awaited; its generators are asynchronous ones.
 """
 
 
@@ -79,6 +79,7 @@ def signature(node: ast.FunctionDef) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     if "property" in decorators:
         return f"{node.name}{returns}"
+    returns = returns.replace("builtins.", "")
     arguments = re.sub(r"^(self|cls)(, )?", "", ast.unparse(node.args))
     return f"{node.name}({arguments}){returns}"
 

@@ -1,0 +1,111 @@
+"""The package itself: how fast it is imported, what it exports, and that type checkers accept programs that use it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+import hypercell
+from hypercell.chunks import HEADER, ChunkReader, ChunkWriter
+from hypercell.errors import ContentBrokenError, refused
+from hypercell.execution import Recorder
+from hypercell.kernel_messages import KernelMessage, decode, encode_request
+
+PROGRAM = Path(__file__).parent / "typed_program.py"
+SDK = Path(__file__).parents[2] / "sdk"
+IMPORT_LIMIT_S = 0.15
+
+
+def test_the_import_is_fast() -> None:
+    program = "import time; began = time.perf_counter(); import hypercell; print(time.perf_counter() - began)"
+    times = [float(subprocess.check_output([sys.executable, "-c", program])) for _ in range(3)]
+    assert min(times) < IMPORT_LIMIT_S
+
+
+def test_the_classes_come_without_the_network_libraries() -> None:
+    program = (
+        "import sys; from hypercell import AsyncSandbox, Sandbox; print({'httpx', 'websockets'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
+
+
+def test_every_name_is_there() -> None:
+    for name in hypercell._MODULE_OF:
+        assert getattr(hypercell, name).__name__ == name
+        assert name in dir(hypercell)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hypercell.no_such_name  # type: ignore[attr-defined]
+
+
+def test_mypy_accepts_a_program() -> None:
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", PROGRAM]
+    # An editable install is found by an import hook, which type checkers do not run.
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(SDK)})
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pyright") is None or not shutil.which("node"), reason="needs pyright, node"
+)
+def test_pyright_accepts_a_program(tmp_path: Path) -> None:
+    settings = tmp_path / "pyrightconfig.json"
+    value = {"include": [str(PROGRAM)], "extraPaths": [str(SDK)], "typeCheckingMode": "strict"}
+    settings.write_text(json.dumps(value))
+    command = [sys.executable, "-m", "pyright", "--project", settings, "--pythonpath", sys.executable]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_request_can_be_read_back() -> None:
+    msg_id, frame = encode_request(channel="shell", msg_type="x_request", content={"a": "ü"}, session_id="s")
+    message = decode(frame)
+    assert (message.channel, message.msg_type, message.content) == ("shell", "x_request", {"a": "ü"})
+    assert msg_id.encode() in frame
+    for broken in (b"", b"\xff" * 16, frame[:40]):
+        with pytest.raises(ValueError):
+            decode(broken)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_chunks_are_checked(step: int) -> None:
+    writer = ChunkWriter()
+    data = writer.chunk(b"hello ") + writer.chunk(b"world") + writer.end()
+    reader = ChunkReader()
+    read = b"".join(bytes(piece) for i in range(0, len(data), step) for piece in reader.feed(data[i : i + step]))
+    reader.check_done()
+    assert (read, reader.size_bytes) == (b"hello world", 11)
+    cut = ChunkReader()
+    cut.feed(data[:-1])
+    with pytest.raises(ContentBrokenError, match="cut off"):
+        cut.check_done()
+    with pytest.raises(ContentBrokenError, match="changed"):
+        ChunkReader().feed(HEADER.pack(1, zlib.crc32(b"a")) + b"b")
+
+
+def said(msg_type: str, **content: object) -> KernelMessage:
+    return KernelMessage(channel="iopub", msg_type=msg_type, parent_id="p", content=content)
+
+
+def test_output_that_is_cleared_is_gone() -> None:
+    recorder = Recorder()
+    recorder.take(said("stream", name="stdout", text="old"))
+    recorder.take(said("clear_output", wait=True))
+    assert recorder.execution.stdout == "old"
+    recorder.take(said("stream", name="stdout", text="new"))
+    assert recorder.execution.stdout == "new"
+    assert recorder.execution.outputs == [{"output_type": "stream", "name": "stdout", "text": ["new"]}]
+
+
+def test_the_error_for_an_answer() -> None:
+    assert type(refused("m", status=404)).__name__ == "NotFoundError"
+    assert type(refused("m", status=403, code="limit_exceeded")).__name__ == "LimitError"
+    assert type(refused("m", status=507, code="disk_full")).__name__ == "DiskFullError"
+    assert type(refused("m", status=418)).__name__ == "GatewayRefusedError"

@@ -1,0 +1,93 @@
+"""Search trees, rollouts and the programs in examples/, on real forks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypercell import AsyncSandbox, CodeError, HypercellError, Sandbox
+from hypercell.aio import search as aio_search
+from hypercell.search import Budget, beam_search, best_first_search, rollouts, take
+from tests.gateways import RunningGateway
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+def ids() -> set[str]:
+    return {info.id for info in Sandbox.list()}
+
+
+def test_beam_search_finds_the_best_and_leaves_nothing_else(sandbox: Sandbox) -> None:
+    before = ids()
+    sandbox.run_code("n = 1")
+    result = beam_search(
+        sandbox,
+        expand=lambda steps: ["n += 1", "n *= 3", "1 / 0"],
+        score="float(n)",
+        width=1,
+        budget=Budget(depth=2),
+    )
+    assert (result.best.steps, result.best.score) == (("n *= 3", "n *= 3"), 9.0)
+    assert len(result.explored) == 5
+    assert {steps[-1] for steps, _ in result.failures} == {"1 / 0"}
+    with take(result) as best:
+        assert best.run_code("n").text == "9"
+        assert ids() == before | {best.id}
+    assert sandbox.run_code("n").text == "1"
+    assert ids() == before
+
+
+def test_best_first_search_ends_by_its_budget(sandbox: Sandbox) -> None:
+    before = ids()
+    sandbox.run_code("n = 1")
+    result = best_first_search(
+        sandbox, expand=lambda steps: ["n += 1", "n -= 1"], score="float(n)", frontier=1, budget=Budget(score=3.0)
+    )
+    assert result.best.steps == ("n += 1", "n += 1")
+    take(result).kill()
+    assert ids() == before
+
+
+def test_a_search_that_fails_leaves_nothing(sandbox: Sandbox) -> None:
+    before = ids()
+    with pytest.raises(CodeError):
+        beam_search(sandbox, expand=lambda steps: ["1"], score="1 / 0")
+    with pytest.raises(HypercellError, match="must end with a number"):
+        beam_search(sandbox, expand=lambda steps: ["1"], score="'many'")
+    assert ids() == before
+
+
+def test_rollouts_of_code_and_of_functions(sandbox: Sandbox) -> None:
+    before = ids()
+    sandbox.run_code("base = 10")
+    results = {rollout.index: rollout for rollout in rollouts(sandbox, "base // rollout_index", 3)}
+    assert (results[1].value, results[2].value) == ("10", "5")
+    assert isinstance(results[0].error, CodeError)
+
+    def play(child: Sandbox, index: int) -> int:
+        return int(child.run_code(f"base + {index}").text or 0)
+
+    assert {rollout.value for rollout in rollouts(sandbox, play, 2)} == {10, 11}
+    assert ids() == before
+
+
+async def test_rollouts_that_are_given_up_leave_nothing(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
+    before = {info.id for info in await AsyncSandbox.list()}
+    async with await AsyncSandbox.connect(sandbox.id) as same:
+        results = aio_search.rollouts(same, "rollout_index", 3)
+        first = await anext(results)
+        assert first.error is None
+        await results.aclose()
+    assert {info.id for info in await AsyncSandbox.list()} == before
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_run(example: Path, at_gateway: RunningGateway) -> None:
+    before = ids()
+    result = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert ids() == before
