@@ -29,8 +29,8 @@ HEAD = """\
 Comes with the SDK. This page is made by `sdk/make_transcript.py`, which types all of it.
 
 A sandbox is named by its id, the beginning of its id, or its name. `--json` prints JSON instead, with every subcommand;
-`--url` and `--token` say where the gateway is, else `HYPERCELL_URL` and `HYPERCELL_TOKEN`, else the one that runs here is
-used. Progress is shown on stderr if that is a terminal.
+`--url` and `--token` say where the gateway is, else `HYPERCELL_URL` and `HYPERCELL_TOKEN`, else the one that runs here
+is used. Progress is shown on stderr if that is a terminal.
 
 | exit status | |
 |---|---|
@@ -109,7 +109,6 @@ class Transcript:
             return self._ids.setdefault(found[0], f"{len(self._ids) + 1:x}" * 8 + "-0000-4000-8000-000000000000")
 
         text = re.sub(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", stand_in, text)
-        text = re.sub(r"(?<=-)[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "0000-4000-8000-000000000000", text)
         text = re.sub(
             r"^\[?[0-9a-f]{12}\]?(?=$| )", lambda m: m[0].replace(m[0].strip("[]"), "c0ffee000000"), text, flags=re.M
         )

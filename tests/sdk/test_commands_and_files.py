@@ -57,13 +57,20 @@ def test_a_background_command(sandbox: Sandbox) -> None:
 
 
 def test_a_terminal(sandbox: Sandbox) -> None:
-    command = sandbox.commands.start(["bash", "--norc"], terminal=TerminalSize(rows=20, columns=70), background=False)
+    said: list[str] = []
+
+    def answer(text: str) -> None:
+        said.append(text)
+        if "20 70" in text:
+            command.resize(TerminalSize(rows=10, columns=30))
+            command.write("go on\n")
+
+    line = "stty size; read line; stty size; exit 4"
+    size = TerminalSize(rows=20, columns=70)
+    command = sandbox.commands.start(line, terminal=size, background=False, on_stdout=answer)
     with command:
-        command.write("stty size\n")
-        command.resize(TerminalSize(rows=10, columns=30))
-        command.write("stty size\nexit 4\n")
         result = command.wait()
-    assert "20 70" in result.stdout and "10 30" in result.stdout
+    assert "".join(said) == result.stdout == "20 70\r\ngo on\r\n10 30\r\n"
     assert result.exit_status == 4
 
 

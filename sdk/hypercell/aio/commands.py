@@ -156,8 +156,7 @@ class AsyncCommand:
 
     async def close(self) -> None:
         """Ends the connection. A foreground command is ended by this; a background one goes on. Twice is harmless."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._websocket.close(), 2.0)
+        await self._websocket.close()
         waiting = self._waiting
         if waiting is not None and waiting is not asyncio.current_task() and not waiting.done():
             await asyncio.gather(waiting, return_exceptions=True)

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,8 +176,7 @@ class AsyncFiles:
         except ConnectionClosed as error:
             raise ConnectionLostError(f"The connection that watched {path} broke; changes may be missed.") from error
         finally:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(websocket.close(), 2.0)
+            await websocket.close()
 
 
 async def _pieces(content: Content) -> AsyncIterator[memoryview]:

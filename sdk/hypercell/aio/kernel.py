@@ -39,7 +39,6 @@ MAX_WAITING_MESSAGES = 256
 RESUME_WINDOW_S = 60.0
 # An interrupted cell gets so long to end: `except KeyboardInterrupt` and `finally` may have work to do.
 INTERRUPT_GRACE_S = 10.0
-CLOSE_TIMEOUT_S = 2.0
 
 # Raises KeyboardInterrupt in the thread of a subshell, which the kernel's own interrupt does not reach. The user's
 # variables stay untouched.
@@ -254,8 +253,7 @@ class AsyncKernel:
     async def _disconnect(self) -> None:
         websocket, self._websocket = self._websocket, None
         if websocket is not None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(websocket.close(), CLOSE_TIMEOUT_S)
+            await websocket.close()
 
     async def _read(self) -> None:
         """Delivers messages until the connection ends and nothing is waited for, or it cannot be resumed."""

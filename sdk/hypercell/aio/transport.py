@@ -38,6 +38,8 @@ RETRY_LONGEST_S = 2.0
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 PING_INTERVAL_S = 20.0
 PING_TIMEOUT_S = 60.0
+# A gateway that does not answer a goodbye in this time is left without.
+CLOSE_TIMEOUT_S = 2.0
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "DELETE", "PUT", "PATCH"})
 
@@ -223,6 +225,7 @@ class Transport:
                 max_size=MAX_MESSAGE_BYTES,
                 ping_interval=PING_INTERVAL_S,
                 ping_timeout=PING_TIMEOUT_S,
+                close_timeout=CLOSE_TIMEOUT_S,
             )
         except InvalidStatus as error:
             answer = error.response
