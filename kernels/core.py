@@ -139,7 +139,7 @@ class Core:
                 restart_limit=self.settings.restart_limit,
                 restart_window_s=self.settings.restart_window_s,
             )
-            live.session.on_call = self.on_call(sandbox_id)
+            live.session.serve_calls(self.on_call(sandbox_id))
             record = self.registry.record(sandbox_id)
             if configure:
                 await live.configure(env=record.env, cwd=record.cwd, identity=self.identity(record))
@@ -158,7 +158,7 @@ class Core:
 
     def identity(self, record: SandboxRecord) -> dict[str, str]:
         sandbox = record.sandbox
-        return identity_of(sandbox.id, parent_id=sandbox.parent_id, index=sandbox.index)
+        return identity_of(sandbox.id, parent_id=sandbox.parent_id, index=sandbox.index, name=sandbox.name)
 
     async def restore(
         self, sandbox_id: str, snapshot: Manifest, *, keep_random: bool, extra: dict[str, Any] | None = None

@@ -26,10 +26,17 @@ from vm_runtime.spec import ImageFiles
 SPARE_IDENTITY = {"sandbox_id": "", "hostname": "sandbox"}
 
 
-def identity_of(sandbox_id: str, *, parent_id: str | None = None, index: int = 0) -> dict[str, str]:
-    """What the guest is told of who it is. The host name is the id's first group: short enough for a shell prompt."""
-    identity = {"sandbox_id": sandbox_id, "hostname": f"sandbox-{sandbox_id.partition('-')[0]}", "index": str(index)}
-    return identity if parent_id is None else {**identity, "parent_id": parent_id}
+def identity_of(
+    sandbox_id: str, *, parent_id: str | None = None, index: int = 0, name: str | None = None
+) -> dict[str, str]:
+    """What the guest is told of who it is. The host name is the id's first group: short enough for a shell prompt.
+
+    index: counts only for a child; a sandbox that no fork made has none.
+    """
+    identity = {"sandbox_id": sandbox_id, "hostname": f"sandbox-{sandbox_id.partition('-')[0]}"}
+    if parent_id is not None:
+        identity |= {"parent_id": parent_id, "index": str(index)}
+    return identity if name is None else {**identity, "name": name}
 
 
 def new_key() -> str:

@@ -6,6 +6,7 @@ pools or HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,14 +70,14 @@ class GuestSession:
     """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
 
     next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
-    cell runs, as the greeting said. Set `on_event` to be called with each event; `wait_closed` says
-    why the session ended.
+    cell runs, as the guest said last. Set `on_event` to be called with each event; the guest's own calls wait until
+    `serve_calls`. `wait_closed` says why the session ended.
     """
 
     def __init__(self, link: Link, next_marker: str) -> None:
         self._link = link
         self.on_event: Callable[[GuestEvent], None] = lambda event: None
-        self.on_call: CallHandler | None = None
+        self._call_handler: asyncio.Future[CallHandler | None] = asyncio.get_running_loop().create_future()
         self.next_marker = next_marker
         kernel = link.welcome.kernel if link.welcome is not None else None
         self.kernel_busy = kernel is not None and kernel.busy
@@ -120,6 +121,10 @@ class GuestSession:
         """A stream of any kind. Errors: WireError."""
         return await self._link.open(kind, params)
 
+    def serve_calls(self, handler: CallHandler | None) -> None:
+        """The guest's calls go to `handler` from now on, those that came before included. None: they are refused."""
+        self._call_handler.set_result(handler)
+
     async def wait_closed(self) -> str:
         """Waits until the session has ended; why."""
         await self._link.wait_closed()
@@ -130,9 +135,12 @@ class GuestSession:
         await self._link.close()
 
     async def _accept(self, incoming: Incoming) -> None:
-        if incoming.kind == "sandbox.call" and self.on_call is not None:
-            await self.on_call(incoming)
-            return
+        if incoming.kind == "sandbox.call":
+            # A fork calls as soon as it is greeted, which is before the host knows it as a sandbox.
+            handler = await self._call_handler
+            if handler is not None:
+                await handler(incoming)
+                return
         if incoming.kind != "events":
             incoming.reject("unknown_kind", f"The host knows no stream of the kind {incoming.kind!r}")
             return
@@ -145,6 +153,8 @@ class GuestSession:
                 return
             for line in lines:
                 event = parse_event(line)
+                if isinstance(event, KernelStatus):
+                    self.kernel_busy = event.state == "busy"
                 if event is not None:
                     self.on_event(event)
 
