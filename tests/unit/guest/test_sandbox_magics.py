@@ -39,6 +39,7 @@ def outcome(text: str, score: float | None = None, error: str | None = None) -> 
 def test_lines_are_understood_or_refused_with_a_sentence() -> None:
     command = parse("branch -n 3 --keep best --by '-loss + 1'", cell=True)
     assert (command.n, command.keep, command.by) == (3, "best", "-loss + 1")
+    assert parse("branch --keep best --by -loss", cell=True).by == "-loss"
     assert parse("fork 4 --name try-it", cell=False).label == "try-it"
     for line, cell, message in (
         ("frok", False, "Did you mean `%sandbox fork`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ from vm_runtime.guest.sandbox.errors import (
 from vm_runtime.guest.sandbox.host import ask
 
 _UNKNOWN: Any = object()
+
+# A button that looks like the other links of its page.
+_LINK = (
+    "border:0;padding:0;background:none;cursor:pointer;color:var(--jp-content-link-color,#1976d2);"
+    "text-decoration:underline"
+)
 
 
 class Child:
@@ -110,13 +117,18 @@ class Children(list[Child]):
 
 
 def link(sandbox_id: str, url: str | None) -> str:
-    """HTML that opens a notebook on a sandbox; without a url its id, which is what the API and JupyterLab know."""
-    label = f"<code>{html.escape(sandbox_id[:12])}</code>"
-    if not url or not url.startswith(("http://", "https://", "/")):
-        return (
-            f'<span title="{html.escape(sandbox_id)}: choose it under Kernel, Change Kernel, to open it">{label}</span>'
-        )
-    return f'<a href="{html.escape(url)}" target="_blank" rel="noopener" title="{html.escape(sandbox_id)}">{label}</a>'
+    """HTML that opens a notebook on a sandbox: at its url, or without one by a command of JupyterLab's.
+
+    A button, since JupyterLab's sanitizer takes the command's attributes away from everything else.
+    """
+    label, title = f"<code>{html.escape(sandbox_id[:12])}</code>", html.escape(sandbox_id)
+    if url and url.startswith(("http://", "https://", "/")):
+        return f'<a href="{html.escape(url)}" target="_blank" rel="noopener" title="{title}">{label}</a>'
+    arguments = html.escape(json.dumps({"kernelId": sandbox_id}))
+    return (
+        f'<button data-commandlinker-command="notebook:create-new" data-commandlinker-args="{arguments}" '
+        f'title="{title}: open a notebook on it (in JupyterLab)" style="{_LINK}">{label}</button>'
+    )
 
 
 def table(children: Iterable[Child]) -> str:

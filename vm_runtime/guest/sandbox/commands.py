@@ -139,7 +139,12 @@ def _parsed(name: str, words: Sequence[str]) -> Command:
             parser.add_argument("argument", metavar={"kill": "ID", "goto": "TARGET"}.get(name, "NAME"))
         case "help":
             parser.add_argument("argument", nargs="?")
-    found = vars(parser.parse_args(list(words)))
+    # argparse takes "-loss" for an option, unless it is in one word with its own.
+    words = list(words)
+    if "--by" in words[:-1]:
+        at = words.index("--by")
+        words[at : at + 2] = [f"--by={words[at + 1]}"]
+    found = vars(parser.parse_args(words))
     if (found.get("keep") is None) != (found.get("by") is None):
         raise UsageProblem("--keep best and --by EXPR go together: EXPR says how good a branch is")
     return Command(name=name, **found)
