@@ -1,4 +1,4 @@
-"""Many at once: twenty live sandboxes on a small host, each answering, none taking more memory of its own than it may."""
+"""Many at once: twenty live sandboxes on a small host, each answering, none with more memory of its own than it may."""
 
 from __future__ import annotations
 
