@@ -34,11 +34,14 @@ class Copy:
     survived: Mapping[str, str]
 
 
-async def by_sandbox_fork(lab: Lab, template: str) -> Copy:
+async def by_sandbox_fork(lab: Lab, template: str, *, settle: bool) -> Copy:
+    """settle: only when the 500 MB have become a base in the background, which the children then share."""
     async with lab.sandbox(template) as (sandbox_id, kernel):
         await _run(kernel)
         # As after every cell by default.
         await lab.take(sandbox_id)
+        if settle:
+            await lab.settled()
         pause_ms = (await lab.split(sandbox_id, count=1)).pause_ms
         began = perf_counter()
         (child,) = await lab.children_of(sandbox_id, count=1)

@@ -68,6 +68,7 @@ async def _of_large_kernels(bench: Bench, lab: Lab) -> list[Line]:
             right_after.append(await lab.split(sandbox_id, count=1))
             await kernel.execute(BUFFER_CELL)
             await lab.take(sandbox_id)
+            await lab.settled()
             for round_number in range(bench.times(8, quick=3) + 1):
                 await kernel.execute(WRITE_CELL)
                 await asyncio.sleep(REST_S)
@@ -95,6 +96,7 @@ async def _of_large_kernels(bench: Bench, lab: Lab) -> list[Line]:
     return [
         _own("fork(1), 10 MB written: pause of the parent", "ms", [each.pause_ms for each in later], target=50),
         _own("fork(1), 10 MB written: child runs after", "ms", [each.running_ms[0] for each in later], target=150),
+        _own("fork(1), 10 MB written: snapshot is stored after", "ms", [each.stored_ms for each in later]),
         _own("fork(1), 10 MB written: call returns, child can be talked to", "ms", handed_ms),
         _own(
             "fork(1) right after the 500 MB: pause of the parent", "ms", [each.pause_ms for each in right_after],
@@ -117,6 +119,7 @@ async def _generations(bench: Bench, lab: Lab) -> list[Line]:
             await kernel.execute(FRAME_CELL)
             await kernel.execute(BUFFER_CELL)
             await lab.take(sandbox_id)
+            await lab.settled()
             for generation in range(1, GENERATIONS + 1):
                 async with lab.connected(sandbox_id) as kernel:
                     for _ in range(bench.times(3, quick=2)):
@@ -147,7 +150,8 @@ async def _beside(bench: Bench, lab: Lab, python: Path) -> list[Line]:
     for _ in range(bench.times(3, quick=1)):
         with tempfile.TemporaryDirectory(prefix="hcb-", dir="/tmp") as name:
             home = Path(name)
-            copies.setdefault("`fork()` of the sandbox", []).append(await by_sandbox_fork(lab, DEFAULT_RECIPE))
+            for way, settle in (("`fork()` of the sandbox", True), ("`fork()` right after its cells", False)):
+                copies.setdefault(way, []).append(await by_sandbox_fork(lab, DEFAULT_RECIPE, settle=settle))
             copies.setdefault("new sandbox, replay", []).append(await by_sandbox_replay(lab, DEFAULT_RECIPE))
             copies.setdefault("new local kernel, replay", []).append(await by_replay(python, home))
             copies.setdefault("os.fork in a local kernel", []).append(await by_os_fork(python, home))
