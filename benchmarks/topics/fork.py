@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -139,9 +140,8 @@ async def _generations(bench: Bench, lab: Lab) -> list[Line]:
         ("pause of the parent", [each.pause_ms for each in tenth], [each.pause_ms for each in first]),
         ("child runs after", [each.running_ms[0] for each in tenth], [each.running_ms[0] for each in first]),
     ):
-        median = sorted(usual)[len(usual) // 2]
         lines.append(_own(f"first generation: {title}", "ms", usual))
-        lines.append(_own(f"generation {GENERATIONS}: {title}", "ms", values, target=1.2 * median))
+        lines.append(_own(f"generation {GENERATIONS}: {title}", "ms", values, target=1.2 * median(usual)))
     return lines
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 from benchmarks.lab import Lab, open_lab
@@ -197,11 +198,13 @@ async def _pauses(bench: Bench, lab: Lab) -> list[Line]:
                     pauses[name].append(taken.pause_ms)
                     totals[name].append(taken.total_ms)
     small_name, large_name = pauses
-    small_median = sorted(pauses[small_name])[len(pauses[small_name]) // 2]
     return [
         _own(f"pause of a checkpoint, 10 MB written, {small_name}", "ms", pauses[small_name], target=50),
         _own(
-            f"pause of a checkpoint, 10 MB written, {large_name}", "ms", pauses[large_name], target=1.2 * small_median
+            f"pause of a checkpoint, 10 MB written, {large_name}",
+            "ms",
+            pauses[large_name],
+            target=1.2 * median(pauses[small_name]),
         ),
         _own(f"the same until it is stored, {small_name}", "ms", totals[small_name]),
         _own(f"the same until it is stored, {large_name}", "ms", totals[large_name]),
@@ -233,7 +236,6 @@ async def _wakes(bench: Bench, lab: Lab) -> list[Line]:
     finally:
         for sandbox_id in ids.values():
             await lab.delete(sandbox_id)
-    usual = sorted(replied[fresh])[len(replied[fresh]) // 2]
     return [
         *(
             _own(
@@ -243,7 +245,12 @@ async def _wakes(bench: Bench, lab: Lab) -> list[Line]:
         ),
         *(_own(f"until it can be talked to, {name}", "ms", ready[name]) for name in names),
         *(
-            _own(f"until the first reply, {name}", "ms", replied[name], target=None if name == fresh else 1.3 * usual)
+            _own(
+                f"until the first reply, {name}",
+                "ms",
+                replied[name],
+                target=None if name == fresh else 1.3 * median(replied[fresh]),
+            )
             for name in names
         ),
     ]
