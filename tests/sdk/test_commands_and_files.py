@@ -136,14 +136,17 @@ def test_a_source_that_fails_writes_nothing(sandbox: Sandbox, tmp_path: Path) ->
 
 
 def test_a_full_disk_is_told(at_gateway: RunningGateway) -> None:
-    with Sandbox.create(checkpoints="off", disk_mib=64) as small:
+    with Sandbox.create(checkpoints="off") as full:
+        room = "$(($(df --output=avail -B1 . | tail -1) - 8 * 1024 * 1024))"
+        full.commands.run(f"fallocate -l {room} filler", check=True)
         zeros = bytes(MIB)
         with pytest.raises(DiskFullError):
-            small.files.write("big", (zeros for _ in range(200)))
-        assert not small.files.exists("big")
-        execution = small.run_code("open('big', 'wb').write(bytes(200 * 2**20))")
+            full.files.write("big", (zeros for _ in range(40)))
+        assert not full.files.exists("big")
+        execution = full.run_code("open('big', 'wb').write(bytes(40 * 2**20))")
         assert execution.error is not None and execution.error.name == "OSError"
-        assert small.run_code("1").text == "1"
+        full.files.remove("filler")
+        assert full.files.write("small", "fits") == 4
 
 
 async def test_watching(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
