@@ -31,6 +31,11 @@ SUBSCRIBE_TIMEOUT_S = 60.0
 # cell has ended.
 BUSY_SUBSCRIBE_TIMEOUT_S = 1.0
 
+# The session of the gateway's own messages. What the kernel says about a nudge is of no use to clients, and harmful: a
+# control message that ends is `idle`, also where a cell runs on.
+SESSION = "hypercell-gateway"
+_OURS = f'"{SESSION}"'.encode()
+
 Receiver = Callable[[KernelMessage], None]
 
 
@@ -39,7 +44,7 @@ def make_message(channel: str, msg_type: str, content: Mapping[str, Any], parent
     header = {
         "msg_id": uuid.uuid4().hex,
         "msg_type": msg_type,
-        "session": "hypercell",
+        "session": SESSION,
         "username": "hypercell",
         "date": datetime.now(UTC).isoformat(),
         "version": "5.4",
@@ -99,7 +104,7 @@ class KernelLink:
                 if channel == "iopub":
                     self._subscribed.set()
                     # A greeting to any subscriber reaches all of them; it says nothing to a Jupyter client.
-                    if b'"iopub_welcome"' in bytes(message.header[:1024]):
+                    if b'"iopub_welcome"' in bytes(message.header[:1024]) or _OURS in bytes(message.parent[:1024]):
                         return
                 receive(message)
 

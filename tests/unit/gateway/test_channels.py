@@ -52,7 +52,7 @@ async def test_input_is_answered(gateway: RunningGateway, kernel_id: str) -> Non
     await client.execute("print('hello', input('name? '))")
     await client.until("input_request", prompt="name? ")
     await client.send("input_reply", {"value": "Ada"}, channel="stdin")
-    assert stream_text(await client.until("stream")) == "hello Ada\n"
+    assert stream_text(await client.until("execute_reply") + await client.rest(0.5)) == "hello Ada\n"
     await client.close()
 
 

@@ -79,7 +79,7 @@ async def test_a_cell_sleeps_in_the_middle_and_goes_on(gateway: RunningGateway, 
     await post(gateway, kernel_id, "wake")
     seen += await client.until("status", execution_state="idle")
     assert stream_text(seen) == "before\nafter\n"
-    assert msg_id in {message["parent_header"].get("msg_id") for message in seen}
+    assert seen[-1]["parent_header"]["msg_id"] == msg_id
     await client.close()
 
 
@@ -94,6 +94,7 @@ async def test_a_notebook_gets_its_kernel_back(gateway: RunningGateway) -> None:
     while not client.ended:
         await client.receive()
     assert client.websocket.close_reason == "the kernel was deleted"
+    await client.close()
     # Jupyter's clients do not see it, the sandbox API does.
     assert (await request(gateway, "GET", f"/api/kernels/{kernel_id}")).code == 404
     kernels = json.loads((await request(gateway, "GET", "/api/kernels")).body)
@@ -164,7 +165,8 @@ async def test_the_gateway_is_killed_in_the_middle_of_a_cell(state_dir: Path) ->
     seen = await client.until("stream")
     gateway.kill()
     seen += [message for message in await client.rest(1.0) if message is not None]
-    session_id, client = client.session_id, None  # type: ignore[assignment]
+    session_id = client.session_id
+    await client.close()
     await asyncio.sleep(2)
     gateway = start_gateway(state_dir, "--pool-size", "0", token=gateway.token)
     try:
@@ -180,6 +182,7 @@ async def test_the_gateway_is_killed_in_the_middle_of_a_cell(state_dir: Path) ->
         # A clean stop puts it to sleep, and it is there at the next start.
         gateway.stop()
         assert "Asleep: 1 of 1." in gateway.log.read_text()
+        await client.close()
         gateway = start_gateway(state_dir, "--pool-size", "0", token=gateway.token)
         client = await KernelClient.connect(gateway, kernel_id, session_id=session_id)
         assert stream_text(await client.run("print(x)")) == "2\n"
