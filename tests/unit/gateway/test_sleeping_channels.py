@@ -55,7 +55,7 @@ async def test_a_message_wakes_a_kernel_that_fell_asleep(gateway: RunningGateway
     await clients[0].run("x = 0")
     for number in range(1, 4):
         await post(gateway, kernel_id, "sleep")
-        assert stream_text(await clients[0].run("x += 1\nprint(x)")) == f"{number}\n"
+        assert stream_text(await clients[0].run("x += 1\nprint(f'{x}\\n', end='')")) == f"{number}\n"
         assert stream_text(await clients[1].until("stream")) == f"{number}\n"
     for client in clients:
         await client.close()
