@@ -205,7 +205,8 @@ class SandboxService:
         for record in self._core.registry.records():
             sandbox = record.sandbox
             same = sandbox.id == sandbox_id or (request.notebook is not None and sandbox.notebook == request.notebook)
-            if sandbox.released and same and (sandbox.owner, sandbox.template) == (request.owner, request.template):
+            left = sandbox.released or sandbox.state is SandboxState.ASLEEP
+            if left and same and (sandbox.owner, sandbox.template) == (request.owner, request.template):
                 return sandbox
         return None
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
+from collections import deque
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +24,10 @@ log = logging.getLogger(__name__)
 
 # A snapshot by name is for people to type; ids and cell numbers are told apart from names by their form.
 MAX_NAME_CHARACTERS = 100
-# Beyond this pause a machine is too slow for checkpoints after every cell; they are then taken at most so often.
+# A machine whose last pauses took longer than this in the median is too slow for checkpoints after every cell; they are
+# then taken at most so often. One long pause says nothing: the host may have been busy.
 MAX_PAUSE_MS = 100.0
+JUDGED_PAUSES = 5
 SLOW_INTERVAL_S = 60.0
 # Timers are minutes; a second late is on time.
 WATCH_INTERVAL_S = 1.0
@@ -37,6 +41,8 @@ class TimeLine:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._slow_until: dict[str, float] = {}
+        self._pauses: dict[str, deque[float]] = {}
+        self._last_cell: dict[str, int] = {}
 
     def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
         """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError."""
@@ -61,6 +67,8 @@ class TimeLine:
 
     def on_idle(self, sandbox_id: str, cell: int | None) -> None:
         """A cell has ended."""
+        if cell is not None:
+            self._last_cell[sandbox_id] = cell
         if self._core.get(sandbox_id).checkpoints == CheckpointPolicy.CELL:
             self._core.spawn(self._after_cell(sandbox_id, cell))
 
@@ -80,7 +88,9 @@ class TimeLine:
             except (SnapshotError, VmRuntimeError) as error:
                 log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
                 return
-            if taken.pause_ms > MAX_PAUSE_MS:
+            pauses = self._pauses.setdefault(sandbox_id, deque(maxlen=JUDGED_PAUSES))
+            pauses.append(taken.pause_ms)
+            if len(pauses) == JUDGED_PAUSES and statistics.median(pauses) > MAX_PAUSE_MS:
                 self._slow_until[sandbox_id] = now + SLOW_INTERVAL_S
             core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
         await asyncio.to_thread(self._thin, sandbox_id)
@@ -136,9 +146,12 @@ class TimeLine:
             return await self._goto(sandbox_id, manifest, reply_to)
 
     def _before(self, sandbox_id: str) -> Manifest:
-        """The nearest ancestor of the newest checkpoint that was taken after an earlier cell."""
+        """The newest checkpoint of this state's past that was taken after an earlier cell than the last one."""
         by_id = {each.id: each for each in self._core.store.ls(sandbox_id=sandbox_id)}
         newest = by_id.get(self._core.get(sandbox_id).snapshot_id or "")
+        taken_after, last = _cell_of(newest) if newest else None, self._last_cell.get(sandbox_id)
+        if newest is not None and taken_after is not None and last is not None and taken_after < last:
+            return newest  # the last cell has no checkpoint of its own
         ancestor = newest
         while ancestor is not None:
             ancestor = by_id.get(ancestor.parents[0]) if ancestor.parents else None
@@ -154,6 +167,7 @@ class TimeLine:
             core.registry.update(sandbox_id, machine_id="")
             core.registry.move(sandbox_id, SandboxState.ASLEEP)
         await core.keep(sandbox_id, manifest)
+        self._last_cell.pop(sandbox_id, None)
         when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
         cell = _cell_of(manifest)
         text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")
