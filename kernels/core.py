@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class Core:
     """One per service. `live`: the sandboxes that have a machine. `lock(id)` serialises what changes a sandbox.
 
-    Hooks, set by the service: `on_idle(id, cell)` after each cell, `on_request(id)` when a client of a sandbox that has
+    Hooks, set by the service: `on_idle(id)` after each cell, `on_request(id)` when a client of a sandbox that has
     no machine asks something, `on_machine_lost(id, reason)`, `on_call(id)` gives the handler of the guest's own calls.
     """
 
@@ -58,7 +58,7 @@ class Core:
             has_room_for_spare=self.capacity.has_room_for_spare,
         )
         self.live: dict[str, LiveSandbox] = {}
-        self.on_idle: Callable[[str, int | None], None] = lambda sandbox_id, cell: None
+        self.on_idle: Callable[[str], None] = lambda sandbox_id: None
         self.on_request: Callable[[str], None] = lambda sandbox_id: None
         self.on_machine_lost: Callable[[str, str], None] = lambda sandbox_id, reason: None
         self.on_call: Callable[[str], CallHandler | None] = lambda sandbox_id: None
@@ -89,6 +89,8 @@ class Core:
         task = asyncio.create_task(self._logged(work))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        # A task that was cancelled before its first step never came to `work`.
+        task.add_done_callback(lambda _: work.close())
 
     @staticmethod
     async def _logged(work: Coroutine[Any, Any, None]) -> None:
@@ -125,10 +127,13 @@ class Core:
 
     # Going live and down
 
-    async def go_live(self, sandbox_id: str, warm: WarmMachine, *, configure: bool) -> LiveSandbox:
+    async def go_live(
+        self, sandbox_id: str, warm: WarmMachine, *, configure: bool, snapshot: Manifest | None = None
+    ) -> LiveSandbox:
         """Makes a machine the sandbox's own. Owns it from the call on: it ends if anything fails.
 
         configure: tell the guest environment, directory and identity (a machine that was made for no one yet).
+        snapshot: the machine has just been restored from it.
         Errors: MachineFailedError, VmRuntimeError.
         """
         try:
@@ -139,6 +144,8 @@ class Core:
                 restart_limit=self.settings.restart_limit,
                 restart_window_s=self.settings.restart_window_s,
             )
+            if snapshot is not None and snapshot.kernel is not None:
+                live.cell = snapshot.kernel.execution_count
             live.session.serve_calls(self.on_call(sandbox_id))
             record = self.registry.record(sandbox_id)
             if configure:
@@ -174,7 +181,7 @@ class Core:
             extra=extra or {},
         )
         warm = await self.launcher.restore(snapshot, greeting)
-        return await self.go_live(sandbox_id, warm, configure=False)
+        return await self.go_live(sandbox_id, warm, configure=False, snapshot=snapshot)
 
     async def take_down(self, sandbox_id: str) -> None:
         """Ends the machine, if there is one. The record stays as it is."""
@@ -214,7 +221,7 @@ class Core:
 
     # Snapshots
 
-    def description(self, sandbox_id: str, *, name: str | None, cell: int | None = None) -> Description:
+    def description(self, sandbox_id: str, *, name: str | None) -> Description:
         """What a snapshot of this sandbox says of itself."""
         record = self.registry.record(sandbox_id)
         sandbox = record.sandbox
@@ -226,7 +233,10 @@ class Core:
             template=sandbox.template,
             image_digest=live.saved.snapshot.image_digest,
             kernel=KernelInformation(
-                name=sandbox.template, language="python", state=sandbox.execution_state, execution_count=cell
+                name=sandbox.template,
+                language="python",
+                state=sandbox.execution_state,
+                execution_count=live.cell,
             ),
             wire_marker=live.session.next_marker,
         )
@@ -261,11 +271,11 @@ class _Notices:
         self._registry = core.registry
         self._sandbox_id = sandbox_id
 
-    def execution_state(self, state: str, cell: int | None) -> None:
+    def execution_state(self, state: str) -> None:
         was_busy = self._sandbox_id in self._registry and self._core.get(self._sandbox_id).execution_state == "busy"
         self._registry.execution_state(self._sandbox_id, state)
         if was_busy and state == "idle":
-            self._core.on_idle(self._sandbox_id, cell)
+            self._core.on_idle(self._sandbox_id)
 
     def kernel_restarting(self, reason: str) -> None:
         self._registry.execution_state(self._sandbox_id, "restarting")
