@@ -46,7 +46,7 @@ def made(module: str) -> str:
 
 def imports(tree: ast.Module) -> str:
     """Everything that the original imports or defines; ruff takes out what is not used."""
-    lines = ["from hypercell.blocking.portal import BlockingCall, Wrapper, iterate, register, wrap"]
+    lines = ["from hypercell.blocking.portal import BlockingCall, Wrapper, here, iterate, register, wrap"]
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module not in {"__future__", "hypercell.aio.callbacks"}:
             lines.append(ast.unparse(node))
@@ -122,11 +122,7 @@ def method(class_name: str, item: ast.FunctionDef | ast.AsyncFunctionDef) -> str
         invocation = f"{target}.{item.name}({arguments})"
         if "AsyncGenerator" in ast.unparse(item.returns or ast.Constant(None)):
             return "\n".join([*lines, f"        return iterate({invocation})"])
-        has_callback = "call.here" in invocation
-        if has_callback:
-            lines.append("        call = BlockingCall()")
-        runner = "call" if has_callback else "BlockingCall()"
-        value = f"wrap({runner}.run({invocation}))"
+        value = f"wrap(BlockingCall().run({invocation}))"
     if returns == "None":
         lines.append("        " + value.removeprefix("wrap(").removesuffix(")"))
     elif "Async" in ast.unparse(item.returns or ast.Constant(None)):
@@ -139,7 +135,7 @@ def method(class_name: str, item: ast.FunctionDef | ast.AsyncFunctionDef) -> str
 def passed(arguments: ast.arguments) -> list[str]:
     def one(argument: ast.arg) -> str:
         is_callback = argument.annotation is not None and ast.unparse(argument.annotation).startswith(CALLBACK_TYPES)
-        return f"call.here({argument.arg})" if is_callback else argument.arg
+        return f"here({argument.arg})" if is_callback else argument.arg
 
     positional = [one(argument) for argument in arguments.args if argument.arg not in {"self", "cls"}]
     starred = [f"*{arguments.vararg.arg}"] if arguments.vararg else []

@@ -158,7 +158,9 @@ class AsyncCommand:
         """Ends the connection. A foreground command is ended by this; a background one goes on. Twice is harmless."""
         await self._websocket.close()
         waiting = self._waiting
-        if waiting is not None and waiting is not asyncio.current_task() and not waiting.done():
+        if waiting is not None and waiting is not asyncio.current_task():
+            # It may be in a callback that does not return.
+            waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
 
     async def __aenter__(self) -> AsyncCommand:

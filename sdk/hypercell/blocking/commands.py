@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hypercell.aio.commands import AsyncCommand, AsyncCommands
-from hypercell.blocking.portal import BlockingCall, OnBytes, OnText, Wrapper, register, wrap
+from hypercell.blocking.portal import (
+    BlockingCall,
+    OnBytes,
+    OnText,
+    Wrapper,
+    here,
+    register,
+    wrap,
+)
 from hypercell.values import CommandInfo, CommandResult, TerminalSize
 
 
@@ -91,8 +99,7 @@ class Commands(Wrapper):
         timeout_s: it is ended after so long, and the result says `timed_out`. check: raise CommandFailedError unless it
         ends with status 0. on_stdout, on_stderr: get the output as it comes. Cancelled, it ends the command.
         """
-        call = BlockingCall()
-        return call.run(
+        return BlockingCall().run(
             self._async.run(
                 command,
                 cwd=cwd,
@@ -100,8 +107,8 @@ class Commands(Wrapper):
                 stdin=stdin,
                 timeout_s=timeout_s,
                 check=check,
-                on_stdout=call.here(on_stdout),
-                on_stderr=call.here(on_stderr),
+                on_stdout=here(on_stdout),
+                on_stderr=here(on_stderr),
             )
         )
 
@@ -125,9 +132,8 @@ class Commands(Wrapper):
         terminal: give it a terminal of this size (its input is open then, its output all stdout). on_bytes: gets stdout
         and stderr undecoded. Output is taken, and callbacks called, while someone calls `wait`.
         """
-        call = BlockingCall()
         result: Command = wrap(
-            call.run(
+            BlockingCall().run(
                 self._async.start(
                     command,
                     cwd=cwd,
@@ -136,9 +142,9 @@ class Commands(Wrapper):
                     terminal=terminal,
                     background=background,
                     timeout_s=timeout_s,
-                    on_stdout=call.here(on_stdout),
-                    on_stderr=call.here(on_stderr),
-                    on_bytes=call.here(on_bytes),
+                    on_stdout=here(on_stdout),
+                    on_stderr=here(on_stderr),
+                    on_bytes=here(on_bytes),
                 )
             )
         )
@@ -154,15 +160,14 @@ class Commands(Wrapper):
         on_bytes: OnBytes | None = None,
     ) -> Command:
         """Follows a command that runs: first the output that is kept (the newest 512 KiB), then what comes."""
-        call = BlockingCall()
         result: Command = wrap(
-            call.run(
+            BlockingCall().run(
                 self._async.attach(
                     command_id,
                     stdin=stdin,
-                    on_stdout=call.here(on_stdout),
-                    on_stderr=call.here(on_stderr),
-                    on_bytes=call.here(on_bytes),
+                    on_stdout=here(on_stdout),
+                    on_stderr=here(on_stderr),
+                    on_bytes=here(on_bytes),
                 )
             )
         )

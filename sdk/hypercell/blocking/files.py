@@ -10,7 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 
 from hypercell.aio.files import AsyncFiles
-from hypercell.blocking.portal import BlockingCall, Wrapper, iterate, register
+from hypercell.blocking.portal import (
+    BlockingCall,
+    Wrapper,
+    iterate,
+    register,
+)
 from hypercell.values import FileChange, FileInfo
 
 Content = str | bytes | IO[bytes] | Iterable[bytes]

@@ -9,6 +9,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -41,25 +42,39 @@ def event_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
+# The call on whose behalf a task runs; tasks inherit it from those that made them.
+_current: ContextVar[BlockingCall] = ContextVar("hypercell_call")
+
+
+def here(function: Callable[[T], None] | None) -> Callable[[T], Coroutine[Any, Any, None]] | None:
+    """A callback that runs `function` in the thread of the caller who waits when it is called, which need not be the one
+    who gave it: `commands.start` takes callbacks, `wait` makes them."""
+    if function is None:
+        return None
+    wanted = function
+
+    async def relay(value: T) -> None:
+        await _current.get().call_here(wanted, value)
+
+    return relay
+
+
 class BlockingCall:
-    """One call: `run` a coroutine in the background, with callbacks made by `here`."""
+    """One call: `run` a coroutine in the background, with its callbacks in this thread."""
 
     def __init__(self) -> None:
         # What is to be called here; None at the end. Each sender waits for its call, so there are few.
         self._calls: SimpleQueue[tuple[Callable[[Any], Any], Any, asyncio.Future[None]] | None] = SimpleQueue()
+        self._has_ended = False
 
-    def here(self, function: Callable[[T], None] | None) -> Callable[[T], Coroutine[Any, Any, None]] | None:
-        """A callback that runs `function` in the caller's thread."""
-        if function is None:
-            return None
-        wanted = function
-
-        async def relay(value: T) -> None:
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._calls.put((wanted, value, done))
-            await done
-
-        return relay
+    async def call_here(self, function: Callable[[T], None], value: T) -> None:
+        """Has the waiting caller call a function; if it waits no more (Ctrl-C), another thread does."""
+        if self._has_ended:
+            await asyncio.to_thread(function, value)
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls.put((function, value, done))
+        await done
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The coroutine's result. Interrupted (Ctrl-C), it cancels the coroutine and waits for its end."""
@@ -71,7 +86,11 @@ class BlockingCall:
 
         async def work() -> T:
             tasks.append(asyncio.current_task())
-            return await coroutine
+            _current.set(self)
+            try:
+                return await coroutine
+            finally:
+                self._has_ended = True
 
         future = asyncio.run_coroutine_threadsafe(work(), loop)
         future.add_done_callback(lambda _: self._calls.put(None))

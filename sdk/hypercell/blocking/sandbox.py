@@ -11,7 +11,17 @@ from collections.abc import Iterator, Mapping
 from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.blocking.commands import Commands
 from hypercell.blocking.files import Files
-from hypercell.blocking.portal import BlockingCall, OnError, OnResult, OnText, Wrapper, iterate, register, wrap
+from hypercell.blocking.portal import (
+    BlockingCall,
+    OnError,
+    OnResult,
+    OnText,
+    Wrapper,
+    here,
+    iterate,
+    register,
+    wrap,
+)
 from hypercell.execution import Execution
 from hypercell.values import (
     CheckpointInfo,
@@ -147,16 +157,15 @@ class Sandbox(Wrapper):
         Raises CodeTimeoutError (says whether the code has stopped, and holds what it had said), KernelDiedError,
         ConnectionLostError, NotFoundError (the sandbox is gone), StateError.
         """
-        call = BlockingCall()
-        return call.run(
+        return BlockingCall().run(
             self._async.run_code(
                 code,
                 timeout_s=timeout_s,
                 context=context,
-                on_stdout=call.here(on_stdout),
-                on_stderr=call.here(on_stderr),
-                on_result=call.here(on_result),
-                on_error=call.here(on_error),
+                on_stdout=here(on_stdout),
+                on_stderr=here(on_stderr),
+                on_result=here(on_result),
+                on_error=here(on_error),
             )
         )
 

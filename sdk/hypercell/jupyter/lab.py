@@ -29,6 +29,8 @@ def run_lab(gateway: Gateway, arguments: Sequence[str]) -> NoReturn:
         *(sys.executable, "-m", "jupyterlab"),
         f"--GatewayClient.url={gateway.url}",
         f"--ServerApp.kernel_websocket_connection_class={CONNECTION_CLASS}",
+        # The notebook's path, by which the gateway finds the kernel that it was left with.
+        "--GatewayClient.allowed_envs=JPY_SESSION_NAME",
         *arguments,
     ]
     # By environment, since everyone on this machine can read a command line.
