@@ -51,13 +51,14 @@ class Lab:
 def running_lab(directory: Path, *, command: Sequence[str], environment: dict[str, str]) -> Iterator[Lab]:
     """Runs `command` (JupyterLab, or what starts it) with configuration and data of its own below `directory`.
 
-    environment: in addition to the current one. The notebooks lie in `directory/notebooks`.
+    environment: in addition to the current one. The notebooks lie in `directory/notebooks`; a second JupyterLab in the
+    same directory finds those of the first.
     """
     notebooks = directory / "notebooks"
-    notebooks.mkdir(parents=True)
+    notebooks.mkdir(parents=True, exist_ok=True)
     # Whether to fetch news is a question that JupyterLab asks in a window above the notebook.
     notification = directory / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    notification.parent.mkdir(parents=True)
+    notification.parent.mkdir(parents=True, exist_ok=True)
     notification.write_text('{"fetchNews": "false"}')
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -152,6 +153,11 @@ class Notebook:
             "nbformat_minor": 5,
         }
         (lab.directory / f"{name}.ipynb").write_text(json.dumps(content))
+        return cls.open_file(browser, lab, name)
+
+    @classmethod
+    def open_file(cls, browser: Browser, lab: Lab, name: str) -> Notebook:
+        """Opens the notebook that lies in the lab's directory as `name.ipynb`, and waits until its kernel is idle."""
         page = browser.new_page(viewport={"width": 1280, "height": 1400})
         page.goto(f"{lab.url}/lab/workspaces/{name}/tree/{name}.ipynb?token={LAB_TOKEN}")
         notebook = cls(page, name)

@@ -14,7 +14,7 @@ _IMAGES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 # A column narrower than this wraps below the others.
-COLUMN_CHARACTERS = 34
+COLUMN_CHARACTERS = 26
 
 _FRAME = "flex:1 1 {width}ch;min-width:0;border:1px solid #8884;border-radius:6px;padding:8px;overflow:auto"
 _KEPT = ";border-color:#2e7d32;border-width:2px"
