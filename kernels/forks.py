@@ -193,7 +193,7 @@ class Forks:
             )  # fmt: skip
             warm = await WarmMachine.greet(machine, greeting)
             async with core.lock(sandbox.id):
-                await core.go_live(sandbox.id, warm, configure=False)
+                await core.go_live(sandbox.id, warm, configure=False, snapshot=snapshot)
                 await core.keep(sandbox.id, snapshot)
             return core.get(sandbox.id)
         except (KernelsError, VmRuntimeError, SnapshotError) as error:

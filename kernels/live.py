@@ -27,7 +27,7 @@ class Notices(Protocol):
     """What a live sandbox tells the service. Called from the event loop, must not block.
     `machine_dead` takes the live sandbox down: it is the last thing that is reported."""
 
-    def execution_state(self, state: str, cell: int | None) -> None: ...
+    def execution_state(self, state: str) -> None: ...
 
     def kernel_restarting(self, reason: str) -> None: ...
 
@@ -42,6 +42,7 @@ class LiveSandbox:
     """Owns a machine and the session with its guest from construction on, until `close()` or `detach()`.
 
     `await run()` supervises. endpoints: the sandbox's own, which outlive the machine; attached by `start`.
+    cell: the execution count of the last cell that ended, None while that is unknown.
     restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead.
     """
 
@@ -57,6 +58,7 @@ class LiveSandbox:
         self.saved = warm.saved
         self.session = warm.session
         self.key = warm.key
+        self.cell: int | None = None
         self._endpoints = endpoints
         self._notices = notices
         self._restart_limit = restart_limit
@@ -88,7 +90,7 @@ class LiveSandbox:
     async def restart(self) -> None:
         """A new kernel process in the same machine: files stay, variables go."""
         async with self._kernel_lock:
-            self._notices.execution_state("restarting", None)
+            self._notices.execution_state("restarting")
             await self._start_anew()
         self._notices.kernel_restarted()
 
@@ -98,13 +100,15 @@ class LiveSandbox:
         self._kernel_pid = pid if isinstance(pid, int) else None
         # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
         await self._endpoints.drop_connections()
-        self._notices.execution_state("idle", None)
+        self._notices.execution_state("idle")
 
     def on_event(self, event: GuestEvent) -> None:
         """The guest's events come in here."""
         match event:
             case KernelStatus():
-                self._notices.execution_state(event.state, event.cell)
+                if event.state == "idle":
+                    self.cell = event.cell
+                self._notices.execution_state(event.state)
             case KernelExited():
                 self._exits.put_nowait(event)
 

@@ -42,7 +42,6 @@ class TimeLine:
         self._core = core
         self._slow_until: dict[str, float] = {}
         self._pauses: dict[str, deque[float]] = {}
-        self._last_cell: dict[str, int] = {}
 
     def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
         """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError."""
@@ -54,25 +53,23 @@ class TimeLine:
         if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
             raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
         async with self._core.lock(sandbox_id):
-            return _checkpoint(await self._take(sandbox_id, name=name, cell=None))
+            return _checkpoint(await self._take(sandbox_id, name=name))
 
-    async def _take(self, sandbox_id: str, *, name: str | None, cell: int | None) -> Manifest:
+    async def _take(self, sandbox_id: str, *, name: str | None) -> Manifest:
         core = self._core
         try:
-            manifest = await core.take(sandbox_id, core.description(sandbox_id, name=name, cell=cell), then=Then.RESUME)
+            manifest = await core.take(sandbox_id, core.description(sandbox_id, name=name), then=Then.RESUME)
         except (SnapshotError, VmRuntimeError) as error:
             raise MachineFailedError(f"No checkpoint could be taken; the sandbox runs on. {error}") from error
         core.registry.notify(sandbox_id, EventKind.CHECKPOINT, manifest.id)
         return manifest
 
-    def on_idle(self, sandbox_id: str, cell: int | None) -> None:
+    def on_idle(self, sandbox_id: str) -> None:
         """A cell has ended."""
-        if cell is not None:
-            self._last_cell[sandbox_id] = cell
         if self._core.get(sandbox_id).checkpoints == CheckpointPolicy.CELL:
-            self._core.spawn(self._after_cell(sandbox_id, cell))
+            self._core.spawn(self._after_cell(sandbox_id))
 
-    async def _after_cell(self, sandbox_id: str, cell: int | None) -> None:
+    async def _after_cell(self, sandbox_id: str) -> None:
         core = self._core
         async with core.lock(sandbox_id):
             live = core.live.get(sandbox_id)
@@ -83,7 +80,7 @@ class TimeLine:
             if now < self._slow_until.get(sandbox_id, 0.0):
                 return
             try:
-                taken = await live.saved.take(core.description(sandbox_id, name=None, cell=cell), then=Then.RESUME)
+                taken = await live.saved.take(core.description(sandbox_id, name=None), then=Then.RESUME)
                 await core.keep(sandbox_id, taken.manifest)
             except (SnapshotError, VmRuntimeError) as error:
                 log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
@@ -146,28 +143,29 @@ class TimeLine:
             return await self._goto(sandbox_id, manifest, reply_to)
 
     def _before(self, sandbox_id: str) -> Manifest:
-        """The newest checkpoint of this state's past that was taken after an earlier cell than the last one."""
+        """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
+        (which has no checkpoint of its own where they are rarer than cells)."""
         by_id = {each.id: each for each in self._core.store.ls(sandbox_id=sandbox_id)}
-        newest = by_id.get(self._core.get(sandbox_id).snapshot_id or "")
-        taken_after, last = _cell_of(newest) if newest else None, self._last_cell.get(sandbox_id)
-        if newest is not None and taken_after is not None and last is not None and taken_after < last:
-            return newest  # the last cell has no checkpoint of its own
-        ancestor = newest
-        while ancestor is not None:
-            ancestor = by_id.get(ancestor.parents[0]) if ancestor.parents else None
-            if ancestor is not None and _cell_of(ancestor) not in (None, _cell_of(newest) if newest else None):
-                return ancestor
+        found = by_id.get(self._core.get(sandbox_id).snapshot_id or "")
+        live = self._core.live.get(sandbox_id)
+        last = live.cell if live is not None else None
+        if last is None and found is not None:
+            last = _cell_of(found)
+        while found is not None:
+            if _cell_of(found) not in (None, last):
+                return found
+            found = by_id.get(found.parents[0]) if found.parents else None
         raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
 
     async def _goto(self, sandbox_id: str, manifest: Manifest, reply_to: dict[str, Any] | None) -> Sandbox:
         core = self._core
-        if core.get(sandbox_id).state is SandboxState.RUNNING:
-            await self._take(sandbox_id, name=f"left at {utc_now():%Y-%m-%d %H:%M:%S}", cell=None)
+        if core.get(sandbox_id).state is not SandboxState.ASLEEP:
+            core.running(sandbox_id)
+            await self._take(sandbox_id, name=f"left at {utc_now():%Y-%m-%d %H:%M:%S}")
             await core.take_down(sandbox_id)
             core.registry.update(sandbox_id, machine_id="")
             core.registry.move(sandbox_id, SandboxState.ASLEEP)
         await core.keep(sandbox_id, manifest)
-        self._last_cell.pop(sandbox_id, None)
         when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
         cell = _cell_of(manifest)
         text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")

@@ -252,7 +252,7 @@ class KernelKeeper:
             kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel did not start: {event['reason']}"))
         elif event["event"] == "status":
             kernel.busy = event["state"] == "busy"
-            self._notify({"event": "kernel.status", "state": event["state"]})
+            self._notify({**event, "event": "kernel.status"})
 
     def _kernel_exited(self, pid: int, how: dict[str, int]) -> None:
         kernel = self._kernel

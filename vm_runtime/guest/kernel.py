@@ -89,7 +89,9 @@ class HypercellKernel(IPythonKernel):
             else:
                 self._executing.discard(token)
             if before != bool(self._executing):
-                self.side.notify("status", state="busy" if self._executing else "idle")
+                # IPython counts up to the number of the next cell.
+                state = "busy" if self._executing else "idle"
+                self.side.notify("status", state=state, execution_count=max(0, self.execution_count - 1))
 
 
 class HypercellKernelApp(IPKernelApp):

@@ -1,0 +1,163 @@
+"""Sleep and wake, from outside: what survives, what puts a sandbox to sleep, and what wakes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from jupyter_client.asynchronous.client import AsyncKernelClient
+
+from tests.gateways import RunningGateway
+from tests.state.all_kinds import CHECK, MAKE
+from tests.state.sandboxes import Api, Notebook, eventually, value_of, vmm_pids
+from tests.unit.gateway.client import KernelClient, stream_text
+
+
+async def test_all_kinds_of_state_survive(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run(MAKE)
+        machines = vmm_pids(state_gateway.run_dir)
+        asleep = await api.do(sandbox_id, "sleep")
+        assert asleep["state"] == "asleep"
+        assert vmm_pids(state_gateway.run_dir).keys() < machines.keys(), "its machine is still there"
+        assert sandbox_id in [each["id"] for each in await api.call("GET", "/api/sandboxes")]
+        assert sandbox_id in [each["id"] for each in await api.call("GET", "/api/kernels")]
+        assert (await api.do(sandbox_id, "sleep"))["state"] == "asleep", "twice is harmless"
+        assert (await api.do(sandbox_id, "wake"))["state"] == "running"
+        assert abs(await notebook.value(CHECK) - time.time()) < 5, "the clock"
+        # Once more, woken by a cell: a snapshot over a snapshot.
+        await api.do(sandbox_id, "sleep")
+        assert await notebook.value("next(squares), opened.closed, len(alarms) > 0") == (16, False, True)
+    await api.delete(sandbox_id)
+
+
+async def test_a_cell_goes_on_after_sleep(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        client = notebook.client
+        cell = "import time\nfor i in range(12):\n    print(i, flush=True)\n    time.sleep(0.2)\n'done'"
+        msg_id = await client.execute(cell)
+        seen = await client.until("stream")
+        await api.do(sandbox_id, "sleep")
+        assert (await api.sandbox(sandbox_id))["state"] == "asleep"
+        await asyncio.sleep(1)
+        await api.do(sandbox_id, "wake")
+        seen += await notebook.rest(msg_id)
+        assert stream_text(seen) == "".join(f"{i}\n" for i in range(12))
+        assert "execute_result" in [message["header"]["msg_type"] for message in seen]
+    await api.delete(sandbox_id)
+
+
+async def test_idle_time_puts_it_to_sleep_but_never_in_a_cell(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create(idle_timeout_s=3)
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        cell = asyncio.create_task(notebook.value("import time; x = 7; time.sleep(6); x"))
+        states = set()
+        while not cell.done():
+            states.add((await api.sandbox(sandbox_id))["state"])
+            await asyncio.sleep(0.2)
+        assert await cell == 7
+        assert states == {"running"}
+        await api.until_state(sandbox_id, "asleep", limit_s=20)
+        # An open WebSocket does not keep it awake, and a message wakes it: the client waits a moment.
+        assert await notebook.value("x + 1") == 8
+        await api.until_state(sandbox_id, "asleep", limit_s=20)
+    assert await value_of(state_gateway, sandbox_id, "x + 2") == 9, "a new WebSocket"
+    await api.call("PATCH", f"/api/sandboxes/{sandbox_id}", {"idle_timeout_s": 0})
+    await asyncio.sleep(5)
+    assert (await api.sandbox(sandbox_id))["state"] == "running"
+    await api.delete(sandbox_id)
+
+
+async def test_a_plain_jupyter_client_wakes_it(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    connection = await api.call("GET", f"/api/sandboxes/{sandbox_id}/connection")
+    client = AsyncKernelClient()
+    client.load_connection_info(connection)
+    client.start_channels()
+    try:
+        await client.wait_for_ready(timeout=60)
+        await client.execute_interactive("x = 1", timeout=60)
+        await api.do(sandbox_id, "sleep")
+        # Reconnecting sockets and heart beats are no requests.
+        await asyncio.sleep(3)
+        assert (await api.sandbox(sandbox_id))["state"] == "asleep"
+        reply = await client.execute_interactive("x += 1; assert x == 2", timeout=60)
+        assert reply["content"]["status"] == "ok"
+        assert (await api.sandbox(sandbox_id))["state"] == "running"
+        await api.do(sandbox_id, "sleep")
+        late = AsyncKernelClient()
+        late.load_connection_info(connection)
+        late.start_channels()
+        await asyncio.sleep(2.5)
+        assert late.hb_channel.is_beating(), "a sleeping kernel is well"
+        assert (await api.sandbox(sandbox_id))["state"] == "asleep"
+        reply = await late.execute_interactive("assert x == 2", timeout=60)
+        assert reply["content"]["status"] == "ok"
+        late.stop_channels()
+    finally:
+        client.stop_channels()
+    await api.delete(sandbox_id)
+
+
+async def test_many_rounds_lose_nothing_and_stay_quick(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    rounds, wakes = 8, []
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run("import os\nkept = []\nn = 0")
+        for count in range(1, rounds + 1):
+            await notebook.run("n += 1; kept.append(os.urandom(100_000)); open(f'/tmp/{n}', 'w').write(str(n))")
+            await api.do(sandbox_id, "sleep")
+            started = time.perf_counter()
+            await api.do(sandbox_id, "wake")
+            wakes.append(time.perf_counter() - started)
+            assert await notebook.value("n, len(kept), len(set(kept))") == (count, count, count)
+        assert await notebook.value("[int(open(f'/tmp/{i + 1}').read()) for i in range(n)]") == list(
+            range(1, rounds + 1)
+        )
+    assert min(wakes[-3:]) < 3 * min(wakes[:3]), wakes
+    await api.delete(sandbox_id)
+
+
+async def test_delete_ends_a_sleeping_sandbox_for_good(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    await api.do(sandbox_id, "sleep")
+    await api.delete(sandbox_id)
+    await api.call("GET", f"/api/sandboxes/{sandbox_id}", status=404)
+    await api.do(sandbox_id, "wake", status=404)
+    assert not list((state_gateway.state_dir / "snapshots/pins").glob(f"*{sandbox_id}*"))
+
+
+async def test_many_requests_at_once_wake_it_once(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    await api.do(sandbox_id, "sleep")
+    before = vmm_pids(state_gateway.run_dir)
+    clients = await asyncio.gather(*(KernelClient.connect(state_gateway, sandbox_id) for _ in range(8)))
+    await asyncio.gather(*(client.run("1") for client in clients), *(api.do(sandbox_id, "wake") for _ in range(8)))
+    await asyncio.gather(*(client.close() for client in clients))
+    assert len(vmm_pids(state_gateway.run_dir).keys() - before.keys()) == 1
+    await api.delete(sandbox_id)
+
+
+@pytest.mark.parametrize("what", ["sleep", "wake"])
+async def test_unknown_sandboxes_are_404(api: Api, what: str) -> None:
+    await api.do("00000000-0000-4000-8000-000000000000", what, status=404)
+
+
+async def test_a_life_time_ends_it(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create(max_lifetime_s=3)
+    await api.do(sandbox_id, "sleep")
+    alive = {sandbox_id}
+
+    async def look() -> None:
+        alive.intersection_update([each["id"] for each in await api.call("GET", "/api/sandboxes")])
+
+    for _ in range(100):
+        await look()
+        if not alive:
+            break
+        await asyncio.sleep(0.1)
+    assert not alive
+    await eventually(lambda: not list((state_gateway.state_dir / "snapshots/pins").glob(f"*{sandbox_id}*")))
