@@ -60,7 +60,7 @@ class Api:
         deadline = time.monotonic() + limit_s
         while (found := await self.sandbox(sandbox_id))["state"] != state:
             assert time.monotonic() < deadline, found
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
         return found
 
     async def checkpoints(self, sandbox_id: str, *, count: int = 0) -> list[dict[str, Any]]:
