@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 from hypercell import Sandbox
-from tests.gateways import RunningGateway
+from tests.gateways import RunningGateway, running_gateway
 
 ROOT = Path(__file__).parents[2]
 HYPERCELL = [sys.executable, "-m", "hypercell.cli"]
@@ -146,8 +146,11 @@ def test_completion_scripts(shell: str) -> None:
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_the_transcript_is_as_the_page_shows_it(at_gateway: RunningGateway, tmp_path: Path) -> None:
+def test_the_transcript_is_as_the_page_shows_it(state_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "cli.md"
     command = [sys.executable, ROOT / "sdk" / "make_transcript.py", target]
-    subprocess.run(command, check=True, capture_output=True, timeout=500)
+    # A gateway of its own: `hypercell ls` shows every sandbox that there is.
+    with running_gateway(state_dir, "--pool-size", "0") as own:
+        environment = {**os.environ, "HYPERCELL_URL": own.url, "HYPERCELL_TOKEN": own.token}
+        subprocess.run(command, check=True, capture_output=True, timeout=500, env=environment)
     assert target.read_text() == (ROOT / "docs" / "cli.md").read_text()

@@ -137,15 +137,16 @@ def test_a_source_that_fails_writes_nothing(sandbox: Sandbox, tmp_path: Path) ->
 
 def test_a_full_disk_is_told(at_gateway: RunningGateway) -> None:
     with Sandbox.create(checkpoints="off") as full:
-        room = "$(($(df --output=avail -B1 . | tail -1) - 8 * 1024 * 1024))"
-        full.commands.run(f"fallocate -l {room} filler", check=True)
+        full.commands.run("mkdir filler")
+        sizes = "1G 100M 10M 1M 64K"
+        full.commands.run(f"for s in {sizes}; do i=0; while fallocate -l $s filler/$s-$i; do i=$((i+1)); done; done")
         zeros = bytes(MIB)
         with pytest.raises(DiskFullError):
             full.files.write("big", (zeros for _ in range(40)))
         assert not full.files.exists("big")
         execution = full.run_code("open('big', 'wb').write(bytes(40 * 2**20))")
         assert execution.error is not None and execution.error.name == "OSError"
-        full.files.remove("filler")
+        full.files.remove("filler", recursive=True)
         assert full.files.write("small", "fits") == 4
 
 

@@ -235,7 +235,18 @@ class AsyncSandbox:
         body: dict[str, Any] = {"count": n, "same_random": same_random, "mid_cell": mid_cell}
         if name is not None:
             body["name"] = name
-        answer = await self._transport.call("POST", f"{self._path}/fork", body=body, timeout_s=START_TIMEOUT_S)
+        asking = asyncio.create_task(
+            self._transport.call("POST", f"{self._path}/fork", body=body, timeout_s=START_TIMEOUT_S)
+        )
+        try:
+            answer = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            # The gateway makes them all the same, and only its answer says which they are.
+            with suppress(HypercellError):
+                for model in (await asking)["children"]:
+                    if "id" in model:
+                        await self._transport.call("DELETE", f"/api/sandboxes/{model['id']}")
+            raise
         children, failures = [], []
         for model in answer["children"]:
             if "error" in model:

@@ -47,8 +47,8 @@ _current: ContextVar[BlockingCall] = ContextVar("hypercell_call")
 
 
 def here(function: Callable[[T], None] | None) -> Callable[[T], Coroutine[Any, Any, None]] | None:
-    """A callback that runs `function` in the thread of the caller who waits when it is called, which need not be the one
-    who gave it: `commands.start` takes callbacks, `wait` makes them."""
+    """A callback that runs `function` in the thread of the caller who waits at that time. That need not be the call
+    that was given it: `commands.start` takes callbacks, `wait` makes them."""
     if function is None:
         return None
     wanted = function
