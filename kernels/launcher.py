@@ -57,7 +57,6 @@ class Launcher:
         has_room_for_spare: Callable[[], bool],
     ) -> None:
         self._settings = settings
-        self._driver = driver
         self.saver = Saver(store=store, driver=driver, image_files=image_files)
         self.templates = TemplateStore(settings.state_dir / "templates", settings.run_dir, driver, store, self.saver)
         self.pool = Pool(size=settings.pool_size, make=self._make_spare, has_room=has_room_for_spare)
@@ -95,9 +94,8 @@ class Launcher:
         return await WarmMachine.greet(await self.saver.adopt(place), greeting)
 
     async def end(self, place: MachinePlace) -> None:
-        """Ends a machine that belongs to no sandbox, and removes what it left."""
-        machine = await self._driver.adopt(place)
-        await machine.kill()
+        """Ends a machine that belongs to no sandbox, and removes what it left. Errors: VmRuntimeError."""
+        await self.saver.end(place)
 
     async def _restore_template(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
         saved = await self.saver.restore(

@@ -154,6 +154,17 @@ class Saver:
             raise
         return self._saved(machine, place=place, snapshot=record.snapshot, ground=record.ground, base=base)
 
+    async def end(self, place: MachinePlace) -> None:
+        """End a machine that an earlier process left at this place and nobody needs, and remove what is left of it.
+
+        Raises MachineGoneError if it was dead already; its leftovers are removed then, too.
+        """
+        try:
+            machine = await self._driver.adopt(place)
+            await machine.kill()
+        finally:
+            await asyncio.to_thread(forget_machine, self._store, place)
+
     async def settled(self) -> None:
         """Wait until no chain waits to be shortened: a restore of any snapshot taken so far is as quick as it gets."""
         await self._flattener.settled()
