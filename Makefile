@@ -22,9 +22,9 @@ run:
 	@.venv/bin/hypercelld image build $(state_flag)
 	@exec .venv/bin/hypercelld serve --host $(HOST) --port $(PORT) $(state_flag)
 
-# Emulated machines on a busy host are slow at odd moments: a test that failed is tried once more, and both are shown.
+# Emulated machines on a busy host are slow at odd moments: a test that failed is tried again, which the summary shows.
 test: setup check
-	@.venv/bin/python -m pytest --reruns 1
+	@.venv/bin/python -m pytest --reruns 2
 
 check:
 	@tools/setup run
