@@ -18,6 +18,7 @@ HypercellError
 +-- ForkError                 some of the children that were asked for could not be made
 +-- CommandFailedError        a command that should succeed did not
 +-- ContentBrokenError        content was changed or cut off on its way
++-- ClosedError               used after its `close` or `kill`
 +-- MissingPackageError       a package that this function needs is not installed beside the SDK
 +-- UnsupportedError          asked for something that a kernel in a machine cannot do
 """
@@ -145,6 +146,10 @@ class CommandFailedError(HypercellError):
 
 class ContentBrokenError(HypercellError):
     """Content was changed or cut off on its way; nothing of it was kept. Repeat the transfer."""
+
+
+class ClosedError(HypercellError):
+    """An object was used after its `close` or `kill`; `connect(id)` makes a new one."""
 
 
 class MissingPackageError(HypercellError):

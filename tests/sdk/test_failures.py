@@ -12,7 +12,7 @@ import pytest
 
 from hypercell import (
     AsyncSandbox,
-    ConnectionLostError,
+    ClosedError,
     HypercellError,
     LimitError,
     NoGatewayError,
@@ -72,8 +72,9 @@ def test_a_sandbox_that_is_gone(at_gateway: RunningGateway) -> None:
         with pytest.raises(NotFoundError):
             use()
     sandbox.kill()
-    with pytest.raises(ConnectionLostError, match="closed"):
-        sandbox.run_code("1")
+    for use in (lambda: sandbox.run_code("1"), sandbox.info):
+        with pytest.raises(ClosedError, match="was closed"):
+            use()
 
 
 async def test_a_sandbox_that_goes_while_code_runs(at_gateway: RunningGateway) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hypercell.aio.transport import RETRY_FIRST_S, RETRY_LONGEST_S, START_TIMEOUT_S, Transport
 from hypercell.errors import (
     CapacityError,
+    ClosedError,
     CodeTimeoutError,
     ConnectionLostError,
     GatewayRefusedError,
@@ -233,7 +234,7 @@ class AsyncKernel:
     async def _connected(self) -> ClientConnection:
         async with self._connecting:
             if self._closed:
-                raise ConnectionLostError("This connection to the sandbox was closed.")
+                raise ClosedError("This connection was closed. `connect(id)` makes a new one.")
             if self._reader is not None and self._reader.done():
                 self._reader = None
                 await self._disconnect()

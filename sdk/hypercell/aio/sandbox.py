@@ -338,8 +338,10 @@ class AsyncSandbox:
     async def kill(self) -> None:
         """Ends the sandbox for good. One that is gone already is fine."""
         try:
-            with suppress(NotFoundError):
-                await self._transport.call("DELETE", self._path)
+            # A lease of its own, since it may be closed already.
+            async with Transport.leased(self._transport.gateway) as transport:
+                with suppress(NotFoundError):
+                    await transport.call("DELETE", self._path)
         finally:
             await self.close()
 

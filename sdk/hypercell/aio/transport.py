@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 from weakref import WeakKeyDictionary
 
-from hypercell.errors import ConnectionLostError, GatewayRefusedError, NoGatewayError, refused
+from hypercell.errors import ClosedError, ConnectionLostError, GatewayRefusedError, NoGatewayError, refused
 from hypercell.locate import Gateway
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ class Transport:
         """One request, sent once; its answer is not read yet. timeout_s: for each read and write. Raises as `call`."""
         import httpx
 
+        if self._leases == 0:
+            raise ClosedError("This connection was closed. `connect(id)` makes a new one.")
         if self._client is None:
             self._client = httpx.AsyncClient(
                 base_url=self.gateway.url,
