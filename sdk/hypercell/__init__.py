@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hypercell.blocking.files import Files as Files
     from hypercell.blocking.sandbox import Sandbox as Sandbox
     from hypercell.errors import CapacityError as CapacityError
+    from hypercell.errors import ClosedError as ClosedError
     from hypercell.errors import CodeError as CodeError
     from hypercell.errors import CodeTimeoutError as CodeTimeoutError
     from hypercell.errors import CommandFailedError as CommandFailedError
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "CapacityError CodeError CodeTimeoutError CommandFailedError ConnectionLostError ContentBrokenError DiskFullError "
-    "ForkError GatewayRefusedError HypercellError InvalidRequestError KernelDiedError LimitError MachineFailedError "
+    "CapacityError ClosedError CodeError CodeTimeoutError CommandFailedError ConnectionLostError ContentBrokenError "
+    "DiskFullError ForkError GatewayRefusedError HypercellError InvalidRequestError KernelDiedError LimitError MachineFailedError "
     "MissingPackageError NoGatewayError NotFoundError StateError TokenError UnsupportedError"
 )
 _VALUES = (
