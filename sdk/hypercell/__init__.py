@@ -64,8 +64,8 @@ __version__ = "0.1.0"
 
 _ERRORS = (
     "CapacityError ClosedError CodeError CodeTimeoutError CommandFailedError ConnectionLostError ContentBrokenError "
-    "DiskFullError ForkError GatewayRefusedError HypercellError InvalidRequestError KernelDiedError LimitError MachineFailedError "
-    "MissingPackageError NoGatewayError NotFoundError StateError TokenError UnsupportedError"
+    "DiskFullError ForkError GatewayRefusedError HypercellError InvalidRequestError KernelDiedError LimitError "
+    "MachineFailedError MissingPackageError NoGatewayError NotFoundError StateError TokenError UnsupportedError"
 )
 _VALUES = (
     "CheckpointInfo CommandInfo CommandResult FileChange FileInfo ForkFailure SandboxEvent SandboxInfo SandboxMetrics "
