@@ -156,6 +156,7 @@ def test_branches_appear_side_by_side(browser: Browser, lab: Lab) -> None:
 @needs_chromium
 def test_the_tree_shows_the_family(browser: Browser, lab: Lab) -> None:
     notebook = run_all(browser, lab, "tree")
+    notebook.cell(1).locator(".jp-InputArea").scroll_into_view_if_needed()
     notebook.screenshot("tree")
     expect(notebook.output(2).locator("button")).to_have_count(5)
     expect(notebook.output(2)).to_contain_text("← here")
