@@ -23,6 +23,7 @@ def fork_gateway(gateway: RunningGateway) -> Iterator[RunningGateway]:
     limits = ("--max-children", str(MAX_CHILDREN), "--max-depth", str(MAX_DEPTH))
     with running_gateway(directory, *flags, *limits) as running:
         yield running
+        assert running.process.poll() is None, running.log.read_text()
     shutil.rmtree(directory)
 
 

@@ -28,6 +28,7 @@ def module_state_dir(gateway: RunningGateway) -> Iterator[Path]:
 def state_gateway(module_state_dir: Path) -> Iterator[RunningGateway]:
     with running_gateway(module_state_dir, "--pool-size", "0", *QUIET) as gateway:
         yield gateway
+        assert gateway.process.poll() is None, gateway.log.read_text()
 
 
 @pytest.fixture

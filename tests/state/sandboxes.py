@@ -36,7 +36,8 @@ class Api:
             body = {}
         answer = await request(self.gateway, method, path, body)
         right = answer.code == status if status is not None else 200 <= answer.code < 300
-        assert right, f"{method} {path}: {answer.code} {answer.body!r}"
+        log = self.gateway.log.read_text()[-4000:] if answer.code == 500 else ""
+        assert right, f"{method} {path}: {answer.code} {answer.body!r}\n{log}"
         return json.loads(answer.body) if answer.body else None
 
     async def create(self, **fields: object) -> str:

@@ -176,30 +176,32 @@ async def test_vmms_that_die_with_the_gateway(state_dir: Path) -> None:
 
 
 class SmallDisk:
-    """The snapshots of a state directory on a file system with little room."""
+    """A state directory on a file system with little room beside its template. The images stay where they are."""
 
     def __init__(self, state_dir: Path) -> None:
         if os.geteuid() != 0:
             pytest.skip("only root may mount a small tmpfs")
-        self.directory = state_dir / "snapshots"
-        files = [path for path in self.directory.rglob("*") if path.is_file()]
+        self.directory = state_dir
+        self._origin = state_dir.with_name(f"{state_dir.name}-origin")
+        files = [path for path in (state_dir / "snapshots").rglob("*") if path.is_file()]
         self._used_kib = sum(path.stat().st_blocks for path in files) // 2
-        self._small = state_dir / "small"
-        self._small.mkdir()
 
     def __enter__(self) -> SmallDisk:
-        options = f"size={self._used_kib + (24 << 10)}k"
-        _run("mount", "-t", "tmpfs", "-o", options, "hypercell-test", self._small)
-        _run("cp", "-a", "--sparse=always", f"{self.directory}/.", self._small)
-        _run("mount", "--bind", self._small, self.directory)
+        self.directory.rename(self._origin)
+        self.directory.mkdir()
+        _run("mount", "-t", "tmpfs", "-o", f"size={self._used_kib + (32 << 10)}k", "hypercell-test", self.directory)
+        for name in ("templates", "snapshots", "accelerator.json"):
+            _run("cp", "-a", "--sparse=always", self._origin / name, self.directory)
+        (self.directory / "images").symlink_to(self._origin / "images")
         return self
 
     def grow(self) -> None:
-        _run("mount", "-o", f"remount,size={self._used_kib + (300 << 10)}k", self._small)
+        _run("mount", "-o", f"remount,size={self._used_kib + (300 << 10)}k", self.directory)
 
     def __exit__(self, *exc: object) -> None:
         _run("umount", self.directory)
-        _run("umount", self._small)
+        self.directory.rmdir()
+        self._origin.rename(self.directory)
 
 
 def _run(*command: str | Path) -> None:
@@ -216,7 +218,7 @@ async def test_a_full_disk_fails_the_snapshot_only(state_dir: Path) -> None:
             assert "No room left" in refused["message"], refused
             assert (await api.sandbox(sandbox_id))["state"] == "running"
             await api.do(sandbox_id, "checkpoints", {"name": "no room"}, status=502)
-            assert not list((disk.directory / "drafts").iterdir())
+            assert not list((disk.directory / "snapshots/drafts").iterdir())
             assert await notebook.value("len(x)") == 64 << 20, "it runs on"
             # With room again it works, and nothing of what was written meanwhile is missing.
             disk.grow()
