@@ -43,31 +43,44 @@ CLOSE_TIMEOUT_S = 2.0
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "DELETE", "PUT", "PATCH"})
 
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Gateway, Transport]] = WeakKeyDictionary()
+
+class _Shared:
+    """What all transports of one event loop to one gateway have together."""
+
+    def __init__(self) -> None:
+        self.leases = 0
+        self.client: httpx.AsyncClient | None = None
+        self.has_answered = False
+
+
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Gateway, _Shared]] = WeakKeyDictionary()
 
 
 class Transport:
-    """Get one with `Transport.lease`; every lease must be followed by a `release`, the last of which closes it."""
+    """Get one with `Transport.lease`; it must be followed by a `release`. The last release closes all connections."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, shared: _Shared) -> None:
         self.gateway = gateway
-        self._leases = 0
-        self._client: httpx.AsyncClient | None = None
-        self._has_answered = False
+        self._shared = shared
+        self._is_released = False
 
     @classmethod
     def lease(cls, gateway: Gateway) -> Transport:
-        """The running event loop's transport to `gateway`."""
-        transports = _of_loop.setdefault(asyncio.get_running_loop(), {})
-        transport = transports.setdefault(gateway, cls(gateway))
-        transport._leases += 1
-        return transport
+        """A transport to `gateway` in the running event loop."""
+        shared = _of_loop.setdefault(asyncio.get_running_loop(), {}).setdefault(gateway, _Shared())
+        shared.leases += 1
+        return cls(gateway, shared)
 
     async def release(self) -> None:
-        self._leases -= 1
-        if self._leases == 0:
+        """Twice is harmless; any call afterwards raises ClosedError."""
+        if self._is_released:
+            return
+        self._is_released = True
+        shared = self._shared
+        shared.leases -= 1
+        if shared.leases == 0:
             _of_loop.get(asyncio.get_running_loop(), {}).pop(self.gateway, None)
-            client, self._client = self._client, None
+            client, shared.client = shared.client, None
             if client is not None:
                 await client.aclose()
 
@@ -109,7 +122,7 @@ class Transport:
                 repeated = True
                 continue
             except NoGatewayError:
-                if not self._has_answered:
+                if not self._shared.has_answered:
                     raise
                 continue
             except GatewayRefusedError as error:
@@ -146,10 +159,10 @@ class Transport:
         """One request, sent once; its answer is not read yet. timeout_s: for each read and write. Raises as `call`."""
         import httpx
 
-        if self._leases == 0:
-            raise ClosedError("This connection was closed. `connect(id)` makes a new one.")
-        if self._client is None:
-            self._client = httpx.AsyncClient(
+        self._check_open()
+        client = self._shared.client
+        if client is None:
+            client = self._shared.client = httpx.AsyncClient(
                 base_url=self.gateway.url,
                 headers=self.headers,
                 # The gateway is on this machine or in this network; a web proxy would only get in the way.
@@ -164,10 +177,10 @@ class Transport:
             sent["json"] = dict(body)
         parameters = {name: _parameter(value) for name, value in (query or {}).items() if value is not None}
         try:
-            async with self._client.stream(
+            async with client.stream(
                 method, path, params=parameters, headers=dict(headers or {}), timeout=timeout, **sent
             ) as answer:
-                self._has_answered = True
+                self._shared.has_answered = True
                 if answer.status_code >= 400:
                     raise self.refusal(answer.status_code, await answer.aread(), answer.reason_phrase)
                 yield answer
@@ -178,6 +191,10 @@ class Transport:
                 f"The connection to the Hypercell gateway at {self.gateway.url} broke during {method} {path} "
                 f"({type(error).__name__}{': ' if str(error) else ''}{error}). It may have been done all the same."
             ) from error
+
+    def _check_open(self) -> None:
+        if self._is_released:
+            raise ClosedError("This connection was closed. `connect(id)` makes a new one.")
 
     def _unreachable(self, error: Exception) -> NoGatewayError:
         return NoGatewayError(
@@ -214,6 +231,7 @@ class Transport:
         from websockets.exceptions import InvalidHandshake, InvalidStatus
         from websockets.typing import Subprotocol
 
+        self._check_open()
         parameters = {name: _parameter(value) for name, value in (query or {}).items() if value is not None}
         url = self.gateway.url.replace("http", "ws", 1) + path + ("?" + urlencode(parameters) if parameters else "")
         try:
@@ -234,7 +252,7 @@ class Transport:
             raise self.refusal(answer.status_code, bytes(answer.body or b""), answer.reason_phrase) from error
         except (OSError, InvalidHandshake, TimeoutError, EOFError) as error:
             raise self._unreachable(error) from error
-        self._has_answered = True
+        self._shared.has_answered = True
         return websocket
 
 
