@@ -34,7 +34,7 @@ BOOT = Launch(
     disk=(DiskFile(fdset=2, format="raw"),),
     sockets=Sockets(qmp=5, wire=6, serial=7),
     fdsets=((1, 8), (2, 9), (2, 10)),
-    kernel=Kernel(vmlinux="/proc/self/fd/11", initramfs="/proc/self/fd/12"),
+    kernel=Kernel(vmlinux="/proc/self/fd/11", initramfs="/proc/self/fd/12", tsc_khz=2_596_098),
 )
 CLONE = replace(
     BOOT,
@@ -44,7 +44,12 @@ CLONE = replace(
 )
 CASES = {
     "boot-tcg": BOOT,
-    "boot-kvm": replace(BOOT, accelerator=Accelerator.KVM, cpu="EPYC"),
+    "boot-kvm": replace(
+        BOOT,
+        accelerator=Accelerator.KVM,
+        cpu="EPYC",
+        kernel=Kernel(vmlinux="/proc/self/fd/11", initramfs="/proc/self/fd/12"),
+    ),
     "clone-tcg-7.2": CLONE,
     "clone-kvm-10.0": replace(CLONE, version=(10, 0), accelerator=Accelerator.KVM, cpu="EPYC", memory_read_only=True),
 }
@@ -65,9 +70,9 @@ def test_a_file_that_may_only_be_read_needs_qemu_9() -> None:
 
 
 def test_linux_is_helped_over_its_clock_calibration_under_tcg_only() -> None:
-    assert "tsc_early_khz" in kernel_command_line(Accelerator.TCG, quiet=True)
-    assert "tsc_early_khz" not in kernel_command_line(Accelerator.KVM, quiet=True)
-    assert "quiet" not in kernel_command_line(Accelerator.KVM, quiet=False).split()
+    assert "tsc_early_khz=2596098" in kernel_command_line(Kernel(vmlinux="v", initramfs=None, tsc_khz=2_596_098))
+    assert "tsc" not in kernel_command_line(Kernel(vmlinux="v", initramfs=None))
+    assert "quiet" not in kernel_command_line(Kernel(vmlinux="v", initramfs=None, quiet=False)).split()
 
 
 def test_a_new_overlay_has_no_backing_file_until_the_snapshot_gives_it_one() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from vm_runtime.spec import MachineShape
 
-# Part of the driver's identity: change it when a device is added, removed or moved, since device states depend on it.
-ARGUMENTS_VERSION = 1
+# Part of the driver's identity: change it when a device is added, removed or moved, since device states depend on it,
+# or when what a template was booted with would be wrong now.
+ARGUMENTS_VERSION = 2
 
 WIRE_PORT = "hypercell.wire"
 MEMORY_BACKEND = "ram"
@@ -41,11 +42,13 @@ class Accelerator(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """What a booted machine runs. vmlinux and initramfs: paths as the VMM sees them. quiet: without boot messages."""
+    """What a booted machine runs. vmlinux and initramfs: paths as the VMM sees them. quiet: without boot messages.
+    tsc_khz: the rate of the host's time stamp counter; needed under TCG."""
 
     vmlinux: str
     initramfs: str | None
     quiet: bool = True
+    tsc_khz: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,17 +135,18 @@ def arguments(launch: Launch) -> tuple[str, ...]:
     result += ["-S", "-kernel", launch.kernel.vmlinux]
     if launch.kernel.initramfs is not None:
         result += ["-initrd", launch.kernel.initramfs]
-    return (*result, "-append", kernel_command_line(launch.accelerator, quiet=launch.kernel.quiet))
+    return (*result, "-append", kernel_command_line(launch.kernel))
 
 
-def kernel_command_line(accelerator: Accelerator, *, quiet: bool) -> str:
+def kernel_command_line(kernel: Kernel) -> str:
     """For vmlinux. A panic or reboot ends the machine (triple fault under -no-reboot)."""
     words = ["console=ttyS0", "panic=-1", "reboot=t"]
-    if quiet:
+    if kernel.quiet:
         words.append("quiet")
-    if accelerator is Accelerator.TCG:
-        # Without them Linux 6.1 and 6.12 hang under TCG while they calibrate their clock.
-        words += ["tsc_early_khz=2000000", "no_timer_check"]
+    if kernel.tsc_khz is not None:
+        # Without them Linux 6.1 and 6.12 hang under TCG while they calibrate their clock. Reliable: else it is checked
+        # against timer ticks, of which a busy host loses some, and given up.
+        words += [f"tsc_early_khz={kernel.tsc_khz}", "tsc=reliable", "no_timer_check"]
     return " ".join(words)
 
 

@@ -38,6 +38,7 @@ from vm_runtime.drivers.qemu.arguments import (
 )
 from vm_runtime.drivers.qemu.cgroups import Cgroup, CgroupRoot, Limits, find_root
 from vm_runtime.drivers.qemu.confinement import Walls
+from vm_runtime.drivers.qemu.host_clock import tsc_khz
 from vm_runtime.drivers.qemu.machine import (
     QMP_SOCKET,
     SERIAL_SOCKET,
@@ -87,6 +88,7 @@ class QemuDriver(Driver):
         spawner: Spawner,
         cgroups: CgroupRoot,
         walls: HostWalls,
+        tsc_khz: int | None,
     ) -> None:
         self._program = program
         self._version = version
@@ -95,6 +97,7 @@ class QemuDriver(Driver):
         self._spawner = spawner
         self._cgroups = cgroups
         self._walls = walls
+        self._tsc_khz = tsc_khz
 
     @classmethod
     async def start(cls, *, accelerator: Accelerator, program: str = PROGRAM) -> Self:
@@ -104,11 +107,18 @@ class QemuDriver(Driver):
         try:
             cgroups = await asyncio.to_thread(find_root)
             walls = await find_walls(spawner, accelerator)
+            khz = await asyncio.to_thread(tsc_khz) if accelerator is Accelerator.TCG else None
         except BaseException:
             await spawner.close()
             raise
         return cls(
-            program=path, version=version, accelerator=accelerator, spawner=spawner, cgroups=cgroups, walls=walls
+            program=path,
+            version=version,
+            accelerator=accelerator,
+            spawner=spawner,
+            cgroups=cgroups,
+            walls=walls,
+            tsc_khz=khz,
         )
 
     @property
@@ -294,7 +304,12 @@ class QemuDriver(Driver):
                 kernel = None
                 if kernel_files:
                     paths = [f"/proc/self/fd/{give(fd)}" for fd in kernel_files]
-                    kernel = Kernel(vmlinux=paths[0], initramfs=paths[1] if len(paths) > 1 else None, quiet=quiet)
+                    kernel = Kernel(
+                        vmlinux=paths[0],
+                        initramfs=paths[1] if len(paths) > 1 else None,
+                        quiet=quiet,
+                        tsc_khz=self._tsc_khz,
+                    )
                 launch = Launch(
                     version=self._version[:2],
                     accelerator=self._accelerator,
