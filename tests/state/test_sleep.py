@@ -161,3 +161,17 @@ async def test_a_life_time_ends_it(state_gateway: RunningGateway, api: Api) -> N
         await asyncio.sleep(0.1)
     assert not alive
     await eventually(lambda: not list((state_gateway.state_dir / "snapshots/pins").glob(f"*{sandbox_id}*")))
+
+
+async def test_a_second_is_a_second(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        clocks = "import time; time.time(), time.monotonic()"
+        before, (wall, monotonic) = time.time(), await notebook.value(clocks)
+        reached = time.time() - before
+        await asyncio.sleep(5)
+        again, (wall_then, monotonic_then) = time.time(), await notebook.value(clocks)
+        slack = reached + time.time() - again + 0.1
+        for guest in (wall_then - wall, monotonic_then - monotonic):
+            assert abs(guest - (again - before)) < slack
+    await api.delete(sandbox_id)
