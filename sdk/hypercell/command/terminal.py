@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -139,7 +140,12 @@ async def _pass_on(running: AsyncCommand, *, is_terminal: bool) -> None:
             if is_polled:
                 await readable.wait()
                 readable.clear()
-            data = await asyncio.to_thread(os.read, descriptor, READ_BYTES)
+                # It may have been set once more for what was read since; a read that blocks would never end.
+                if not select.select([descriptor], [], [], 0)[0]:
+                    continue
+                data = os.read(descriptor, READ_BYTES)
+            else:
+                data = await asyncio.to_thread(os.read, descriptor, READ_BYTES)
             if not data:
                 break
             await running.write(data)

@@ -19,6 +19,7 @@ from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.utils import url_path_join
 from tornado.escape import url_escape
 from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, WebSocketError, websocket_connect
 from traitlets import Int, Unicode
 
@@ -47,9 +48,13 @@ class HypercellWebSocketConnection(GatewayWebSocketConnection):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._relay: asyncio.Task[None] | None = None
+        # Messages of the browser stay here until the gateway has confirmed them: what was only written to a connection
+        # that then breaks is lost with it. The first one is number `_first`; those below `_sent` were written.
         self._pending: deque[str | bytes] = deque()
         self._pending_bytes = 0
         self._pending_changed = asyncio.Event()
+        self._first = 0
+        self._sent = 0
 
     async def prepare(self) -> None:
         """Before the handshake, since tornado reads the largest message size when it switches protocols."""
@@ -67,7 +72,7 @@ class HypercellWebSocketConnection(GatewayWebSocketConnection):
             self._relay.cancel()
 
     def handle_incoming_message(self, message: str | bytes) -> None:
-        """Takes a message from the browser; it is sent when the gateway is connected."""
+        """Takes a message from the browser; it is sent when the gateway is connected, again if that breaks."""
         if self._pending_bytes + len(message) > self.max_message_bytes:
             self.log.error("Kernel %s takes no messages and %d bytes wait", self.kernel_id, self._pending_bytes)
             self._close_browser(CLOSE_TOO_BIG, "Too much data waits for the kernel")
@@ -149,18 +154,28 @@ class HypercellWebSocketConnection(GatewayWebSocketConnection):
                 return
 
     async def _to_gateway(self, upstream: WebSocketClientConnection) -> None:
+        # The gateway answers a ping when it has passed on all that came before it. What it had passed on already when
+        # an earlier connection broke it knows by its header, and does not pass on twice.
+        upstream.on_pong = self._confirm  # type: ignore[method-assign] # tornado has no other way to learn of pongs
+        self._sent = self._first
         while True:
-            while self._pending:
-                message = self._pending[0]
-                try:
+            try:
+                while self._sent < self._first + len(self._pending):
+                    message = self._pending[self._sent - self._first]
+                    self._sent += 1
                     await upstream.write_message(message, binary=isinstance(message, bytes))
-                except WebSocketClosedError:
-                    # It stays the first one to be sent by the next connection.
-                    return
-                self._pending.popleft()
-                self._pending_bytes -= len(message)
+                if self._pending:
+                    upstream.ping(str(self._sent).encode())
+            except (WebSocketClosedError, StreamClosedError):
+                return
             self._pending_changed.clear()
             await self._pending_changed.wait()
+
+    def _confirm(self, data: bytes) -> None:
+        """The gateway has passed on all messages before the one with this number."""
+        while data.isdigit() and self._pending and self._first < min(int(data), self._sent):
+            self._pending_bytes -= len(self._pending.popleft())
+            self._first += 1
 
     def _close_browser(self, code: int, reason: str) -> None:
         if not self.disconnected:

@@ -55,9 +55,9 @@ class KernelClient:
         )
         return cls(websocket, session_id, v1=v1)
 
-    async def send(self, msg_type: str, content: Message, *, channel: str = "shell") -> str:
-        """Sends a message; its id."""
-        msg_id = uuid.uuid4().hex
+    async def send(self, msg_type: str, content: Message, *, channel: str = "shell", msg_id: str | None = None) -> str:
+        """Sends a message; its id. msg_id: of a message that was sent before."""
+        msg_id = msg_id or uuid.uuid4().hex
         header = {
             "msg_id": msg_id,
             "msg_type": msg_type,
@@ -73,7 +73,7 @@ class KernelClient:
             await self.websocket.write_message(encode_legacy(message)[0].decode())
         return msg_id
 
-    async def execute(self, code: str) -> str:
+    async def execute(self, code: str, *, msg_id: str | None = None) -> str:
         content = {
             "code": code,
             "silent": False,
@@ -82,7 +82,7 @@ class KernelClient:
             "allow_stdin": True,
             "stop_on_error": True,
         }
-        return await self.send("execute_request", content)
+        return await self.send("execute_request", content, msg_id=msg_id)
 
     async def receive(self, timeout_s: float = TIMEOUT_S) -> Message | None:
         """The next message; None when the gateway has closed the connection."""

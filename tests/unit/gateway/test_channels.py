@@ -78,6 +78,24 @@ async def test_the_same_session_misses_nothing(gateway: RunningGateway, kernel_i
     await again.close()
 
 
+async def test_what_a_session_sends_again_after_a_break_runs_once(gateway: RunningGateway, kernel_id: str) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    count = "count = globals().get('count', 0) + 1"
+    msg_id = await client.execute(count)
+    await client.until("execute_reply")
+    for close_first in (True, False, True):
+        if close_first:
+            await client.close()
+        again = await KernelClient.connect(gateway, kernel_id, session_id=client.session_id)
+        await again.execute(count, msg_id=msg_id)
+        assert stream_text(await again.run("print(count)")) == "1\n"
+        client = again
+    # Within one connection nothing is taken for a repetition.
+    await client.execute(count, msg_id=await client.execute(count))
+    assert stream_text(await client.run("print(count)")) == "3\n"
+    await client.close()
+
+
 async def test_another_session_gets_the_output_but_no_replies(gateway: RunningGateway, kernel_id: str) -> None:
     first = await KernelClient.connect(gateway, kernel_id)
     await first.execute("import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)")
