@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,9 +10,6 @@ from gateway.frames import KernelMessage
 from gateway.kernel_link import KernelLink, status_message, stderr_message
 from gateway.metrics import Metrics
 from gateway.outgoing import Outgoing, Write
-
-# Messages that a client may have sent without knowing whether they arrived when its connection broke.
-MAX_RECENT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +38,6 @@ class Connection:
         self._linked = asyncio.Event()
         self._waiting = 0
         self._closed = False
-        self.recent: deque[bytes] = deque(maxlen=MAX_RECENT)
-        self._passed_before: frozenset[bytes] = frozenset()
         self.outgoing = Outgoing(
             client.write, legacy=client.legacy, on_full=self._pause, on_drained=self._resume, metrics=metrics
         )
@@ -55,11 +48,6 @@ class Connection:
         for message in backlog:
             self.outgoing.put(message)
         link.start(self.outgoing.put)
-
-    def follow(self, recent: deque[bytes]) -> None:
-        """The client is the one of an earlier connection, whose `recent` this is: what that one has passed on and the
-        client sends again, since it could not know, is not passed on twice."""
-        self._passed_before = frozenset(recent)
 
     @property
     def link(self) -> KernelLink | None:
@@ -102,12 +90,8 @@ class Connection:
             return
         if message.channel == "shell" and b'"execute_request"' in bytes(message.header[:1024]):
             self._last_cell = bytes(message.header)
-        # A header has the message's id, and is the same in all bytes when it is sent again.
-        digest = hashlib.blake2b(message.header, digest_size=16).digest()
-        if digest not in self._passed_before:
-            self._metrics.count_message("to_kernel", message.channel, message.size)
-            await self._link.send(message)
-        self.recent.append(digest)
+        self._metrics.count_message("to_kernel", message.channel, message.size)
+        await self._link.send(message)
 
     def announce(self, state: str, reason: str | None) -> None:
         """Tells the client that the kernel is `restarting` or `dead`, after all that the kernel still said. The reason

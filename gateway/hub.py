@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,18 +33,14 @@ CLOSE_NORMAL = 1000
 CLOSE_GOING_AWAY = 1001
 CLOSE_FAILED = 1011
 
-# Sessions per kernel that may come back after a broken connection; each page reload is a session that does not.
-MAX_GONE_SESSIONS = 16
-
 
 @dataclass
 class _Clients:
     """The clients of one kernel, by session, and what the last one left behind. told: the sessions that know that the
-    machine was lost, until it runs again. recent: what sessions that have no connection sent last, newest last."""
+    machine was lost, until it runs again."""
 
     connections: dict[str, Connection] = field(default_factory=dict)
     parked: Parked | None = None
-    recent: dict[str, deque[bytes]] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
 
@@ -129,7 +124,6 @@ class KernelHub:
             link = parked.link
             if link is not None and parked.session_id != session_id:
                 link = KernelLink(self._context, info, session_id, iopub=link.take_iopub())
-        connection.follow(stale.recent if stale is not None else clients.recent.pop(session_id, deque()))
         clients.connections[session_id] = connection
         self._metrics.connections.inc()
         link = link or KernelLink(self._context, info, session_id)
@@ -203,9 +197,6 @@ class KernelHub:
         del clients.connections[connection.session_id]
         self._metrics.connections.dec()
         link, unsent = connection.release()
-        clients.recent[connection.session_id] = connection.recent
-        while len(clients.recent) > MAX_GONE_SESSIONS:
-            del clients.recent[next(iter(clients.recent))]
         if link is None:
             return
         if clients.connections:

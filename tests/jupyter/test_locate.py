@@ -92,7 +92,7 @@ def test_kernelspecs_are_installed_listed_and_removed(
         "provisioner_name": "hypercell-provisioner",
         "config": {"template": "python-small"},
     }
-    assert written["interrupt_mode"] == "message"
+    assert written["interrupt_mode"] == "signal"
     assert (directory / "logo-64x64.png").exists()
     capsys.readouterr()
     assert cli.main(["kernelspec", "list"]) == 0

@@ -197,8 +197,6 @@ def account_for_files(state_dir: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-# A client whose gateway is killed while it connects.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <function WebSocketClientConnection:Warning")
 async def test_chaos(state_dir: Path) -> None:
     print(f"HYPERCELL_CHAOS_SEED={SEED} HYPERCELL_CHAOS_OPS={OPERATIONS}")
     chaos = Chaos(state_dir)

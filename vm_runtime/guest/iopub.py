@@ -32,6 +32,9 @@ SEND_HWM = 16
 # How long the iopub thread waits for a slow subscriber before it looks at its other events (new subscribers, timers).
 SEND_WAIT_MS = 100
 
+# How long a flush waits for the iopub thread; with a slow subscriber it must not hold up the writer for long.
+FLUSH_WAIT_S = 0.25
+
 # Messages sent before the thread looks at its other events.
 SENDS_PER_ROUND = 64
 
@@ -69,6 +72,10 @@ class LosslessIOPubThread(IOPubThread):
     def wait_for_room(self) -> None:
         if threading.current_thread().name not in _SERVICE_THREADS:
             self.outbox.wait_for_room()
+
+    def wait_sent(self, timeout_s: float) -> None:
+        if self.thread.is_alive():
+            self.outbox.wait_sent(timeout_s)
 
     def put(self, frames: list[bytes]) -> None:
         """Queue a message without waiting. Callers other than service threads have waited for room."""
@@ -174,9 +181,17 @@ class BoundedOutStream(OutStream):
         return len(string)
 
     def flush(self) -> None:
-        """Queue what was written. When it returns, it lies before whatever this thread publishes next."""
+        """Send what was written, as far as the subscriber takes it at once: what this process does next may end it.
+
+        When it returns, what was written lies before whatever this thread publishes next.
+        """
         if self.pub_thread is None:
             return
+        self._queue()
+        if self._is_master_process() and threading.current_thread().name not in _SERVICE_THREADS:
+            self.pub_thread.wait_sent(FLUSH_WAIT_S)
+
+    def _queue(self) -> None:
         if self._is_master_process() and self.pub_thread.thread.is_alive():
             self.pub_thread.wait_for_room()
         self._flush()
@@ -186,7 +201,7 @@ class BoundedOutStream(OutStream):
             self._buffers[frozenset(self.parent_header.items())].write(piece)
             self._waiting_chars += len(piece)
         if self._waiting_chars >= STREAM_CHARS:
-            self.flush()
+            self._queue()
 
     def _schedule_flush(self) -> None:
         if not self._flush_pending:

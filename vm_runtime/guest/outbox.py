@@ -96,6 +96,11 @@ class Outbox:
             while not self.has_room():
                 self._changed.wait()
 
+    def wait_sent(self, timeout_s: float) -> None:
+        """Wait until all that is queued was sent, or nobody listens, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._messages or not self._listening or self._released, timeout_s)
+
     def head(self) -> tuple[bytes, ...] | None:
         """The oldest message, or None if there is none or nobody listens."""
         with self._changed:

@@ -155,7 +155,7 @@ class HypercellWebSocketConnection(GatewayWebSocketConnection):
 
     async def _to_gateway(self, upstream: WebSocketClientConnection) -> None:
         # The gateway answers a ping when it has passed on all that came before it. What it had passed on already when
-        # an earlier connection broke it knows by its header, and does not pass on twice.
+        # an earlier connection broke runs once: kernels refuse a signature that they have seen (jupyter_client).
         upstream.on_pong = self._confirm  # type: ignore[method-assign] # tornado has no other way to learn of pongs
         self._sent = self._first
         while True:

@@ -37,8 +37,9 @@ def kernel_json(*, display_name: str, template: str) -> dict[str, Any]:
         "argv": ["hypercell", "kernel", "-f", "{connection_file}"],
         "display_name": display_name,
         "language": "python",
-        # Signals do not reach into a machine; the kernel's control channel does.
-        "interrupt_mode": "message",
+        # The provisioner has the gateway interrupt the kernel. A message on the control channel would do it, too, but
+        # jupyter_console takes its `idle` for that of the cell, and then sees no more questions.
+        "interrupt_mode": "signal",
         "metadata": {
             "debugger": True,
             "kernel_provisioner": {"provisioner_name": PROVISIONER_NAME, "config": {"template": template}},

@@ -90,9 +90,6 @@ async def test_what_a_session_sends_again_after_a_break_runs_once(gateway: Runni
         await again.execute(count, msg_id=msg_id)
         assert stream_text(await again.run("print(count)")) == "1\n"
         client = again
-    # Within one connection nothing is taken for a repetition.
-    await client.execute(count, msg_id=await client.execute(count))
-    assert stream_text(await client.run("print(count)")) == "3\n"
     await client.close()
 
 
