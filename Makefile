@@ -24,6 +24,7 @@ run:
 
 # Emulated machines on a busy host are slow at odd moments: a test that failed is tried again, which the summary shows.
 test: setup check
+	@.venv/bin/hypercelld image build --state-dir .state/test
 	@.venv/bin/python -m pytest --reruns 2
 
 check:

@@ -152,5 +152,5 @@ def test_the_transcript_is_as_the_page_shows_it(state_dir: Path, tmp_path: Path)
     # A gateway of its own: `hypercell ls` shows every sandbox that there is.
     with running_gateway(state_dir, "--pool-size", "0") as own:
         environment = {**os.environ, "HYPERCELL_URL": own.url, "HYPERCELL_TOKEN": own.token}
-        subprocess.run(command, check=True, capture_output=True, timeout=500, env=environment)
+        subprocess.run(command, check=True, capture_output=True, timeout=200, env=environment)
     assert target.read_text() == (ROOT / "docs" / "cli.md").read_text()

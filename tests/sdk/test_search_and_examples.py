@@ -35,9 +35,9 @@ def test_beam_search_finds_the_best_and_leaves_nothing_else(sandbox: Sandbox) ->
     assert {steps[-1] for steps, _ in result.failures} == {"1 / 0"}
     with take(result) as best:
         assert best.run_code("n").text == "9"
-        assert ids() == before | {best.id}
+        assert ids() - before == {best.id}
     assert sandbox.run_code("n").text == "1"
-    assert ids() == before
+    assert not ids() - before
 
 
 def test_best_first_search_ends_by_its_budget(sandbox: Sandbox) -> None:
@@ -48,7 +48,7 @@ def test_best_first_search_ends_by_its_budget(sandbox: Sandbox) -> None:
     )
     assert result.best.steps == ("n += 1", "n += 1")
     take(result).kill()
-    assert ids() == before
+    assert not ids() - before
 
 
 def test_a_search_that_fails_leaves_nothing(sandbox: Sandbox) -> None:
@@ -57,7 +57,7 @@ def test_a_search_that_fails_leaves_nothing(sandbox: Sandbox) -> None:
         beam_search(sandbox, expand=lambda steps: ["1"], score="1 / 0")
     with pytest.raises(HypercellError, match="must end with a number"):
         beam_search(sandbox, expand=lambda steps: ["1"], score="'many'")
-    assert ids() == before
+    assert not ids() - before
 
 
 def test_rollouts_of_code_and_of_functions(sandbox: Sandbox) -> None:
@@ -71,7 +71,7 @@ def test_rollouts_of_code_and_of_functions(sandbox: Sandbox) -> None:
         return int(child.run_code(f"base + {index}").text or 0)
 
     assert {rollout.value for rollout in rollouts(sandbox, play, 2)} == {10, 11}
-    assert ids() == before
+    assert not ids() - before
 
 
 async def test_rollouts_that_are_given_up_leave_nothing(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
@@ -81,13 +81,13 @@ async def test_rollouts_that_are_given_up_leave_nothing(at_gateway: RunningGatew
         first = await anext(results)
         assert first.error is None
         await results.aclose()
-    assert {info.id for info in await AsyncSandbox.list()} == before
+    assert not {info.id for info in await AsyncSandbox.list()} - before
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_run(example: Path, at_gateway: RunningGateway) -> None:
     before = ids()
-    result = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr
+    result = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout
-    assert ids() == before
+    assert not ids() - before

@@ -21,7 +21,7 @@ from tests.state.sandboxes import Api, Traces, eventually, processes_of, value_o
 from vm_runtime.snapshots.manifest import PartKind
 from vm_runtime.snapshots.store import SnapshotStore
 
-OPERATIONS = int(os.environ.get("HYPERCELL_CHAOS_OPS", "70"))
+OPERATIONS = int(os.environ.get("HYPERCELL_CHAOS_OPS", "100"))
 SEED = int(os.environ.get("HYPERCELL_CHAOS_SEED", random.SystemRandom().randrange(2**32)))
 MAX_SANDBOXES = 4
 FLAGS = ("--pool-size", "0", "--checkpoints", "off")
@@ -196,7 +196,7 @@ def account_for_files(state_dir: Path) -> None:
         assert not strange, "half-written files"
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 async def test_chaos(state_dir: Path) -> None:
     print(f"HYPERCELL_CHAOS_SEED={SEED} HYPERCELL_CHAOS_OPS={OPERATIONS}")
     chaos = Chaos(state_dir)

@@ -35,21 +35,21 @@ class Renewal:
 
     def renew(self, *, wall_clock_ns: int, entropy: bytes, identity: Mapping[str, str]) -> None:
         """Raises OSError where vmlinux refuses. The identity's `hostname`, if there is one, becomes the machine's."""
+        self.set_clock(wall_clock_ns)
         if self._owns_machine:
-            _set_clock(wall_clock_ns)
             _feed_random_pool(entropy)
         self.identify(identity)
+
+    def set_clock(self, wall_clock_ns: int) -> None:
+        """What time it is. Raises OSError where vmlinux refuses."""
+        if self._owns_machine and abs(time.time_ns() - wall_clock_ns) > CLOCK_TOLERANCE_NS:
+            time.clock_settime_ns(time.CLOCK_REALTIME, wall_clock_ns)
 
     def identify(self, identity: Mapping[str, str]) -> None:
         """Who this machine is from now on. Also called when a warm machine is given to a sandbox."""
         if self._owns_machine and (hostname := identity.get("hostname")):
             socket.sethostname(hostname[:HOSTNAME_MAX])
         _write_identity(self._paths, identity)
-
-
-def _set_clock(wall_clock_ns: int) -> None:
-    if abs(time.time_ns() - wall_clock_ns) > CLOCK_TOLERANCE_NS:
-        time.clock_settime_ns(time.CLOCK_REALTIME, wall_clock_ns)
 
 
 def _feed_random_pool(entropy: bytes) -> None:

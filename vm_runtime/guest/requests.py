@@ -105,6 +105,12 @@ async def _sandbox_identify(guest: Guest, incoming: Incoming) -> None:
     if not all(isinstance(value, str) for value in identity.values()):
         raise OpenRejectedError("bad_params", "identity is an object of strings.")
     guest.renewal.identify(identity)
+    guest.renewal.set_clock(param(incoming.params, "wall_clock_ns", int))
+    await incoming.answer()
+
+
+async def _machine_clock(guest: Guest, incoming: Incoming) -> None:
+    guest.renewal.set_clock(param(incoming.params, "wall_clock_ns", int))
     await incoming.answer()
 
 
@@ -135,6 +141,7 @@ HANDLERS: dict[str, Handle] = {
     "sandbox.identify": _sandbox_identify,
     "template.prepare": _template_prepare,
     "tunnel": _tunnel,
+    "machine.clock": _machine_clock,
     "machine.poweroff": _machine_poweroff,
     **{kind: _on(lambda guest: guest.commands, serve) for kind, serve in EXEC_HANDLERS.items()},
     **{kind: _on(lambda guest: guest.files, serve) for kind, serve in FILES_HANDLERS.items()},

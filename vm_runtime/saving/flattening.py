@@ -119,8 +119,9 @@ class Flattener:
             except _StoppedError:
                 return
             except (SnapshotError, OSError) as error:
-                # The snapshot is as good as it was; it is only slower to restore.
-                _log.warning("Snapshot %s could not be flattened: %s", manifest.id, error)
+                # The snapshot is as good as it was, only slower to restore; or it was removed, with its sandbox.
+                if await loop.run_in_executor(self._executor, self._store.manifest_path(manifest.id).exists):
+                    _log.warning("Snapshot %s could not be flattened: %s", manifest.id, error)
                 continue
             if shortened is not None:
                 await self._on_shortened(shortened)
