@@ -19,7 +19,7 @@ from benchmarks.results import Line, Report, Row, from_json, to_json
 from benchmarks.setup import Bench, Setup
 from benchmarks.state_dirs import build_state_dir, template_snapshot
 from benchmarks.table import markdown, update_readme
-from benchmarks.topics import burst, fork, memory, output, restore, round_trip, start, state
+from benchmarks.topics import burst, fork, memory, output, restore, round_trip, sdk, start, state
 from gateway.errors import GatewayError
 from gateway.places import default_state_dir
 from kernels.errors import KernelsError
@@ -35,7 +35,11 @@ GATEWAY_TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
     "restore": restore.measure,
 }
 # Those that have nothing to do with gateways; each has a table of its own.
-OWN_TOPICS: dict[str, Callable[[Bench], Awaitable[list[Line]]]] = {"state": state.measure, "fork": fork.measure}
+OWN_TOPICS: dict[str, Callable[[Bench], Awaitable[list[Line]]]] = {
+    "state": state.measure,
+    "fork": fork.measure,
+    "sdk": sdk.measure,
+}
 TOPICS = (*GATEWAY_TOPICS, *OWN_TOPICS)
 # Warm machines of the gateway "with a pool": what `hypercelld serve` keeps by default.
 POOL_SIZE = 1

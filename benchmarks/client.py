@@ -58,8 +58,17 @@ class GatewayClient:
 
     def __init__(self, url: str, token: str) -> None:
         self._url = url.rstrip("/")
+        self._token = token
         self._headers = {"Authorization": f"token {token}"}
         self._http = AsyncHTTPClient(force_instance=True, max_clients=64)
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def token(self) -> str:
+        return self._token
 
     def close(self) -> None:
         self._http.close()

@@ -7,12 +7,14 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 # A gateway ends its kernels first; one that takes longer than this hangs.
 STOP_TIMEOUT_S = 60.0
+RSS_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,36 @@ def rss_mib(pid: int) -> float:
     """Resident memory; cheap enough to be asked many times a second."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass(kw_only=True)
+class Growth:
+    """mib: the largest growth so far; None for a process that is not known."""
+
+    mib: float | None = None
+
+
+@asynccontextmanager
+async def watched_growth(pid: int | None) -> AsyncIterator[Growth]:
+    """The largest growth of a process's resident memory while the context is open."""
+    growth = Growth()
+    if pid is None:
+        yield growth
+        return
+    before = rss_mib(pid)
+    growth.mib = 0.0
+
+    async def watch() -> None:
+        while True:
+            growth.mib = max(growth.mib or 0.0, rss_mib(pid) - before)
+            await asyncio.sleep(RSS_INTERVAL_S)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield growth
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
 
 
 def descendants(pid: int) -> set[int]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from benchmarks.messages import Execution
 from benchmarks.peers import Peer
-from benchmarks.processes import rss_mib
+from benchmarks.processes import watched_growth
 from benchmarks.results import Row
 from benchmarks.setup import Setup, in_turns
 
@@ -21,7 +18,6 @@ FLOOD_BYTES = 50_000_000
 FLOOD_CODE = "import sys\nfor _ in range(500): sys.stdout.write('x' * 99_999 + '\\n')"
 # A browser on a home connection; slow enough that output piles up somewhere for several seconds.
 SLOW_BYTES_PER_S = 8_000_000.0
-RSS_INTERVAL_S = 0.02
 
 
 @dataclass(kw_only=True)
@@ -31,11 +27,6 @@ class Flow:
     seconds: float = 0.0
     delivered_percent: float = 0.0
     growth_mib: float | None = None
-
-
-@dataclass(kw_only=True)
-class _Growth:
-    mib: float | None = field(default=None)
 
 
 async def measure(setup: Setup) -> list[Row]:
@@ -60,36 +51,13 @@ async def _flow(peer: Peer, code: str, size: int, *, slow: bool) -> Flow:
     async with peer.client.kernel() as kernel_id, peer.client.connection(kernel_id, slow=slow) as connection:
         await connection.execute("print()")
         await peer.settle()
-        async with _watched_growth(peer.pid) as growth:
+        async with watched_growth(peer.pid) as growth:
             execution: Execution = await connection.execute(code, bytes_per_s=SLOW_BYTES_PER_S if slow else None)
     return Flow(
         seconds=execution.cell_s,
         delivered_percent=100 * execution.stdout_bytes / size,
         growth_mib=growth.mib,
     )
-
-
-@asynccontextmanager
-async def _watched_growth(pid: int | None) -> AsyncIterator[_Growth]:
-    """The largest growth of resident memory while the context is open."""
-    growth = _Growth()
-    if pid is None:
-        yield growth
-        return
-    before = rss_mib(pid)
-    growth.mib = 0.0
-
-    async def watch() -> None:
-        while True:
-            growth.mib = max(growth.mib or 0.0, rss_mib(pid) - before)
-            await asyncio.sleep(RSS_INTERVAL_S)
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield growth
-    finally:
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
 
 
 def _rows(title: str, ours: list[Flow], theirs: list[Flow]) -> list[Row]:
