@@ -9,12 +9,10 @@ import asyncio
 import logging
 import os
 import re
-import socket
-import struct
 import uuid
 from typing import Any
 
-from tornado.websocket import WebSocketClosedError, WebSocketHandler
+from tornado.websocket import WebSocketClosedError
 
 from gateway.auth import is_loopback, origin_allowed
 from gateway.connection import Client, Connection
@@ -22,8 +20,9 @@ from gateway.endpoint import JsonHandler
 from gateway.errors import ApiError, FrameError
 from gateway.frames import V1, decode_legacy, decode_v1
 from gateway.handlers.sandboxes import FORWARDING_HEADERS
+from gateway.liveness import WatchedSocket
 from gateway.local_peer import peer_uid
-from gateway.state import Gateway
+from gateway.state import TOUCH_INTERVAL_S, Gateway
 from kernels.errors import KernelsError, UnknownSandboxError
 from kernels.models import SandboxState
 
@@ -31,18 +30,13 @@ log = logging.getLogger(__name__)
 
 # A session id is a ZMQ identity: at most 255 bytes, the first not zero. Clients send a UUID.
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:@-]{1,200}\Z")
-# Activity is a time for people and idle timers; once a second is exact enough for both.
-TOUCH_INTERVAL_S = 1.0
 # Close codes (RFC 6455, section 7.4.1) and the most that a reason may have (5.5).
 CLOSE_INVALID = 1007
 CLOSE_FAILED = 1011
 MAX_REASON_BYTES = 123
-# `tcpi_bytes_acked` in linux/tcp.h's struct tcp_info (since Linux 4.1).
-_BYTES_ACKED = struct.Struct("@Q")
-_BYTES_ACKED_OFFSET = 120
 
 
-class ChannelsHandler(JsonHandler, WebSocketHandler):
+class ChannelsHandler(JsonHandler, WatchedSocket):
     """One client of one kernel."""
 
     def initialize(self, gateway: Gateway) -> None:
@@ -52,10 +46,6 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         self._kernel_id = ""
         self._session_id = ""
         self._last_touch = 0.0
-        self._heard = False
-        self._acked = 0
-        self._silent_since = 0.0
-        self._timer: asyncio.TimerHandle | None = None
 
     async def prepare(self) -> None:
         self.check_host()
@@ -94,10 +84,6 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
         """None: compressing costs more than the network it is meant for (12 MB/s against 1 GB/s on loopback)."""
 
     @property
-    def ping_interval(self) -> None:
-        """Tornado's own pings are off: it takes a client that is busy receiving for a dead one."""
-
-    @property
     def max_message_size(self) -> int:
         return self.gateway.settings.max_message_mib * 1024 * 1024
 
@@ -124,8 +110,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
     async def open(self, *args: str, **kwargs: str) -> None:
         # Without this each small answer waits up to 40 ms for the client's delayed ACK.
         self.set_nodelay(True)
-        self._silent_since = asyncio.get_running_loop().time()
-        self._watch()
+        self.begin_watching()
         client = Client(write=self._write, close=self._close_with, legacy=self._legacy)
         try:
             self._connection = self.gateway.hub.attach(self._kernel_id, self._session_id, client)
@@ -143,8 +128,11 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
     def _close_with(self, code: int, reason: str) -> None:
         self.close(code, reason.encode()[:MAX_REASON_BYTES].decode("utf-8", "ignore"))
 
+    def is_sending(self) -> bool:
+        return self._connection is not None and self._connection.outgoing.unsent_bytes > 0
+
     async def on_message(self, data: str | bytes) -> None:
-        self._heard = True
+        self.heard()
         connection = self._connection
         if connection is None:
             return
@@ -164,46 +152,7 @@ class ChannelsHandler(JsonHandler, WebSocketHandler):
             return
         await connection.from_client(message)
 
-    def on_pong(self, data: bytes) -> None:
-        self._heard = True
-
     def on_close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self.end_watching()
         if self._connection is not None:
             self.gateway.hub.detach(self._kernel_id, self._connection)
-
-    def _watch(self) -> None:
-        """Pings, and ends a connection whose client takes nothing and says nothing for too long."""
-        if self.ws_connection is None:
-            return
-        loop = asyncio.get_running_loop()
-        settings = self.gateway.settings
-        acked = self._bytes_acked()
-        # While much is on its way a pong waits behind it, so what arrives at the other end counts instead.
-        sending = self._connection is not None and self._connection.outgoing.unsent_bytes > 0
-        if self._heard or (sending and acked != self._acked):
-            self._silent_since = loop.time()
-        self._heard, self._acked = False, acked
-        if loop.time() - self._silent_since > settings.client_timeout_s:
-            log.info("A client of kernel %s was disconnected: nothing from it for a while", self._kernel_id)
-            # A close frame would wait behind all that the client does not take.
-            self._abort()
-            return
-        try:
-            self.ping(b"")
-        except WebSocketClosedError:
-            return
-        self._timer = loop.call_later(settings.ping_interval_s, self._watch)
-
-    def _bytes_acked(self) -> int:
-        stream: Any = getattr(self.ws_connection, "stream", None)
-        if stream is None or stream.socket is None:
-            return 0
-        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED_OFFSET + _BYTES_ACKED.size)
-        return int(_BYTES_ACKED.unpack_from(info, _BYTES_ACKED_OFFSET)[0])
-
-    def _abort(self) -> None:
-        stream: Any = getattr(self.ws_connection, "stream", None)
-        if stream is not None:
-            stream.close()

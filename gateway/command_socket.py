@@ -43,7 +43,7 @@ class _CommandSocket(SandboxSocket):
         raise NotImplementedError
 
     async def serve(self) -> None:
-        async with await self.command() as command:
+        async with self.gateway.in_use(self.sandbox_id), await self.command() as command:
             await self.send({"type": "started", "command_id": command.command_id, "pid": command.pid})
             self._command.set_result(command)
             while True:
@@ -65,6 +65,7 @@ class _CommandSocket(SandboxSocket):
 
     async def on_message(self, message: str | bytes) -> None:
         """Tornado reads the next message when this has returned: a command that takes no input holds its client."""
+        self.heard()
         try:
             await self._take(message)
         except ValidationError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import shutil
 import sys
@@ -19,11 +18,13 @@ from pydantic import BaseModel, ConfigDict
 from gateway.places import default_state_dir, run_dir_of
 from gateway.version import VERSION
 from kernels.capacity import RESERVE_MIB, START_COST_MIB, available_mib
+from kernels.templates import stored_templates
 from vm_runtime.drivers.qemu.accelerator import Wish, choose
 from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.program import PROGRAM, find_program
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import ImageStore
+from vm_runtime.snapshots.store import SnapshotStore
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -206,18 +207,24 @@ def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], 
                 blocking=False,
             )
         )
-    templates = []
-    for manifest in sorted((state_dir / "templates").glob("*/manifest.json")):
-        try:
-            value = json.loads(manifest.read_bytes())
+    templates: list[TemplatePart] = []
+    if not (state_dir / "snapshots").exists():
+        return images, templates
+    with SnapshotStore(state_dir / "snapshots") as snapshots:
+        for record, snapshot in stored_templates(state_dir / "templates", snapshots):
+            if snapshot is None:
+                what = f"The snapshot of the template {record.digest[:12]} is broken; it will be built anew."
+                fix = f"rm {state_dir / 'templates' / record.digest}.json"
+                problems.append(Problem(what=what, fix=fix, blocking=False))
+                continue
             templates.append(
                 TemplatePart(
-                    digest=value["digest"], image=value["image"], memory_mib=value["memory_mib"], vcpus=value["vcpus"]
+                    digest=record.digest,
+                    image=snapshot.image_digest,
+                    memory_mib=snapshot.shape.memory_mib,
+                    vcpus=snapshot.shape.vcpus,
                 )
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"The template {manifest.parent.name} cannot be read ({error}); it will be built anew."
-            problems.append(Problem(what=what, fix=f"rm -r {manifest.parent}", blocking=False))
     return images, templates
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from kernels.models import CreateSandbox, Kernelspec, Sandbox, SandboxState
 
@@ -28,6 +28,7 @@ Name = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\u0000]*$")
 PathText = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\u0000]*$")]
 EnvName = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^=\u0000]*$")]
 EnvValue = Annotated[str, StringConstraints(max_length=MAX_ENV_BYTES, pattern=r"^[^\u0000]*$")]
+KERNEL_ID = re.compile(_UUID)
 KernelId = Annotated[str, StringConstraints(pattern=_UUID)]
 
 
@@ -177,14 +178,24 @@ class KernelspecsAnswer(Answer):
 
 
 class SessionKernel(JupyterRequest):
-    """The kernel that a session wants: one that runs (id) or a new one (name), which gets the id if both are given."""
+    """The kernel that a session wants: one that runs (id) or a new one (name), which gets the id if both are given and
+    it is a UUID."""
 
-    id: KernelId | None = None
+    id: Name | None = None
     name: Name | None = None
+
+
+def _lifted(value: Any) -> Any:
+    """Clients of before 2016 say {"notebook": {"path"}} instead of path, as jupyter_server still understands it."""
+    if isinstance(value, dict) and "path" not in value and isinstance(value.get("notebook"), dict):
+        return {"type": "notebook", **value, "path": value["notebook"].get("path")}
+    return value
 
 
 class CreateSession(JupyterRequest):
     """POST /api/sessions."""
+
+    _old = model_validator(mode="before")(_lifted)
 
     path: PathText
     type: Name
@@ -194,6 +205,8 @@ class CreateSession(JupyterRequest):
 
 class PatchSession(JupyterRequest):
     """PATCH /api/sessions/{id}; what is missing stays."""
+
+    _old = model_validator(mode="before")(_lifted)
 
     path: PathText | None = None
     type: Name | None = None

@@ -13,6 +13,7 @@ from gateway.errors import phrase
 from gateway.models import ErrorAnswer
 from gateway.version import VERSION
 
+EVENT_STREAM = "text/event-stream"
 REF = "#/components/schemas/{model}"
 
 
@@ -42,14 +43,19 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
                 for name, text in endpoint.parameters.items()
             ]
         for method, operation in endpoint.operations.items():
-            item[method.lower()] = _operation(operation, by_name)
-        paths[endpoint.path] = item
+            # An answer without an end is nothing that OpenAPI 3.1 can describe, and programs that try all operations
+            # would wait for it; docs/gateway.md describes these.
+            if operation.media != EVENT_STREAM:
+                item[method.lower()] = _operation(operation, by_name)
+        if endpoint.operations.keys() & {method.upper() for method in item}:
+            paths[endpoint.path] = item
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Hypercell gateway",
             "version": VERSION,
-            "description": "Jupyter's REST API over kernels in microVMs, and the sandboxes they live in.",
+            "description": "Jupyter's REST API over kernels in microVMs, and the sandboxes they live in. Not "
+            "described here: WebSockets, and the events below /api/sandboxes (docs/gateway.md).",
         },
         "paths": paths,
         "components": {

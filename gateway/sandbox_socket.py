@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel
 from tornado.routing import PathMatches
-from tornado.websocket import WebSocketClosedError, WebSocketHandler
+from tornado.websocket import WebSocketClosedError
 
 from gateway.auth import origin_allowed
 from gateway.endpoint import JsonHandler
 from gateway.errors import ApiError, api_error, phrase
+from gateway.liveness import WatchedSocket
 from gateway.state import Gateway
 from kernels.errors import KernelsError
 
@@ -37,7 +38,7 @@ class WebSocketMatches(PathMatches):
         return super().match(request)
 
 
-class SandboxSocket(JsonHandler, WebSocketHandler):
+class SandboxSocket(JsonHandler, WatchedSocket):
     """A subclass does its work in `serve`, which is cancelled when the client goes. Errors are told as a last message
     {"type": "error", "reason", "message", "code"}."""
 
@@ -45,6 +46,7 @@ class SandboxSocket(JsonHandler, WebSocketHandler):
         self.gateway = gateway
         self.sandbox_id = ""
         self._serving: asyncio.Task[None] | None = None
+        self._sending = 0
 
     def prepare(self) -> None:
         self.check_host()
@@ -64,14 +66,8 @@ class SandboxSocket(JsonHandler, WebSocketHandler):
     def get_compression_options(self) -> None:
         """None: it costs more than the network it is meant for."""
 
-    @property
-    def ping_interval(self) -> float:
-        # Tornado 6.5 takes a timeout that is no longer than the interval; together they are the configured time.
-        return self.gateway.settings.client_timeout_s / 2
-
-    @property
-    def ping_timeout(self) -> float:
-        return self.gateway.settings.client_timeout_s / 2
+    def is_sending(self) -> bool:
+        return self._sending > 0
 
     @property
     def max_message_size(self) -> int:
@@ -91,6 +87,7 @@ class SandboxSocket(JsonHandler, WebSocketHandler):
 
     def open(self, *args: str, **kwargs: str) -> None:
         self.set_nodelay(True)
+        self.begin_watching()
         self._serving = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:
@@ -118,13 +115,18 @@ class SandboxSocket(JsonHandler, WebSocketHandler):
         """Binary for bytes, JSON text for the rest. Waits until it has left this process, so that a slow client holds
         the sender. Errors: WebSocketClosedError."""
         self.gateway.service.touch(self.sandbox_id)
-        if isinstance(message, bytes):
-            await self.write_message(message, binary=True)
-        else:
-            await self.write_message(
-                message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message)
-            )
+        self._sending += 1
+        try:
+            if isinstance(message, bytes):
+                await self.write_message(message, binary=True)
+            else:
+                await self.write_message(
+                    message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message)
+                )
+        finally:
+            self._sending -= 1
 
     def on_close(self) -> None:
+        self.end_watching()
         if self._serving is not None:
             self._serving.cancel()

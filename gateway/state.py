@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from weakref import WeakValueDictionary
@@ -16,6 +18,9 @@ from gateway.settings import GatewaySettings
 from kernels.errors import KernelsError, UnknownSandboxError
 from kernels.models import CreateSandbox, Sandbox
 from kernels.service import SandboxService
+
+# Activity is a time for people and idle timers; once a second is exact enough for both.
+TOUCH_INTERVAL_S = 1.0
 
 
 @dataclass
@@ -39,6 +44,21 @@ class Gateway:
         except KernelsError as error:
             self.metrics.failed_starts.labels(api_error(error).code).inc()
             raise
+
+    @asynccontextmanager
+    async def in_use(self, sandbox_id: str) -> AsyncIterator[None]:
+        """While something runs in a sandbox for a client who waits for it: idle time does not pass."""
+
+        async def touch() -> None:
+            while True:
+                self.service.touch(sandbox_id)
+                await asyncio.sleep(TOUCH_INTERVAL_S)
+
+        touching = asyncio.create_task(touch())
+        try:
+            yield
+        finally:
+            touching.cancel()
 
     def default_template(self) -> str:
         """The kernelspec for requests that name none: python3 where it exists. Errors: ApiError 503 without any."""

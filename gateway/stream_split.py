@@ -21,6 +21,9 @@ _HEAD = re.compile(rb'\s*\{\s*(?:"name"\s*:\s*("[a-z]{1,16}")\s*,\s*)?"text"\s*:
 _TAIL = re.compile(rb'"\s*(?:,\s*"name"\s*:\s*("[a-z]{1,16}")\s*)?\}\s*\Z')
 # Longest head or tail that is looked at.
 _EDGE_BYTES = 256
+# A character begins within so many bytes: an escaped surrogate pair has twelve. Text without one is no JSON string; it
+# is cut anywhere, since looking for a place would take as long as the kernel that sent it likes.
+_LONGEST_CHARACTER = 16
 
 
 def split_stream(message: KernelMessage) -> Iterator[KernelMessage]:
@@ -53,10 +56,10 @@ def _cut(text: memoryview, start: int, stop: int, end: int) -> int:
     """The last place at or before `stop` where the JSON string `text[start:end]` may be cut; beyond `start`."""
     if stop >= end:
         return end
-    position = stop
-    while position > start + 1 and not _is_boundary(text, start, position):
-        position -= 1
-    return position
+    for position in range(stop, max(start, stop - _LONGEST_CHARACTER), -1):
+        if _is_boundary(text, start, position):
+            return position
+    return stop
 
 
 def _is_boundary(text: memoryview, start: int, position: int) -> bool:
@@ -67,12 +70,15 @@ def _is_boundary(text: memoryview, start: int, position: int) -> bool:
     if any(_is_unicode_escape(text, start, position - back) for back in range(2, 6)):
         return False
     # Between the two halves of an escaped surrogate pair?
-    return not (
-        _is_unicode_escape(text, start, position - 6) and bytes(text[position - 4 : position - 2]).lower() in _HIGH
-    )
+    return not (_is_surrogate(text, start, position - 6, _HIGH) and _is_surrogate(text, start, position, _LOW))
 
 
 _HIGH = (b"d8", b"d9", b"da", b"db")
+_LOW = (b"dc", b"dd", b"de", b"df")
+
+
+def _is_surrogate(text: memoryview, start: int, position: int, which: tuple[bytes, ...]) -> bool:
+    return _is_unicode_escape(text, start, position) and bytes(text[position + 2 : position + 4]).lower() in which
 
 
 def _is_unicode_escape(text: memoryview, start: int, position: int) -> bool:

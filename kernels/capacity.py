@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kernels.errors import CapacityError
+from kernels.models import Sandbox
 from vm_runtime.spec import MachineShape
 
 # What a restored sandbox takes of its own before it has done much (40 to 64 MiB after one cell), with head room.
@@ -13,6 +14,11 @@ START_COST_MIB = 128
 RESERVE_MIB = 512
 # A spare machine is a luxury: it is made only while this much more is free.
 SPARE_RESERVE_MIB = 2048
+
+
+def shape_of(sandbox: Sandbox) -> MachineShape:
+    """The shape of the sandbox's machines."""
+    return MachineShape(memory_mib=sandbox.memory_mib, vcpus=sandbox.vcpus, disk_mib=sandbox.disk_mib)
 
 
 def available_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -24,7 +30,7 @@ def available_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 class Capacity:
-    """`admit` before a sandbox is made, `has_room_for_spare` before a warm machine is."""
+    """`admit` before a sandbox is made, `check_memory` before one is woken, `has_room_for_spare` before a spare one."""
 
     def __init__(self, max_sandboxes: int) -> None:
         self._max_sandboxes = max_sandboxes
@@ -35,10 +41,14 @@ class Capacity:
             raise CapacityError(
                 f"There are {existing} sandboxes, the limit (max_sandboxes). Delete one or raise the limit."
             )
+        self.check_memory(shape, count=count)
+
+    def check_memory(self, shape: MachineShape, *, count: int = 1) -> None:
+        """Whether `count` sandboxes may get machines. Errors: CapacityError with the number that is short."""
         need = RESERVE_MIB + count * min(START_COST_MIB, shape.memory_mib)
         free = available_mib()
         if free < need:
-            what = f"{free} MiB of memory are available, {count} new sandboxes need {need}"
+            what = f"{free} MiB of memory are available, {count} more machines need {need}"
             raise CapacityError(f"{what}. Try again later.")
 
     def has_room_for_spare(self) -> bool:

@@ -7,15 +7,26 @@ nothing of what the bytes mean.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from kernels.zmtp import GREETING, GREETING_BYTES, Handshake, HandshakeError, ready
+from kernels.zmtp import (
+    GREETING,
+    GREETING_BYTES,
+    Handshake,
+    HandshakeError,
+    MessageMeter,
+    MessageTooLongError,
+    ready,
+)
 from vm_runtime.wire.errors import WireError
 from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Stream
+
+log = logging.getLogger(__name__)
 
 # Port numbers of the "ipc" transport: the socket of channel n is `<directory>/k-<n>` (jupyter_client.connect).
 CHANNELS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
@@ -115,32 +126,49 @@ class Endpoints:
         try:
             # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
             if self._open_channel is not None:
-                await self._relay(name, await self._open_channel(name), reader, writer)
+                await self._relay(name, await self._open_channel(name), reader, writer, kernel=Handshake())
                 return
             self._held.add(task)
             client = await self._hold(name, reader, writer)
             self._held.discard(task)
             if client is not None and self._open_channel is not None:
                 stream = await self._open_channel(name)
-                await self._replay(client, stream, writer)
-                await self._relay(name, stream, reader, writer)
-        except (WireError, OSError, HandshakeError, asyncio.CancelledError):
+                kernel = await self._replay(client, stream, writer)
+                await self._relay(name, stream, reader, writer, kernel=kernel)
+        except* (WireError, OSError, HandshakeError, asyncio.CancelledError):
             # The connection's own task, which nothing awaits: cancelled only by `drop_connections` and `close`.
             pass
+        except* MessageTooLongError as errors:
+            log.warning("A kernel's %s connection was ended: %s", name, errors.exceptions[0])
         finally:
             self._connections.discard(task)
             self._held.discard(task)
             writer.close()
 
     async def _relay(
-        self, name: str, stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        name: str,
+        stream: Stream,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        kernel: Handshake,
     ) -> None:
-        if name != "iopub":
-            await relay(stream, reader, writer)
-            return
-        self._iopub.add(stream)
+        """kernel: the kernel's side of the handshake as far as it has come. Errors: MessageTooLongError, in a group."""
+        meter = MessageMeter()
+        meter.feed(bytes(kernel.rest))
+
+        def inspect(data: bytes) -> None:
+            if kernel.done:
+                meter.feed(data)
+            else:
+                kernel.feed(data)
+                meter.feed(bytes(kernel.rest))
+
+        if name == "iopub":
+            self._iopub.add(stream)
         try:
-            await relay(stream, reader, writer)
+            await relay(stream, reader, writer, inspect=inspect)
         finally:
             self._iopub.discard(stream)
 
@@ -185,7 +213,7 @@ class Endpoints:
             await asyncio.gather(*(task for task in (attached, more) if task), return_exceptions=True)
 
     @staticmethod
-    async def _replay(client: Handshake, stream: Stream, writer: asyncio.StreamWriter) -> None:
+    async def _replay(client: Handshake, stream: Stream, writer: asyncio.StreamWriter) -> Handshake:
         """Says to the kernel's socket what the client said, step by step (libzmq takes no READY before its own
         greeting has gone out), and drops the kernel's side of the handshake, which the client has had from us."""
         kernel = Handshake()
@@ -197,6 +225,7 @@ class Endpoints:
             kernel.feed(await _some(stream))
         await stream.write(bytes(client.rest))
         writer.write(bytes(kernel.rest))
+        return kernel
 
     def connection_info(self, key: str) -> dict[str, Any]:
         """Jupyter's connection file for these endpoints, `transport: ipc`."""

@@ -11,6 +11,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from kernels.capacity import shape_of
 from kernels.core import Core, utc_now
 from kernels.errors import KernelsError, LimitError, MachineFailedError, SandboxStateError
 from kernels.index import SandboxRecord
@@ -24,7 +25,6 @@ from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
-from vm_runtime.spec import MachineShape
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +115,7 @@ class Forks:
             )
         if parent.depth + 1 > settings.max_depth:
             raise LimitError(f"Forks of forks go at most {settings.max_depth} deep (max_depth).")
-        sandbox = parent.sandbox
-        shape = MachineShape(memory_mib=sandbox.memory_mib, vcpus=sandbox.vcpus, disk_mib=sandbox.disk_mib)
-        core.capacity.admit(len(core.registry), shape, count=count)
+        core.capacity.admit(len(core.registry), shape_of(parent.sandbox), count=count)
 
     async def _wait_idle(self, sandbox_id: str) -> None:
         core = self._core
@@ -135,6 +133,9 @@ class Forks:
 
     def _child_record(self, parent: SandboxRecord, index: int, name: str | None) -> SandboxRecord:
         now = utc_now()
+        lifetime_s = parent.sandbox.max_lifetime_s
+        if lifetime_s:  # counted from the child's own birth, ends when the parent's does
+            lifetime_s = max(1.0, lifetime_s - (now - parent.sandbox.created_at).total_seconds())
         sandbox = replace(
             parent.sandbox,
             id=new_sandbox_id(),
@@ -149,6 +150,7 @@ class Forks:
             snapshot_id=None,
             notebook=None,
             released=False,
+            max_lifetime_s=lifetime_s,
         )
         return parent.model_copy(
             update={"sandbox": sandbox, "machine_id": "", "key": new_key(), "marker": "", "depth": parent.depth + 1}

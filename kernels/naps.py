@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from kernels.capacity import shape_of
 from kernels.core import Core, utc_now
 from kernels.errors import KernelsError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
@@ -55,7 +56,10 @@ class Naps:
         return core.registry.move(sandbox_id, SandboxState.ASLEEP)
 
     async def wake(self, sandbox_id: str) -> Sandbox:
-        """Wakes a sandbox; one that runs already goes on. Errors: UnknownSandboxError, MachineFailedError."""
+        """Wakes a sandbox; one that runs already goes on.
+
+        Errors: UnknownSandboxError, CapacityError (it sleeps on), MachineFailedError.
+        """
         async with self._core.lock(sandbox_id):
             return await self._wake(sandbox_id)
 
@@ -64,9 +68,10 @@ class Naps:
         sandbox = core.get(sandbox_id)
         if sandbox.state is not SandboxState.ASLEEP:
             core.running(sandbox_id)
-            return sandbox
+            return core.registry.change(sandbox_id, released=False) if sandbox.released else sandbox
         if sandbox.snapshot_id is None:
             raise SandboxStateError(sandbox_id, found="asleep without a snapshot", wanted=SandboxState.RUNNING)
+        core.capacity.check_memory(shape_of(sandbox))
         try:
             snapshot = await asyncio.to_thread(core.store.get, sandbox.snapshot_id)
             # The same sandbox goes on, so its user-level random numbers do, too; the system's are renewed in any case.

@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 from kernels.core import Core, utc_now
@@ -19,6 +20,7 @@ from kernels.errors import (
     MachineFailedError,
     RequestError,
     SandboxExistsError,
+    SandboxStateError,
     SnapshotInUseError,
     UnknownSnapshotError,
     UnknownTemplateError,
@@ -127,6 +129,7 @@ class SandboxService:
         for name, image in self._core.images.current().items():
             shape = self._shape(image, CreateSandbox(template=name))
             launcher.pool.keep(await launcher.templates.ensure(image, shape, progress=progress))
+        await launcher.templates.remove_stale(self._core.images.current().values())
 
     def pool_ready(self) -> int:
         """Warm machines ready to be given out."""
@@ -148,8 +151,13 @@ class SandboxService:
         Errors: RequestError (unknown template, id taken, beyond a maximum), CapacityError, TemplateError,
         MachineFailedError; nothing is left behind then.
         """
-        image = self._image(request.template)
-        shape = self._shape(image, request)
+        snapshot = await asyncio.to_thread(self._resolve, request.snapshot) if request.snapshot is not None else None
+        if snapshot is None:
+            image = self._image(request.template)
+            request = replace(request, template=image.manifest.recipe.name)
+            shape = self._shape(image, request)
+        else:
+            image, request, shape = None, replace(request, template=snapshot.template), _shape_of(snapshot, request)
         sandbox_id = _checked_id(request.kernel_id)
         left = self._left_behind(request, sandbox_id)
         if left is not None:
@@ -169,13 +177,17 @@ class SandboxService:
             memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib, notebook=request.notebook,
             idle_timeout_s=idle_s, max_lifetime_s=request.max_lifetime_s, checkpoints=checkpoints,
         )  # fmt: skip
-        env = {**image.manifest.recipe.environment, **request.env}
+        env = {**(image.manifest.recipe.environment if image is not None else {}), **request.env}
         core.registry.add(
             SandboxRecord(sandbox=sandbox, machine_id="", key=new_key(), marker="", env=env, cwd=request.cwd)
         )
         try:
             async with core.lock(sandbox_id):
-                await self._bring_up(sandbox_id, image, shape, request.snapshot)
+                if snapshot is not None:
+                    await self._bring_back(sandbox_id, snapshot)
+                else:
+                    assert image is not None
+                    await self._bring_up(sandbox_id, image, shape)
         except BaseException as error:
             await core.forget(sandbox_id)
             if isinstance(error, VmRuntimeError | SnapshotError):
@@ -183,12 +195,14 @@ class SandboxService:
             raise
         return self.get(sandbox_id)
 
-    async def _bring_up(self, sandbox_id: str, image: Image, shape: MachineShape, snapshot: str | None) -> None:
+    async def _bring_back(self, sandbox_id: str, snapshot: Manifest) -> None:
+        live = await self._core.restore(sandbox_id, snapshot, keep_random=False)
+        record = self._core.registry.record(sandbox_id)
+        if record.env or record.cwd is not None:
+            await live.configure(env=record.env, cwd=record.cwd, identity=self._core.identity(record))
+
+    async def _bring_up(self, sandbox_id: str, image: Image, shape: MachineShape) -> None:
         core = self._core
-        if snapshot is not None:
-            manifest = await asyncio.to_thread(self._resolve, snapshot)
-            await core.restore(sandbox_id, manifest, keep_random=False)
-            return
         template = await core.launcher.templates.ensure(image, shape, progress=log.info)
         warm = await core.launcher.launch(template, core.identity(core.registry.record(sandbox_id)))
         await core.go_live(sandbox_id, warm, configure=True)
@@ -212,17 +226,19 @@ class SandboxService:
 
     async def release(self, sandbox_id: str) -> None:
         """A Jupyter client deletes its kernel: the sandbox is kept asleep for the next who asks for it, or ended, as
-        `ServiceSettings.delete_means_sleep` says. Errors: UnknownSandboxError."""
+        `ServiceSettings.delete_means_sleep` says. One that cannot sleep runs on. Errors: UnknownSandboxError."""
         sandbox = self.get(sandbox_id)
         keep = self._settings.delete_means_sleep and sandbox.notebook is not None
-        if keep and sandbox.state in (SandboxState.RUNNING, SandboxState.ASLEEP):
-            try:
-                await self._naps.sleep(sandbox_id)
-                self._core.registry.change(sandbox_id, released=True)
-                return
-            except MachineFailedError as error:
-                log.warning("Sandbox %s is deleted instead of put to sleep: %s", sandbox_id, error)
-        await self.delete(sandbox_id)
+        if not keep or sandbox.state not in (SandboxState.RUNNING, SandboxState.PAUSED, SandboxState.ASLEEP):
+            await self.delete(sandbox_id)
+            return
+        try:
+            if sandbox.state is SandboxState.PAUSED:
+                await self._naps.resume(sandbox_id)
+            await self._naps.sleep(sandbox_id)
+        except MachineFailedError as error:
+            log.warning("Sandbox %s was left by its client: %s", sandbox_id, error)
+        self._core.registry.change(sandbox_id, released=True)
 
     async def delete(self, sandbox_id: str) -> None:
         """Ends a sandbox for good. Errors: UnknownSandboxError."""
@@ -232,12 +248,12 @@ class SandboxService:
 
     async def interrupt(self, sandbox_id: str) -> None:
         """Interrupts the cell that runs. Errors: UnknownSandboxError, SandboxStateError, MachineFailedError."""
-        await self.ready(sandbox_id)
+        await self._ready_to_answer(sandbox_id)
         await self._core.running(sandbox_id).interrupt()
 
     async def restart(self, sandbox_id: str) -> None:
         """A new kernel in the same machine. Errors: as `interrupt`."""
-        await self.ready(sandbox_id)
+        await self._ready_to_answer(sandbox_id)
         async with self._core.lock(sandbox_id):
             await self._core.running(sandbox_id).restart()
 
@@ -262,8 +278,14 @@ class SandboxService:
         return SandboxFiles(await self._open_stream(sandbox_id))
 
     async def _open_stream(self, sandbox_id: str) -> OpenStream:
-        await self.ready(sandbox_id)
+        await self._ready_to_answer(sandbox_id)
         return self._core.running(sandbox_id).session.open_stream
+
+    async def _ready_to_answer(self, sandbox_id: str) -> None:
+        """As `ready`; but a paused machine would answer only when someone has resumed it: SandboxStateError."""
+        await self.ready(sandbox_id)
+        if self.get(sandbox_id).state is SandboxState.PAUSED:
+            raise SandboxStateError(sandbox_id, found=SandboxState.PAUSED, wanted="running (resume it first)")
 
     def touch(self, sandbox_id: str) -> None:
         """A client did something; unknown ids are fine."""
@@ -336,7 +358,10 @@ class SandboxService:
             raise MachineFailedError(str(error)) from error
 
     def configure(self, sandbox_id: str, **changes: Any) -> Sandbox:
-        """Changes name, idle_timeout_s, max_lifetime_s or checkpoints. Errors: UnknownSandboxError, RequestError."""
+        """Changes name, notebook, idle_timeout_s, max_lifetime_s or checkpoints.
+
+        Errors: UnknownSandboxError, RequestError.
+        """
         if "checkpoints" in changes:
             timer_minutes(changes["checkpoints"])
         return self._core.registry.change(sandbox_id, **changes)
@@ -351,8 +376,10 @@ class SandboxService:
 
     def _image(self, name: str) -> Image:
         images = self._core.images.current()
-        if name in images:
-            return images[name]
+        # As jupyter_client.kernelspec has it: case does not count, and "python" is the Python of this host.
+        for alias in (name, name.lower(), "python3" if name.lower() == "python" else name):
+            if alias in images:
+                return images[alias]
         known = ", ".join(sorted(images)) or "none"
         raise UnknownTemplateError(
             f"There is no kernelspec named {name!r} (there is: {known}). `hypercelld image build` makes one."
@@ -375,6 +402,18 @@ class SandboxService:
             vcpus=size("vcpus", request.vcpus, settings.vcpus, recipe.vcpus, settings.max_vcpus),
             disk_mib=size("disk_mib", request.disk_mib, settings.disk_mib, recipe.disk_mib, settings.max_disk_mib),
         ).rounded()
+
+
+def _shape_of(snapshot: Manifest, request: CreateSandbox) -> MachineShape:
+    """Errors: RequestError where another one is asked for."""
+    shape = MachineShape(**snapshot.shape.model_dump())
+    for what in ("memory_mib", "vcpus", "disk_mib"):
+        asked = getattr(request, what)
+        if asked is not None and asked != getattr(shape, what):
+            raise RequestError(
+                f"A sandbox from a snapshot has the snapshot's size: {what} is {getattr(shape, what)}, not {asked}."
+            )
+    return shape
 
 
 def _checked_id(kernel_id: str | None) -> str:

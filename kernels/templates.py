@@ -8,14 +8,16 @@ snapshot like any other, in the same store; `STATE/templates/<digest>.json` says
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +33,13 @@ from vm_runtime.guest.archive import guest_archive, guest_digest
 from vm_runtime.images.store import Image
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.values import Description
-from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 from vm_runtime.spec import MachineShape, MachineSpec
 from vm_runtime.wire.protocol import BOOT_MARKER
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # A cold boot under emulation takes 20 to 30 s on an idle machine, several times that on a busy one.
@@ -75,6 +79,34 @@ def template_digest(image_digest: str, shape: MachineShape, vmm_identity: str) -
         "guest": guest_digest(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def stored_templates(directory: Path, store: SnapshotStore) -> list[tuple[TemplateRecord, Manifest | None]]:
+    """Every template's record, with its snapshot, or None where that is gone or broken. Unreadable records count as
+    none. Blocking."""
+    found: list[tuple[TemplateRecord, Manifest | None]] = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            record = TemplateRecord.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            continue
+        try:
+            found.append((record, store.get(record.snapshot)))
+        except SnapshotError:
+            found.append((record, None))
+    return found
+
+
+def remove_template(directory: Path, store: SnapshotStore, record: TemplateRecord) -> None:
+    """Removes a template. What sandboxes made from it need, they have pinned, and it stays. Blocking."""
+    (directory / f"{record.digest}.json").unlink(missing_ok=True)
+    store.unpin(_pin_name(record))
+    with contextlib.suppress(UnknownSnapshotError, SnapshotInUseError):  # a sandbox may wake from the very same
+        store.rm(record.snapshot)
+
+
+def _pin_name(record: TemplateRecord) -> str:
+    return f"template-{record.digest[:16]}"
 
 
 class TemplateStore:
@@ -118,6 +150,18 @@ class TemplateStore:
             assert found is not None
             return found
 
+    async def remove_stale(self, images: Iterable[Image]) -> None:
+        """Removes templates that no new kernel can be restored from: of another image, VMM, CPU model or agent."""
+        current = {image.files.digest for image in images}
+        async with self._lock, self._file_lock():
+            for record, snapshot in await asyncio.to_thread(stored_templates, self._directory, self._store):
+                if snapshot is not None and snapshot.image_digest in current:
+                    shape = MachineShape(**snapshot.shape.model_dump())
+                    if template_digest(snapshot.image_digest, shape, self._driver.identity()) == record.digest:
+                        continue
+                log.info("Template %s is out of date and removed", record.digest[:12])
+                await asyncio.to_thread(remove_template, self._directory, self._store, record)
+
     @asynccontextmanager
     async def _file_lock(self) -> AsyncIterator[None]:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -153,7 +197,7 @@ class TemplateStore:
             await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
 
     def _publish(self, record: TemplateRecord) -> None:
-        self._store.pin(f"template-{record.digest[:16]}", Pin(snapshots=(record.snapshot,)))
+        self._store.pin(_pin_name(record), Pin(snapshots=(record.snapshot,)))
         temporary = self._directory / f".{record.digest}.json"
         temporary.write_text(record.model_dump_json())
         temporary.replace(self._directory / f"{record.digest}.json")

@@ -42,6 +42,8 @@ class TimeLine:
         self._core = core
         self._slow_until: dict[str, float] = {}
         self._pauses: dict[str, deque[float]] = {}
+        # Sandboxes whose checkpoint after a cell waits for its turn: one that waits will have later cells in it, too.
+        self._waiting: set[str] = set()
 
     def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
         """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError."""
@@ -66,12 +68,14 @@ class TimeLine:
 
     def on_idle(self, sandbox_id: str) -> None:
         """A cell has ended."""
-        if self._core.get(sandbox_id).checkpoints == CheckpointPolicy.CELL:
+        if self._core.get(sandbox_id).checkpoints == CheckpointPolicy.CELL and sandbox_id not in self._waiting:
+            self._waiting.add(sandbox_id)
             self._core.spawn(self._after_cell(sandbox_id))
 
     async def _after_cell(self, sandbox_id: str) -> None:
         core = self._core
         async with core.lock(sandbox_id):
+            self._waiting.discard(sandbox_id)
             live = core.live.get(sandbox_id)
             # The next cell runs already: its own end is the better moment.
             if live is None or core.get(sandbox_id).execution_state == "busy":

@@ -16,8 +16,20 @@ GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0")
 # READY carries the socket's type and identity; libzmq's has under 100 bytes.
 MAX_COMMAND_BYTES = 1024
 
+# All parts of one message from a kernel: what libzmq has of an unfinished message it keeps in the gateway's memory,
+# beyond every other limit. A widget's buffers or a large image are far below it.
+MAX_MESSAGE_BYTES = 512 << 20
+
+# What libzmq keeps per part beside its bytes (zmq::msg_t).
+PART_OVERHEAD_BYTES = 64
+
+_FLAG_MORE = 0x01
 _FLAG_LONG = 0x02
 _FLAG_COMMAND = 0x04
+
+
+class MessageTooLongError(Exception):
+    """A message whose parts have more than MAX_MESSAGE_BYTES."""
 
 
 class HandshakeError(Exception):
@@ -78,3 +90,35 @@ def _command_end(data: bytearray, start: int) -> int | None:
         raise HandshakeError(f"a READY of {size} bytes")
     end = start + header + size
     return end if len(data) >= end else None
+
+
+class MessageMeter:
+    """Adds up the parts of each message in what a socket says after its handshake."""
+
+    def __init__(self) -> None:
+        self._header = bytearray()
+        self._body_left = 0
+        self._message_bytes = 0
+
+    def feed(self, data: bytes) -> None:
+        """Errors: MessageTooLongError."""
+        position = 0
+        while position < len(data):
+            if self._body_left:
+                step = min(self._body_left, len(data) - position)
+                self._body_left -= step
+                position += step
+                continue
+            self._header.append(data[position])
+            position += 1
+            flags = self._header[0]
+            if len(self._header) < (9 if flags & _FLAG_LONG else 2):
+                continue
+            self._body_left = int.from_bytes(self._header[1:], "big")
+            # What Python or libzmq need for a part counts, too: empty ones must not be free.
+            self._message_bytes += self._body_left + len(self._header) + PART_OVERHEAD_BYTES
+            if self._message_bytes > MAX_MESSAGE_BYTES:
+                raise MessageTooLongError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+            if not flags & _FLAG_MORE:
+                self._message_bytes = 0
+            self._header.clear()

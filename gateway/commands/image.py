@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateway.places import default_state_dir
+from kernels.templates import remove_template, stored_templates
 from vm_runtime.images.errors import ImageError
 from vm_runtime.images.progress import LineProgress, Progress, TerminalProgress
 from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
 from vm_runtime.images.store import SHORT_DIGEST_LENGTH, Image, ImageStore
+from vm_runtime.snapshots.store import SnapshotStore
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -50,7 +52,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _command(commands, "ls", "list images, newest first", _ls)
     inspect = _command(commands, "inspect", "check all files of an image and show what it is made of", _inspect)
-    remove = _command(commands, "rm", "remove an image that no template needs", _rm)
+    remove = _command(commands, "rm", "remove an image that no sandbox needs, and its templates", _rm)
     for command in (inspect, remove):
         command.add_argument(
             "image", metavar="IMAGE", help=f"name, or the first {SHORT_DIGEST_LENGTH} digits of the digest or more"
@@ -161,26 +163,37 @@ async def _inspect(arguments: argparse.Namespace) -> None:
 
 async def _rm(arguments: argparse.Namespace) -> None:
     def used_by(digest: str) -> list[str]:
-        return templates_using(arguments.state_dir, digest)
+        return users_of(arguments.state_dir, digest)
 
     image = await _store(arguments).rm(arguments.image, used_by=used_by)
+    await asyncio.to_thread(_remove_templates, arguments.state_dir, image.files.digest)
     if arguments.json:
         _print_json(_summary(image))
     else:
         print(f"removed {image.manifest.recipe.name} {image.files.digest[:SHORT_DIGEST_LENGTH]}")
 
 
-def templates_using(state_dir: Path, image_digest: str) -> list[str]:
-    """Digests of the templates below a state directory that were made from an image."""
-    users = []
-    for manifest in sorted((state_dir / "templates").glob("*/manifest.json")):
-        try:
-            values = json.loads(manifest.read_bytes())
-        except (OSError, ValueError):
-            continue  # Unreadable: nothing can be restored from it, so it needs no image.
-        if isinstance(values, dict) and values.get("image") == image_digest:
-            users.append(manifest.parent.name)
-    return users
+def users_of(state_dir: Path, image_digest: str) -> list[str]:
+    """Who needs an image, below a state directory: snapshots of sandboxes, and machines that run. Its templates do not
+    count: they are made again from an image, and go with it."""
+    directory = state_dir / "snapshots"
+    if not directory.exists():
+        return []
+    with SnapshotStore(directory) as store:
+        snapshots = [manifest for manifest in store.ls() if manifest.image_digest == image_digest]
+        bases = {manifest.memory.base.digest for manifest in snapshots}
+        running = [user for user, pin in store.pins().items() if user.startswith("machine-") and bases & set(pin.bases)]
+        of_templates = {record.snapshot for record, _ in stored_templates(state_dir / "templates", store)}
+        return [manifest.id for manifest in snapshots if manifest.id not in of_templates] + running
+
+
+def _remove_templates(state_dir: Path, image_digest: str) -> None:
+    if not (state_dir / "snapshots").exists():
+        return
+    with SnapshotStore(state_dir / "snapshots") as store:
+        for record, snapshot in stored_templates(state_dir / "templates", store):
+            if snapshot is None or snapshot.image_digest == image_digest:
+                remove_template(state_dir / "templates", store, record)
 
 
 def _summary(image: Image) -> dict[str, object]:

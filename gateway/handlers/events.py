@@ -12,12 +12,12 @@ from tornado.iostream import StreamClosedError
 
 from gateway.endpoint import Endpoint, EndpointHandler, Operation
 from gateway.handlers.sandboxes import SANDBOX_ID
+from gateway.openapi import EVENT_STREAM
 from gateway.sandbox_models import EventAnswer
 from gateway.state import Gateway
 from kernels.events import EventQueue
 from kernels.models import EventKind, SandboxEvent
 
-MEDIA = "text/event-stream"
 # Proxies cut silent connections after one minute.
 HEARTBEAT_S = 15.0
 
@@ -52,7 +52,7 @@ class EventsHandler(EndpointHandler):
     def _begin(self, sandbox_id: str | None) -> None:
         if sandbox_id is not None:
             self.gateway.service.get(sandbox_id)
-        self.set_header("Content-Type", MEDIA)
+        self.set_header("Content-Type", EVENT_STREAM)
         # nginx gathers answers otherwise.
         self.set_header("X-Accel-Buffering", "no")
 
@@ -93,7 +93,7 @@ class EventsHandler(EndpointHandler):
 
 def _stream(name: str, summary: str, errors: tuple[int, ...]) -> dict[str, Operation]:
     # `EventsHandler` does it.
-    return {"GET": Operation(name=name, summary=summary, run=None, reply=str, media=MEDIA, errors=errors)}
+    return {"GET": Operation(name=name, summary=summary, run=None, reply=str, media=EVENT_STREAM, errors=errors)}
 
 
 ENDPOINTS = (

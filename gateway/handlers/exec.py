@@ -45,7 +45,8 @@ async def run_command(call: Call) -> Reply:
     request: ExecRequest = call.body
     commands = await call.gateway.service.commands(call.path["sandbox_id"])
     kept = {name: _Kept(request.max_output_bytes) for name in ("stdout", "stderr")}
-    async with await commands.start(request.to_command()) as command:
+    in_use = call.gateway.in_use(call.path["sandbox_id"])
+    async with in_use, await commands.start(request.to_command()) as command:
         feeding = None if request.stdin is None else asyncio.create_task(_feed(command, request.stdin.encode()))
         try:
             while not isinstance(event := await command.next(), CommandExited):

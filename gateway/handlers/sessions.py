@@ -9,7 +9,15 @@ from dataclasses import replace
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.errors import ApiError
 from gateway.handlers.kernels import CREATE_ERRORS
-from gateway.models import CreateSession, NotebookAnswer, PatchSession, SessionAnswer, SessionKernel, notebook_of
+from gateway.models import (
+    KERNEL_ID,
+    CreateSession,
+    NotebookAnswer,
+    PatchSession,
+    SessionAnswer,
+    SessionKernel,
+    notebook_of,
+)
 from gateway.sessions import Session
 from gateway.state import Gateway
 from kernels.errors import UnknownSandboxError
@@ -43,19 +51,25 @@ def _find(call: Call) -> tuple[Session, SessionAnswer]:
     return session, answer
 
 
-async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: str, type: str) -> str:
-    """The id of the kernel that a session asks for, started or woken where it is not there."""
+async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: str, notebook: str | None) -> str:
+    """The id of the kernel that a session asks for, started or woken where it is not there. notebook: whose kernel may
+    have been left behind; None: a new one in any case."""
     wanted = wanted or SessionKernel()
     if wanted.id is not None:
         with suppress(UnknownSandboxError):
             return gateway.kernel_sandbox(wanted.id).id
     request = CreateSandbox(
         template=wanted.name or gateway.default_template(),
-        kernel_id=wanted.id,
+        kernel_id=wanted.id if wanted.id and KERNEL_ID.match(wanted.id) else None,
         env={"JPY_SESSION_NAME": path},
-        notebook=notebook_of(path) if type == "notebook" else None,
+        notebook=notebook,
     )
     return (await gateway.create(request)).id
+
+
+def _notebook(session: Session) -> str | None:
+    """The notebook that a session's kernel belongs to."""
+    return notebook_of(session.path) if session.type == "notebook" else None
 
 
 async def list_sessions(call: Call) -> Reply:
@@ -70,7 +84,8 @@ async def create_session(call: Call) -> Reply:
         session = gateway.sessions.by_path(body.path)
         answer = _answer(gateway, session) if session else None
         if answer is None:
-            kernel_id = await _kernel_for(gateway, body.kernel, path=body.path, type=body.type)
+            notebook = notebook_of(body.path) if body.type == "notebook" else None
+            kernel_id = await _kernel_for(gateway, body.kernel, path=body.path, notebook=notebook)
             session = gateway.sessions.add(path=body.path, name=body.name, type=body.type, kernel_id=kernel_id)
             answer = _answer(gateway, session)
     if answer is None:
@@ -95,10 +110,13 @@ async def patch_session(call: Call) -> Reply:
         try:
             after = replace(after, kernel_id=gateway.kernel_sandbox(body.kernel.id).id)
         except UnknownSandboxError as error:
-            raise ApiError(404, "kernel_not_found", f"No such kernel: {body.kernel.id}") from error
+            raise ApiError(400, "kernel_not_found", f"No such kernel: {body.kernel.id}") from error
     elif body.kernel is not None and body.kernel.name is not None:
-        after = replace(after, kernel_id=await _kernel_for(gateway, body.kernel, path=after.path, type=after.type))
+        # The notebook's own kernel, which may sleep, is the one that this replaces.
+        after = replace(after, kernel_id=await _kernel_for(gateway, body.kernel, path=after.path, notebook=None))
     gateway.sessions.put(after)
+    with suppress(UnknownSandboxError):
+        gateway.service.configure(after.kernel_id, notebook=_notebook(after))
     if after.kernel_id != before.kernel_id:
         # For good, also where a delete means sleep: who chose another kernel does not want this one back.
         with suppress(UnknownSandboxError):

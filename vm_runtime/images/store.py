@@ -111,7 +111,7 @@ class ImageStore:
         await asyncio.to_thread(_verify, image)
 
     async def rm(self, name_or_digest: str, *, used_by: Callable[[str], Sequence[str]]) -> Image:
-        """Removes an image. used_by: names the templates that need the image with a digest.
+        """Removes an image. used_by: names what needs the image with a digest.
 
         Errors: UnknownImageError, BrokenImageError, ImageInUseError.
         """
@@ -120,8 +120,9 @@ class ImageStore:
             digest = image.files.digest
             if users := used_by(digest):
                 raise ImageInUseError(
-                    f"The image {digest[:SHORT_DIGEST_LENGTH]} is needed by {len(users)} template(s) "
-                    f"({', '.join(user[:SHORT_DIGEST_LENGTH] for user in users)}); remove them first."
+                    f"The image {digest[:SHORT_DIGEST_LENGTH]} is needed by {len(users)} snapshots and running "
+                    f"machines ({', '.join(users[:3])}{', ...' if len(users) > 3 else ''}). Delete their sandboxes, or "
+                    "`hypercelld snapshot rm`."
                 )
             # Renamed first: an image that is half removed must not look like one.
             doomed = self._directory / f".building-{os.getpid()}-removed"

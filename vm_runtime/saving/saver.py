@@ -220,7 +220,7 @@ class Saver:
 
     def _check_vmm(self, vmm: Vmm) -> None:
         here = self._driver.vmm
-        if vmm != here:
+        if _loadable(vmm) != _loadable(here):
             raise BrokenSnapshotError(f"The snapshot needs {_sentence(vmm)}; this host has {_sentence(here)}.")
 
     def _open(self, place: MachinePlace, ground: Ground, manifest: Manifest) -> _Opened:
@@ -412,6 +412,12 @@ def _copy_disk(source: Path, target: Path) -> None:
 
 def _machine_shape(shape: Shape) -> MachineShape:
     return MachineShape(memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib)
+
+
+def _loadable(vmm: Vmm) -> Vmm:
+    """Without the last number of the version: QEMU keeps the device state as it is within a stable branch, and a host
+    that installs a security update must not lose what sleeps on it."""
+    return vmm.model_copy(update={"version": ".".join(vmm.version.split(".")[:2])})
 
 
 def _sentence(vmm: Vmm) -> str:

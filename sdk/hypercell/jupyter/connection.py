@@ -24,6 +24,7 @@ from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, W
 from traitlets import Int, Unicode
 
 # RFC 6455, section 7.4.1: the status codes with which a WebSocket is closed.
+CLOSE_NORMAL = 1000
 CLOSE_GOING_AWAY = 1001
 CLOSE_TOO_BIG = 1009
 CLOSE_INTERNAL_ERROR = 1011
@@ -99,6 +100,10 @@ class HypercellWebSocketConnection(GatewayWebSocketConnection):
             else:
                 retry = 0
                 await self._relay_until_closed(upstream)
+                if upstream.close_code == CLOSE_NORMAL:
+                    # On purpose: the kernel was deleted, or the browser has a newer connection. This one is over.
+                    self._close_browser(CLOSE_GOING_AWAY, upstream.close_reason or "The gateway ended the connection")
+                    return
                 self.log.warning("Lost the gateway's connection to kernel %s", self.kernel_id)
             if retry >= client.gateway_retry_max:
                 # The browser then shows that the kernel is disconnected, and tries again by itself.

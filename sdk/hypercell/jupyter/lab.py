@@ -11,6 +11,7 @@ from typing import NoReturn
 from hypercell.errors import MissingPackageError
 from hypercell.locate import Gateway
 
+REQUEST_TIMEOUT_S = 300
 CONNECTION_CLASS = "hypercell.jupyter.connection.HypercellWebSocketConnection"
 
 
@@ -31,6 +32,8 @@ def run_lab(gateway: Gateway, arguments: Sequence[str]) -> NoReturn:
         f"--ServerApp.kernel_websocket_connection_class={CONNECTION_CLASS}",
         # The notebook's path, by which the gateway finds the kernel that it was left with.
         "--GatewayClient.allowed_envs=JPY_SESSION_NAME",
+        # A kernel of a new size waits until its template has been booted; the default of 42 s may be too short.
+        f"--GatewayClient.request_timeout={REQUEST_TIMEOUT_S}",
         *arguments,
     ]
     # By environment, since everyone on this machine can read a command line.

@@ -6,12 +6,14 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tornado.httpclient import AsyncHTTPClient
 
 from tests.gateways import RunningGateway
+from tests.state.sandboxes import vmm_of
 from tests.unit.gateway.client import KernelClient, request, stream_text
 
 Json = Any
@@ -51,6 +53,56 @@ async def test_what_is_asked_for_is_what_it_is(gateway: RunningGateway) -> None:
     assert (changed["name"], changed["idle_timeout_s"], changed["checkpoints"]) == (None, 0, "timer:5")
     assert 60 <= changed["max_lifetime_s"] < 600
     await call(gateway, "DELETE", path, status=204)
+
+
+async def test_a_paused_machine_says_so_instead_of_not_answering(gateway: RunningGateway, sandbox: str) -> None:
+    await call(gateway, "POST", f"{sandbox}/pause", {})
+    refused = await call(gateway, "POST", f"{sandbox}/exec", {"command": "true"}, status=409)
+    assert "resume it first" in refused["message"]
+    await call(gateway, "POST", f"{sandbox}/resume", {})
+    assert (await call(gateway, "POST", f"{sandbox}/exec", {"command": "true"}))["exit_status"] == 0
+
+
+async def test_a_sandbox_from_a_snapshot_has_its_size_and_a_new_environment(
+    gateway: RunningGateway, sandbox: str
+) -> None:
+    taken = await call(gateway, "POST", f"{sandbox}/checkpoints", {"name": f"s{uuid.uuid4().hex}"}, status=201)
+    asked = {"snapshot": taken["id"], "env": {"HUE": "green"}}
+    refused = await call(gateway, "POST", "/api/sandboxes", {**asked, "memory_mib": 333}, status=400)
+    assert "not 333" in refused["message"]
+    made = await call(gateway, "POST", "/api/sandboxes", asked, status=201)
+    client = await client_of(gateway, f"/{made['id']}")
+    assert stream_text(await client.run("import os; print(os.environ['HUE'])")) == "green\n"
+    await client.close()
+    await call(gateway, "DELETE", f"/api/sandboxes/{made['id']}", status=204)
+
+
+async def test_checkpoints_leave_no_descriptors_in_the_vmm(gateway: RunningGateway, sandbox: str) -> None:
+    pid = vmm_of(gateway, sandbox.rpartition("/")[2])
+
+    def open_descriptors() -> int:
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+    await call(gateway, "POST", f"{sandbox}/checkpoints", {}, status=201)
+    before = open_descriptors()
+    for _ in range(5):
+        await call(gateway, "POST", f"{sandbox}/checkpoints", {}, status=201)
+    assert open_descriptors() <= before + 1
+
+
+async def test_a_renamed_notebook_takes_its_kernel_along(gateway: RunningGateway) -> None:
+    old = await call(
+        gateway, "POST", "/api/sessions", {"notebook": {"path": "old.ipynb"}, "kernel": {"name": "Python"}}, status=201
+    )
+    assert (old["path"], old["type"], old["kernel"]["name"]) == ("old.ipynb", "notebook", "python3")
+    session, sandbox = f"/api/sessions/{old['id']}", f"/api/sandboxes/{old['kernel']['id']}"
+    assert (await call(gateway, "PATCH", session, {"path": "new.ipynb"}))["path"] == "new.ipynb"
+    assert (await call(gateway, "GET", sandbox))["notebook"] == "new.ipynb"
+    await call(gateway, "POST", f"{sandbox}/sleep", {})
+    changed = await call(gateway, "PATCH", session, {"kernel": {"name": "python3"}})
+    assert changed["kernel"]["id"] != old["kernel"]["id"]
+    await call(gateway, "GET", sandbox, status=404)
+    await call(gateway, "DELETE", f"/api/sandboxes/{changed['kernel']['id']}", status=204)
 
 
 async def test_life_time_ends_a_sandbox(gateway: RunningGateway, sandbox: str) -> None:

@@ -76,3 +76,12 @@ def test_every_piece_fits_into_ten_mebibytes() -> None:
     pieces = _pieces(json.dumps({"name": "stdout", "text": text}).encode())
     assert max(piece.size for piece in pieces) < 10 * 1024 * 1024
     assert "".join(json.loads(bytes(piece.content))["text"] for piece in pieces) == text
+
+
+@pytest.mark.parametrize("text", [b"\x80", rb"\ud83d", b"\\"])
+def test_text_that_may_be_cut_nowhere_is_cut_all_the_same(text: bytes) -> None:
+    """What a hostile kernel says must not be searched for longer than it took to say."""
+    content = b'{"name": "stdout", "text": "' + text * (10_000_000 // len(text)) + b'"}'
+    pieces = _pieces(content)
+    assert 8 <= len(pieces) <= 12
+    assert b"".join(bytes(piece.content)[28:-2] for piece in pieces) == content[28:-2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.commands.image import main, templates_using
+from gateway.commands.image import main, users_of
 from vm_runtime.images.build import builder_version
 from vm_runtime.images.errors import BrokenImageError, ImageInUseError, UnknownImageError
 from vm_runtime.images.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, file_digest, image_digest
@@ -102,20 +102,16 @@ async def test_verify_notices_a_changed_byte(tmp_path: Path) -> None:
         await store.verify(image)
 
 
-async def test_removes_only_what_no_template_needs(tmp_path: Path) -> None:
-    manifest = make_image(tmp_path / "images")
-    template = tmp_path / "templates" / "abc"
-    template.mkdir(parents=True)
-    (template / "manifest.json").write_text(json.dumps({"image": manifest.digest}))
-    store = ImageStore(tmp_path / "images")
-    with pytest.raises(ImageInUseError, match=r"needed by 1 template\(s\) \(abc\)"):
-        await store.rm("python3", used_by=lambda digest: templates_using(tmp_path, digest))
+async def test_removes_only_what_nothing_needs(tmp_path: Path) -> None:
+    make_image(tmp_path)
+    store = ImageStore(tmp_path)
+    with pytest.raises(ImageInUseError, match=r"needed by 4 snapshots and running machines \(a, b, c, \.\.\.\)"):
+        await store.rm("python3", used_by=lambda digest: ["a", "b", "c", "d"])
     assert store.ls()
-    (template / "manifest.json").unlink()
-    await store.rm("python3", used_by=lambda digest: templates_using(tmp_path, digest))
+    await store.rm("python3", used_by=lambda digest: users_of(tmp_path, digest))
     assert store.ls() == []
-    assert names_in(tmp_path / "images") == {".lock", "recipes"}
-    assert names_in(tmp_path / "images/recipes") == set()
+    assert names_in(tmp_path) == {".lock", "recipes"}
+    assert names_in(tmp_path / "recipes") == set()
 
 
 async def test_removing_an_older_image_keeps_the_record_of_the_newer(tmp_path: Path) -> None:

@@ -81,9 +81,11 @@ async def choose(wish: Wish, *, state_dir: Path, image: ImageFiles | None, progr
             return Choice(accelerator=Accelerator.TCG, why=why, decided=False)
         qemu = f"{path} {'.'.join(map(str, version))}"
         remembered = await asyncio.to_thread(_read, state_dir, qemu)
-        if remembered is None:
-            remembered = await _boot_under_kvm(image, qemu, program)
-            await asyncio.to_thread(_write, state_dir, remembered)
+        # Who insists on KVM has perhaps just repaired it.
+        if remembered is None or (wish is Wish.KVM and remembered.accelerator is not Accelerator.KVM):
+            remembered, is_certain = await _boot_under_kvm(image, qemu, program)
+            if is_certain:
+                await asyncio.to_thread(_write, state_dir, remembered)
         if remembered.accelerator is Accelerator.KVM:
             return Choice(accelerator=Accelerator.KVM, why=remembered.why, decided=True)
         problem = remembered.why
@@ -104,7 +106,9 @@ def _device_problem() -> str | None:
     return None
 
 
-async def _boot_under_kvm(image: ImageFiles, qemu: str, program: str) -> _Remembered:
+async def _boot_under_kvm(image: ImageFiles, qemu: str, program: str) -> tuple[_Remembered, bool]:
+    """The answer, and whether it is one: a VMM that did not even start says nothing of KVM."""
+    is_certain = True
     started = time.monotonic()
     accelerator, outcome = Accelerator.TCG, ""
     with tempfile.TemporaryDirectory(prefix="hypercell-probe-") as name:
@@ -128,10 +132,11 @@ async def _boot_under_kvm(image: ImageFiles, qemu: str, program: str) -> _Rememb
             finally:
                 await machine.kill()
         except VmRuntimeError as error:
+            is_certain = False
             outcome = f"No guest starts in KVM. {error}"
         finally:
             await driver.close()
-    return _Remembered(
+    remembered = _Remembered(
         format=FORMAT_VERSION,
         machine=_machine_id(),
         kernel=platform.release(),
@@ -139,6 +144,7 @@ async def _boot_under_kvm(image: ImageFiles, qemu: str, program: str) -> _Rememb
         accelerator=accelerator,
         why=outcome,
     )
+    return remembered, is_certain
 
 
 def _machine_id() -> str:

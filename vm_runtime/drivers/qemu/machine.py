@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vm_runtime.drivers.qemu.death import Evidence, printable, reason
 from vm_runtime.drivers.qemu.process import Process
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import FILE_NAME, MachineRecord
-from vm_runtime.errors import MachineError, MachineGoneError, VmmProtocolError
+from vm_runtime.errors import MachineError, MachineGoneError, VmmCommandError, VmmProtocolError
 from vm_runtime.machine import Death, Machine, MemoryMapping, MemoryUsage
 from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.pages import find_mapping, written_pages
@@ -103,6 +103,7 @@ class QemuMachine(Machine):
         self._tasks: list[asyncio.Task[None]] = []
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._disk_lock = asyncio.Lock()
+        self._removed_fdsets: set[int] = set()
         self._stream_ended = asyncio.Event()
         self._stream_error: str | None = None
 
@@ -221,6 +222,8 @@ class QemuMachine(Machine):
         require(self._state, RunState.RUNNING, RunState.PAUSED)
         await self._execute("cont")
         self.become(RunState.RUNNING)
+        removed, self._removed_fdsets = self._removed_fdsets, set()
+        await self._remove_descriptors(removed)
 
     async def device_state(self, path: Path) -> None:
         require(self._state, RunState.PAUSED)
@@ -237,7 +240,7 @@ class QemuMachine(Machine):
                 arguments = {"filename": f"/dev/fdset/{_DEVICE_STATE_FDSET}", "live": False}
                 await self._execute("xen-save-devices-state", arguments)
             finally:
-                await self._execute("remove-fd", {"fdset-id": _DEVICE_STATE_FDSET})
+                await self._remove_descriptors({_DEVICE_STATE_FDSET})
             await asyncio.to_thread(_write_new, path, fd)
         finally:
             os.close(fd)
@@ -297,6 +300,17 @@ class QemuMachine(Machine):
             chain = (record.disk_chain[0], record.disk_chain[-1])
             self._record = record.model_copy(update={"disk_chain": chain})
             self._record.write(self.place.run_dir)
+            used = _FIRST_OVERLAY_FDSET + int(record.disk_node.removeprefix("disk"))
+            fdsets = {each["fdset-id"] for each in await self._execute("query-fdsets")}
+            await self._remove_descriptors({fdset for fdset in fdsets if _FIRST_OVERLAY_FDSET < fdset < used})
+
+    async def _remove_descriptors(self, fdsets: Iterable[int]) -> None:
+        """QEMU closes what is removed only while the machine runs (monitor_fdset_cleanup); `resume` asks again."""
+        for fdset in fdsets:
+            with contextlib.suppress(VmmCommandError):  # a set is gone with its last descriptor
+                await self._execute("remove-fd", {"fdset-id": fdset})
+            if self._state is RunState.PAUSED:
+                self._removed_fdsets.add(fdset)
 
     async def load_state(self, device: Path) -> None:
         """Load the state of CPUs and devices into a VMM that waits for it; answers when it runs."""

@@ -1,0 +1,89 @@
+"""Whether the client of a WebSocket still lives: pings, and the end of one that takes nothing and says nothing.
+
+Knows Tornado and TCP, not what is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from typing import Any
+
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from gateway.state import Gateway
+
+log = logging.getLogger(__name__)
+
+# `tcpi_bytes_acked` in linux/tcp.h's struct tcp_info (since Linux 4.1).
+_BYTES_ACKED = struct.Struct("@Q")
+_BYTES_ACKED_OFFSET = 120
+
+
+class WatchedSocket(WebSocketHandler):
+    """Call `begin_watching` when it is open, `heard` for each message, `end_watching` when it is closed."""
+
+    gateway: Gateway
+    _heard = False
+    _acked = 0
+    _silent_since = 0.0
+    _timer: asyncio.TimerHandle | None = None
+
+    @property
+    def ping_interval(self) -> None:
+        """Tornado's own pings are off: it takes a client that is busy receiving for a dead one."""
+
+    def is_sending(self) -> bool:
+        """Whether something is on its way to the client: then what arrives there counts, since a pong waits behind."""
+        raise NotImplementedError
+
+    def begin_watching(self) -> None:
+        self._silent_since = asyncio.get_running_loop().time()
+        self._watch()
+
+    def end_watching(self) -> None:
+        """Twice is harmless."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def heard(self) -> None:
+        """The client has said something."""
+        self._heard = True
+
+    def on_pong(self, data: bytes) -> None:
+        self._heard = True
+
+    def _watch(self) -> None:
+        """Pings, and ends a connection whose client takes nothing and says nothing for too long."""
+        if self.ws_connection is None:
+            return
+        loop = asyncio.get_running_loop()
+        settings = self.gateway.settings
+        acked = self._bytes_acked()
+        if self._heard or (self.is_sending() and acked != self._acked):
+            self._silent_since = loop.time()
+        self._heard, self._acked = False, acked
+        if loop.time() - self._silent_since > settings.client_timeout_s:
+            log.info("A client of %s was disconnected: nothing from it for a while", self.request.path)
+            # A close frame would wait behind all that the client does not take.
+            self._abort()
+            return
+        try:
+            self.ping(b"")
+        except WebSocketClosedError:
+            return
+        self._timer = loop.call_later(settings.ping_interval_s, self._watch)
+
+    def _bytes_acked(self) -> int:
+        stream: Any = getattr(self.ws_connection, "stream", None)
+        if stream is None or stream.socket is None:
+            return 0
+        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED_OFFSET + _BYTES_ACKED.size)
+        return int(_BYTES_ACKED.unpack_from(info, _BYTES_ACKED_OFFSET)[0])
+
+    def _abort(self) -> None:
+        stream: Any = getattr(self.ws_connection, "stream", None)
+        if stream is not None:
+            stream.close()
