@@ -39,7 +39,7 @@ is used. Progress is shown on stderr if that is a terminal.
 | 2 | wrong arguments |
 | 3 | the code that `run` ran raised an exception |
 | 124 | its time was up (`--timeout`) |
-| 130 | Ctrl-C |
+| 130, 129, 143 | Ctrl-C, SIGHUP, SIGTERM; it cleans up first |
 | that of the command | `exec`; 128 + n if signal n ended it |
 
 Completion: `eval "$(hypercell completion bash)"`, the same with `zsh`, `hypercell completion fish | source`.

@@ -1,16 +1,18 @@
 """The command `hypercell`: its arguments and how it ends. What the subcommands do is in `hypercell.command`.
 
 Heavy imports wait until a subcommand needs them. Exit statuses: 0 done; 1 it could not be done, and stderr says why in
-one sentence; 2 wrong arguments; 3 the code that was run raised an exception; 124 its time was up; 130 Ctrl-C.
-`exec` ends with the status of its command, 128 + n if signal n ended it.
+one sentence; 2 wrong arguments; 3 the code that was run raised an exception; 124 its time was up; 128 + n if signal n
+ended it (130 Ctrl-C, 129 SIGHUP, 143 SIGTERM), after it has cleaned up. `exec` ends with the status of its command, and
+128 + n if signal n ended that.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+# As shells say it: the status of a command that a signal ended.
+EXIT_OF_SIGNAL = 128
+EXIT_INTERRUPTED = EXIT_OF_SIGNAL + signal.SIGINT
+
+# They end the command as Ctrl-C does, which asyncio.run has: what is held is given back.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 DEFAULT_KERNELSPEC = "hypercell"
 
@@ -43,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read this (`head`) has seen enough; Python must not complain when it flushes at exit.
         sys.stderr.close()
+        return EXIT_FAILED
+    except OSError as error:
+        what = error.strerror or str(error) or type(error).__name__
+        print(f"hypercell: {what if error.filename is None else f'{error.filename}: {what}'}", file=sys.stderr)
+        return EXIT_FAILED
+    except UnicodeError as error:
+        # A name or text that is not UTF-8, or that this terminal's encoding lacks.
+        print(f"hypercell: {error}", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -64,8 +79,34 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(script(options.shell, _parser()), end="")
         return EXIT_OK
     module, function = options.run
-    status: int = asyncio.run(getattr(import_module(f"hypercell.command.{module}"), function)(options))
-    return status
+    return asyncio.run(_cancelled_by_signals(getattr(import_module(f"hypercell.command.{module}"), function)(options)))
+
+
+async def _cancelled_by_signals(work: Coroutine[None, None, int]) -> int:
+    """What `work` returns; if one of ENDING_SIGNALS comes, it is cancelled, and the status says which one it was."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    came: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        # Whoever closes a terminal or stops a service sends several; another must not cancel the cleaning up.
+        if not came:
+            came.append(number)
+            task.cancel()
+
+    # `nohup` has SIGHUP ignored, and means it.
+    handled = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in handled:
+        loop.add_signal_handler(number, end, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not came:
+            raise
+        return EXIT_OF_SIGNAL + came[0]
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
 
 
 def _kernelspec(options: argparse.Namespace) -> int:
@@ -191,11 +232,11 @@ def _add_work_commands(commands: Commands) -> None:
     run = commands.add_parser(
         "run",
         help="run a script or a notebook in a sandbox",
-        description="Runs a script or a notebook in a sandbox of its own, which is removed afterwards. "
-        "A notebook's outputs are written back into it.",
+        description="Runs a script or a notebook in a sandbox of its own, which is removed afterwards (an hour later "
+        "if this command was killed outright). A notebook's outputs are written back into it.",
         parents=[common, creation],
     )
-    run.set_defaults(run=("running", "run"), lifetime=0.0)
+    run.set_defaults(run=("running", "run"))
     run.add_argument("file", metavar="FILE.py|FILE.ipynb")
     run.add_argument("arguments", nargs="*", help="the script's arguments (after `--` if they begin with a dash)")
     run.add_argument("--sandbox", help="run it in this one, which stays")

@@ -9,6 +9,11 @@ from typing import Any
 from hypercell.errors import CodeError
 from hypercell.kernel_messages import KernelMessage
 
+# What an Execution keeps of each of stdout and stderr: as much as of a command, far more than anyone reads, and small
+# against the memory of the program that runs code. An endless loop that prints must not fill that. Callbacks get
+# everything.
+MAX_KEPT_CHARACTERS = 16 * 1024 * 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -109,7 +114,9 @@ class Logs:
 class Execution:
     """What running code gave. execution_count: the number of the cell, None if it was never run.
 
-    outputs: the same in the order in which it came, as a notebook's cell stores it (nbformat 4).
+    outputs: the same in the order in which it came, as a notebook's cell stores it (nbformat 4). skipped_characters:
+    how much was printed that is in neither `logs` nor `outputs`: they hold the first 16 Mi characters each of stdout
+    and stderr.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -117,6 +124,7 @@ class Execution:
     error: ExecutionError | None = None
     execution_count: int | None = None
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    skipped_characters: int = 0
 
     @property
     def text(self) -> str | None:
@@ -125,12 +133,12 @@ class Execution:
 
     @property
     def stdout(self) -> str:
-        """All that was printed."""
+        """All that was printed (see `skipped_characters`)."""
         return "".join(self.logs.stdout)
 
     @property
     def stderr(self) -> str:
-        """All that was printed to stderr."""
+        """All that was printed to stderr (see `skipped_characters`)."""
         return "".join(self.logs.stderr)
 
     def raise_for_error(self) -> Execution:
@@ -161,6 +169,8 @@ class Recorder:
         # Where a display that is updated later stands.
         self._displays: dict[str, tuple[int, int]] = {}
         self._clear_at_next = False
+        # Characters kept, by the stream's name.
+        self._kept: dict[str, int] = {}
 
     def take(self, message: KernelMessage) -> Heard:
         """Adds one message."""
@@ -169,12 +179,9 @@ class Recorder:
             self._clear()
         if message.msg_type == "stream":
             text = str(content["text"])
-            self._print(str(content["name"]), text)
-            if content["name"] == "stderr":
-                self.execution.logs.stderr.append(text)
-                return Heard(stderr=text)
-            self.execution.logs.stdout.append(text)
-            return Heard(stdout=text)
+            name = "stderr" if content["name"] == "stderr" else "stdout"
+            self._print(name, text)
+            return Heard(stderr=text) if name == "stderr" else Heard(stdout=text)
         if message.msg_type in {"display_data", "execute_result"}:
             return Heard(result=self._add(content, is_main=message.msg_type == "execute_result"))
         if message.msg_type == "update_display_data":
@@ -208,11 +215,19 @@ class Recorder:
         return result
 
     def _print(self, name: str, text: str) -> None:
+        known = self._kept.get(name, 0)
+        kept = text[: MAX_KEPT_CHARACTERS - known]
+        self._kept[name] = known + len(kept)
+        self.execution.skipped_characters += len(text) - len(kept)
+        if not kept:
+            return
+        logs = self.execution.logs
+        (logs.stderr if name == "stderr" else logs.stdout).append(kept)
         last = self.execution.outputs[-1] if self.execution.outputs else {}
         if last.get("output_type") == "stream" and last["name"] == name:
-            last["text"].append(text)
+            last["text"].append(kept)
         else:
-            self.execution.outputs.append({"output_type": "stream", "name": name, "text": [text]})
+            self.execution.outputs.append({"output_type": "stream", "name": name, "text": [kept]})
 
     def _update(self, content: Mapping[str, Any]) -> Heard:
         found = self._displays.get((content.get("transient") or {}).get("display_id", ""))
@@ -231,6 +246,8 @@ class Recorder:
         self.execution.results.clear()
         self.execution.outputs.clear()
         self.execution.logs = Logs()
+        self.execution.skipped_characters = 0
+        self._kept.clear()
 
     def _error(self, content: Mapping[str, Any]) -> Heard:
         self.execution.error = ExecutionError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hypercell.aio import search as aio
@@ -92,9 +93,21 @@ def rollouts(
     """
     if isinstance(task, str):
         return iterate(aio.rollouts(sandbox._async, task, n, timeout_s=timeout_s, concurrency=concurrency))
-    function = task
+    return _in_threads(sandbox, task, n, concurrency=concurrency)
+
+
+def _in_threads(
+    sandbox: Sandbox, function: Callable[[Sandbox, int], Any], n: int, *, concurrency: int
+) -> Iterator[Rollout]:
+    # Not the loop's own threads (`asyncio.to_thread`): the uploads and downloads for which these functions wait need
+    # those, and would never get one.
+    threads = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="hypercell-rollout")
 
     async def in_thread(child: AsyncSandbox, index: int) -> Any:
-        return await asyncio.to_thread(function, Sandbox(child), index)
+        return await asyncio.get_running_loop().run_in_executor(threads, function, Sandbox(child), index)
 
-    return iterate(aio.rollouts(sandbox._async, in_thread, n, concurrency=concurrency))
+    try:
+        yield from iterate(aio.rollouts(sandbox._async, in_thread, n, concurrency=concurrency))
+    finally:
+        # Functions that still run when the iteration is given up lose their child, and end by that.
+        threads.shutdown(wait=False, cancel_futures=True)

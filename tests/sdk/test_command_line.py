@@ -16,6 +16,7 @@ import nbformat
 import pytest
 
 from hypercell import Sandbox
+from hypercell.execution import MAX_KEPT_CHARACTERS
 from tests.gateways import RunningGateway, running_gateway
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,35 @@ def test_exec(made: str) -> None:
     assert "needs a terminal" in hypercell("exec", "-it", made, "bash", stdin="", status=1)
 
 
+def test_exec_passes_bytes_on_as_they_are(made: str) -> None:
+    content = bytes(range(256)) * 4
+    for options in (["-i"], ["-i", "--json"]):
+        result = subprocess.run(
+            [*HYPERCELL, "exec", *options, made, "cat > /tmp/f; cat /tmp/f; cat /tmp/f >&2"],
+            input=content,
+            capture_output=True,
+            timeout=60,
+        )
+        assert result.returncode == 0
+        if "--json" in options:
+            assert json.loads(result.stdout)["stdout"] == content.decode(errors="replace")
+        else:
+            assert (result.stdout, result.stderr) == (content, content)
+
+
+def test_logs_show_all_that_is_kept_and_say_what_is_not(made: str) -> None:
+    hypercell("exec", "-d", made, "seq 200000; echo last; sleep 600")
+    deadline = time.monotonic() + 30
+    while not json.loads(hypercell("exec", "--json", made, "pgrep -x sleep || true"))["stdout"]:
+        assert time.monotonic() < deadline
+    result = subprocess.run([*HYPERCELL, "logs", made], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.endswith("200000\nlast\n")
+    found = re.search(r"(\d+) bytes of output before this are kept no more", result.stderr)
+    assert found is not None
+    everything = len("".join(f"{number}\n" for number in range(1, 200_001))) + len("last\n")
+    assert int(found[1]) + len(result.stdout) == everything
+
+
 def test_cp(made: str, tmp_path: Path) -> None:
     (tmp_path / "tree/deep").mkdir(parents=True)
     (tmp_path / "tree/a").write_text("a")
@@ -80,6 +110,42 @@ def test_cp(made: str, tmp_path: Path) -> None:
     assert hypercell("cp", f"{made}:from-stdin", "-") == "piped"
     assert "-r copies it" in hypercell("cp", tmp_path / "tree", f"{made}:", status=1)
     assert "One side" in hypercell("cp", "a", "b", status=1)
+
+
+def test_cp_of_a_tree_that_is_deep_and_wide(made: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    deep = tree.joinpath(*["d"] * 40)
+    deep.mkdir(parents=True)
+    (deep / "bottom").write_text("b")
+    (tree / "empty").mkdir(mode=0o700)
+    (tree / "tool").write_text("#!/bin/sh")
+    (tree / "tool").chmod(0o750)
+    (tmp_path / "secret").write_text("s")
+    (tree / "out").symlink_to(tmp_path / "secret")
+    (tree / "round").symlink_to(tree)
+    done = subprocess.run([*HYPERCELL, "cp", "-r", tree, f"{made}:"], capture_output=True, text=True, check=True)
+    assert "not copied" in done.stderr and f"{tree}/out, {tree}/round" in done.stderr
+    # Links, so that more than one listing holds are looked at but need not be copied.
+    many = "import os; [os.symlink('/etc/passwd', f'tree/w/{place}/{n}') for place in 'ab' for n in range(6000)]"
+    hypercell("exec", made, f'mkdir -p tree/w/a tree/w/b; ln -s / tree/r; python3 -c "{many}"')
+    back = tmp_path / "back"
+    done = subprocess.run(
+        [*HYPERCELL, "cp", "-r", "--json", f"{made}:tree/d", back], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"files": 1, "bytes": 1}
+    assert back.joinpath(*["d"] * 39, "bottom").read_text() == "b"
+    done = subprocess.run([*HYPERCELL, "cp", "-r", f"{made}:tree", back], capture_output=True, text=True, check=True)
+    assert "/tree/r, " in done.stderr and "and 11991 more" in done.stderr
+    assert sorted(one.name for one in (back / "tree").iterdir()) == ["d", "empty", "tool", "w"]
+    assert list((back / "tree/empty").iterdir()) == []
+    assert (back / "tree/empty").stat().st_mode & 0o777 == 0o700
+    assert (back / "tree/tool").stat().st_mode & 0o777 == 0o750
+    # A link that is here leads no copy out of the target.
+    (tmp_path / "elsewhere").mkdir()
+    (back / "tree/w").rename(tmp_path / "w")
+    (back / "tree/w").symlink_to(tmp_path / "elsewhere")
+    assert "is a link" in hypercell("cp", "-r", f"{made}:tree", back, status=1)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_run_writes_a_notebook_s_outputs_back(made: str, tmp_path: Path) -> None:
@@ -115,9 +181,19 @@ def test_run_of_a_script(made: str, tmp_path: Path) -> None:
     script.write_text("while True: pass")
     assert "was interrupted" in hypercell("run", "--sandbox", made, "--timeout", "1", script, status=124)
     assert "cannot be read" in hypercell("run", tmp_path / "none.py", status=1)
+    script.write_text("import sys\nprint('out')\nprint('err', file=sys.stderr)\n6 * 7")
+    report = json.loads(hypercell("run", "--json", "--sandbox", made, script))
+    assert (report["stdout"], report["stderr"]) == ("out\n", "err\n")
+    assert report["results"][0]["data"]["text/plain"] == "42"
+    script.write_text(f"print('x' * {MAX_KEPT_CHARACTERS + 99})")
+    report = json.loads(hypercell("run", "--json", "--sandbox", made, script))
+    assert (len(report["stdout"]), report["skipped_characters"]) == (MAX_KEPT_CHARACTERS, 100)
 
 
-def test_ctrl_c_interrupts_the_code_and_leaves_no_sandbox(at_gateway: RunningGateway, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_interrupts_the_code_and_leaves_no_sandbox(
+    at_gateway: RunningGateway, tmp_path: Path, number: signal.Signals
+) -> None:
     script = tmp_path / "s.py"
     script.write_text("print('on', flush=True)\nwhile True: pass")
     before = {info.id for info in Sandbox.list()}
@@ -125,9 +201,29 @@ def test_ctrl_c_interrupts_the_code_and_leaves_no_sandbox(at_gateway: RunningGat
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "on\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        (new,) = [info for info in Sandbox.list() if info.id not in before]
+        # Killed outright, it would leave one that has an end.
+        assert new.max_lifetime_s is not None
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
     assert {info.id for info in Sandbox.list()} == before
+
+
+def test_what_cannot_be_done_here_is_one_sentence(made: str, tmp_path: Path) -> None:
+    (tmp_path / "latin.py").write_bytes("print('é')".encode("latin-1"))
+    (tmp_path / "latin.ipynb").write_bytes(b"\xff")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory/secret").mkdir()
+    hypercell("cp", "-", f"{made}:secret", stdin="s")
+    for arguments, words in (
+        (["run", tmp_path / "latin.py"], "not UTF-8 at byte 7"),
+        (["run", tmp_path / "latin.ipynb"], "not UTF-8 at byte 0"),
+        (["cp", f"{made}:secret", tmp_path / "none/here"], "none is no directory"),
+        (["cp", f"{made}:secret", tmp_path / "directory"], "s a directory"),
+    ):
+        said = hypercell(*arguments, status=1)
+        assert words in said
+        assert said.startswith("hypercell: ") and said.count("\n") == 1
 
 
 def test_what_cannot_be_done_is_one_sentence(at_gateway: RunningGateway) -> None:

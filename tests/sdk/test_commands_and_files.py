@@ -56,6 +56,25 @@ def test_a_background_command(sandbox: Sandbox) -> None:
         sandbox.commands.get(command.command_id)
 
 
+def test_ctrl_c_in_a_callback_lets_the_command_be_followed_again(sandbox: Sandbox) -> None:
+    heard: list[str] = []
+
+    def stop_once(text: str) -> None:
+        heard.append(text)
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    with sandbox.commands.start("echo one; sleep 1; echo two", on_stdout=stop_once) as command:
+        with pytest.raises(KeyboardInterrupt):
+            command.wait()
+        assert command.wait().stdout == "one\ntwo\n"
+    assert heard == ["one\n", "two\n"]
+    with pytest.raises(KeyboardInterrupt):
+        heard.clear()
+        sandbox.run_code("print('on', flush=True)\nwhile True: pass", on_stdout=stop_once)
+    assert sandbox.run_code("'alive'", timeout_s=60).text == "'alive'"
+
+
 def test_a_terminal(sandbox: Sandbox) -> None:
     said: list[str] = []
 

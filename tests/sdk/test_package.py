@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hypercell
+from hypercell.aio.transport import refusal_in
 from hypercell.chunks import HEADER, ChunkReader, ChunkWriter
 from hypercell.errors import ContentBrokenError, refused
 from hypercell.execution import Recorder
@@ -109,3 +110,19 @@ def test_the_error_for_an_answer() -> None:
     assert type(refused("m", status=403, code="limit_exceeded")).__name__ == "LimitError"
     assert type(refused("m", status=507, code="disk_full")).__name__ == "DiskFullError"
     assert type(refused("m", status=418)).__name__ == "GatewayRefusedError"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "name"),
+    [
+        ("Bad Gateway", "machine_failed", "MachineFailedError"),
+        ("Conflict", "wrong_state", "StateError"),
+        ("Content Too Large", "too_large", "LimitError"),
+        ("Request Entity Too Large", "too_large", "LimitError"),
+        ("Not Found", "file_not_found", "NotFoundError"),
+        ("Unknown", "new_word", "GatewayRefusedError"),
+    ],
+)
+def test_the_error_for_a_websocket_s_message(reason: str, code: str, name: str) -> None:
+    error = refusal_in({"type": "error", "reason": reason, "message": "m", "code": code})
+    assert (type(error).__name__, error.code) == (name, code)

@@ -112,6 +112,34 @@ async def test_a_cancelled_call_interrupts_its_code(async_sandbox: AsyncSandbox)
     assert (await async_sandbox.run_code("'alive'", timeout_s=60)).text == "'alive'"
 
 
+async def test_a_callback_that_gives_up_far_behind_holds_nothing(async_sandbox: AsyncSandbox) -> None:
+    async def give_up(text: str) -> None:
+        (pending,) = async_sandbox._kernel._pending.values()
+        while not pending.messages.full():  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.01)
+        # And one message more, for which the reader waits.
+        await asyncio.sleep(0.5)
+        raise ZeroDivisionError
+
+    async with asyncio.timeout(90):
+        with pytest.raises(ZeroDivisionError):
+            await async_sandbox.run_code("for i in range(2000): print(i, flush=True)", on_stdout=give_up)
+        assert (await async_sandbox.run_code("'alive'")).text == "'alive'"
+
+
+async def test_limits_and_cancelling_leave_other_clients_code_alone(async_sandbox: AsyncSandbox) -> None:
+    began = asyncio.Event()
+    code = "print('on', flush=True)\nimport time; time.sleep(4); 'theirs'"
+    async with await AsyncSandbox.connect(async_sandbox.id) as other:
+        theirs = asyncio.create_task(other.run_code(code, on_stdout=lambda text: began.set()))
+        await began.wait()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await async_sandbox.run_code("withdrawn = True")
+        ours = await async_sandbox.run_code("'ours'", timeout_s=1)
+        assert ((await theirs).text, ours.text) == ("'theirs'", "'ours'")
+
+
 async def test_fifty_calls_at_once_are_each_answered(async_sandbox: AsyncSandbox) -> None:
     answers = await asyncio.gather(*(async_sandbox.run_code(f"print({i}); {i}") for i in range(50)))
     assert [(answer.text, answer.stdout) for answer in answers] == [(str(i), f"{i}\n") for i in range(50)]

@@ -10,11 +10,11 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hypercell.aio.callbacks import OnBytes, OnText, call_back
-from hypercell.aio.transport import Transport
-from hypercell.errors import CommandFailedError, ConnectionLostError, HypercellError, NotFoundError, refused
+from hypercell.aio.transport import Transport, refusal_in
+from hypercell.errors import CommandFailedError, ConnectionLostError, HypercellError, NotFoundError
 from hypercell.values import CommandInfo, CommandResult, TerminalSize
 
 if TYPE_CHECKING:
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 INPUT_PIECE_BYTES = 256 * 1024
 # What `run` keeps of each of stdout and stderr for its result; callbacks get everything.
 MAX_KEPT_CHARACTERS = 16 * 1024 * 1024
+
+
+class RawOutput(Protocol):
+    """Takes a command's output as it comes, undecoded; `wait_raw` has it."""
+
+    def write(self, data: bytes, *, is_stdout: bool) -> None:
+        """More of stdout, or else of stderr."""
+
+    def skip(self, count: int) -> None:
+        """So many bytes, of both kinds, are kept no more."""
 
 
 class _Kept:
@@ -71,6 +81,7 @@ class AsyncCommand:
         self._path = f"{path}/commands/{command_id}"
         self._websocket = websocket
         self._on_stdout, self._on_stderr, self._on_bytes = on_stdout, on_stderr, on_bytes
+        self._raw: RawOutput | None = None
         self._result: CommandResult | None = None
         self._waiting: asyncio.Task[CommandResult] | None = None
 
@@ -101,6 +112,9 @@ class AsyncCommand:
                 ) from error
             if isinstance(message, bytes):
                 is_stdout = message[:1] == b"\x01"
+                if self._raw is not None:
+                    self._raw.write(message[1:], is_stdout=is_stdout)
+                    continue
                 await call_back(self._on_bytes, message[1:])
                 text = (stdout if is_stdout else stderr).add(message[1:])
                 await call_back(self._on_stdout if is_stdout else self._on_stderr, text)
@@ -108,8 +122,10 @@ class AsyncCommand:
             frame = json.loads(message)
             if frame["type"] == "skipped":
                 skipped += int(frame["bytes"])
+                if self._raw is not None:
+                    self._raw.skip(int(frame["bytes"]))
             elif frame["type"] == "error":
-                raise refused(str(frame["message"]), status=500, code=str(frame["code"]))
+                raise refusal_in(frame)
             elif frame["type"] == "exited":
                 stdout.add(b"", final=True)
                 stderr.add(b"", final=True)
@@ -279,8 +295,7 @@ class AsyncCommands:
                 await websocket.send(start)
             frame = json.loads(await websocket.recv())
             if frame["type"] != "started":
-                status = int({"Bad Request": 400, "Not Found": 404, "Too Many Requests": 429}.get(frame["reason"], 500))
-                raise refused(str(frame["message"]), status=status, code=str(frame["code"]))
+                raise refusal_in(frame)
         except ConnectionClosed as error:
             raise ConnectionLostError("The connection broke while the command was started; it may run.") from error
         except BaseException:
@@ -307,11 +322,26 @@ class AsyncCommands:
 
     async def kill(self, command_id: str) -> CommandInfo:
         """Ends a command and all that it started, and forgets it. Raises NotFoundError."""
-        return CommandInfo.parse(await self._transport.call("DELETE", f"{self._path}/commands/{command_id}"))
+        answer = await self._transport.call("DELETE", f"{self._path}/commands/{command_id}")
+        if answer is None:
+            # It was asked for twice, because the connection broke: the first one did it, and its answer is lost.
+            raise NotFoundError(
+                f"Command {command_id} is gone, but how it ended was lost with the connection.",
+                status=404,
+                code="unknown_command",
+            )
+        return CommandInfo.parse(answer)
 
     async def signal(self, command_id: str, name: str) -> None:
         """Sends a command a signal, such as "SIGINT". Raises NotFoundError."""
         await self._transport.call("POST", f"{self._path}/commands/{command_id}/signal", body={"signal": name})
+
+
+async def wait_raw(command: AsyncCommand, output: RawOutput) -> CommandResult:
+    """As `command.wait`, for the command `hypercell`, which passes output on: `output` gets all of it, and the result
+    and the callbacks none."""
+    command._raw = output
+    return await command.wait()
 
 
 async def _feed(command: AsyncCommand, data: str | bytes) -> None:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import IO, Any
 
-from hypercell.aio.transport import Transport
+from hypercell.aio.transport import Transport, refusal_in
 from hypercell.chunks import MAX_CHUNK_BYTES, MEDIA_TYPE, ChunkReader, ChunkWriter
 from hypercell.errors import ConnectionLostError, ContentBrokenError, GatewayRefusedError, refused
 from hypercell.values import FileChange, FileInfo
@@ -172,7 +172,7 @@ class AsyncFiles:
                 if frame["type"] == "change":
                     yield FileChange.parse(frame)
                 elif frame["type"] == "error":
-                    raise refused(str(frame["message"]), status=500, code=str(frame["code"]))
+                    raise refusal_in(frame)
         except ConnectionClosed as error:
             raise ConnectionLostError(f"The connection that watched {path} broke; changes may be missed.") from error
         finally:

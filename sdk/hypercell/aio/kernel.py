@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 MAX_WAITING_MESSAGES = 256
 # A connection is tried again for so long, as far as the gateway could be restarting or the network be down.
 RESUME_WINDOW_S = 60.0
-# An interrupted cell gets so long to end: `except KeyboardInterrupt` and `finally` may have work to do.
+# An interrupted cell gets so long to end: `except KeyboardInterrupt` and `finally` may have work to do. The interrupt
+# of a subshell, which runs code itself, gets as long to be made.
 INTERRUPT_GRACE_S = 10.0
 
 # Raises KeyboardInterrupt in the thread of a subshell, which the kernel's own interrupt does not reach. The user's
@@ -63,6 +64,21 @@ class _Pending:
         self.covers: list[str] = []
         self.replied = False
         self.idle = False
+        # What the reader saw, which callbacks may be far behind: the kernel works on it (or did), and is done with it.
+        self.began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_ended = False
+
+    @property
+    def is_running(self) -> bool:
+        """The kernel works on it, so that an interrupt reaches it and not what another client runs there."""
+        return self.began.done() and not self._has_ended
+
+    def notice(self, message: KernelMessage) -> None:
+        """Called by the reader for each message, before it waits for callbacks."""
+        if not self.began.done():
+            self.began.set_result(None)
+        if message.msg_type == "status" and message.content.get("execution_state") == "idle":
+            self._has_ended = True
 
 
 class AsyncKernel:
@@ -113,7 +129,9 @@ class AsyncKernel:
     ) -> None:
         """Runs code; `take` gets every message that belongs to it, in order, up to its end.
 
-        timeout_s: from when it is this code's turn; then it is interrupted. Cancelled, it is interrupted as well.
+        timeout_s: from when the kernel begins with it (its `status: busy`), since other clients' code may run before;
+        then it is interrupted. Cancelled, it is interrupted as well, unless the kernel has not begun with it: it runs
+        in its turn then, because an interrupt would hit another client's code.
         Raises CodeTimeoutError, KernelDiedError, ConnectionLostError, GatewayRefusedError.
         """
         async with self._turns.setdefault(context_id, asyncio.Lock()):
@@ -128,13 +146,16 @@ class AsyncKernel:
             pending = await self._send("shell", "execute_request", content, context_id=context_id)
             following = asyncio.create_task(self._follow(pending, take))
             try:
-                done, _ = await asyncio.wait({following}, timeout=timeout_s)
-                if not done:
+                await asyncio.wait({following, pending.began}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({following}, timeout=timeout_s)
+                if not following.done() and pending.is_running:
                     await self._stop(following, context_id, timeout_s)
                 await following
             except asyncio.CancelledError:
-                if not following.done():
-                    with suppress(HypercellError):
+                if pending.is_running:
+                    # First, so that the reader waits for no callback: it has to hear how the interrupt went.
+                    self._forget(pending)
+                    with suppress(HypercellError, TimeoutError):
                         await asyncio.shield(self._interrupt_context(context_id))
                 raise
             finally:
@@ -143,7 +164,8 @@ class AsyncKernel:
                 self._forget(pending)
 
     async def _stop(self, following: asyncio.Task[None], context_id: str | None, timeout_s: float | None) -> None:
-        await self._interrupt_context(context_id)
+        with suppress(TimeoutError):
+            await self._interrupt_context(context_id)
         done, _ = await asyncio.wait({following}, timeout=INTERRUPT_GRACE_S)
         if done:
             following.result()
@@ -155,16 +177,20 @@ class AsyncKernel:
         )
 
     async def _interrupt_context(self, context_id: str | None) -> None:
+        """Raises TimeoutError if a kernel whose threads get no turn (a C extension holds the GIL) does not do it."""
         if context_id is None:
             await self.interrupt()
             return
-        helper = await self.create_context()
-        try:
-            code = _INTERRUPT_SUBSHELL.format(id=context_id)
-            content = {"code": code, "silent": True, "store_history": False, "stop_on_error": False}
-            await self._ask("shell", "execute_request", content, context_id=helper)
-        finally:
-            await self.delete_context(helper)
+        async with asyncio.timeout(INTERRUPT_GRACE_S):
+            helper = await self.create_context()
+            try:
+                code = _INTERRUPT_SUBSHELL.format(id=context_id)
+                content = {"code": code, "silent": True, "store_history": False, "stop_on_error": False}
+                await self._ask("shell", "execute_request", content, context_id=helper)
+            finally:
+                # A limit of its own, since the outer one may be over.
+                async with asyncio.timeout(INTERRUPT_GRACE_S):
+                    await self.delete_context(helper)
 
     async def create_context(self) -> str:
         """A subshell: runs code beside the main one, on the same variables. Its id."""
@@ -209,6 +235,10 @@ class AsyncKernel:
     def _forget(self, pending: _Pending) -> None:
         for msg_id in [msg_id for msg_id, known in self._pending.items() if known is pending]:
             del self._pending[msg_id]
+        # The reader may wait for room in this queue, and everything else waits for the reader. What comes from now on
+        # finds no entry above and is dropped.
+        while not pending.messages.empty():
+            pending.messages.get_nowait()
 
     async def _send(
         self, channel: str, msg_type: str, content: dict[str, Any], *, context_id: str | None = None
@@ -270,7 +300,10 @@ class AsyncKernel:
                             await self._deliver(decode(data))
                 if not self._pending:
                     return
-                self._websocket = await self._reconnect()
+                # Else a call in another context would find no connection meanwhile, and open a second one. `close`
+                # does not take the lock; it cancels this task, which gives it back.
+                async with self._connecting:
+                    self._websocket = await self._reconnect()
                 await self._probe()
         except HypercellError as error:
             self._fail_all(error)
@@ -323,6 +356,7 @@ class AsyncKernel:
         if pending is None:
             return
         if not pending.is_probe:
+            pending.notice(message)
             await pending.messages.put(message)
             return
         pending.replied = pending.replied or message.channel != "iopub"

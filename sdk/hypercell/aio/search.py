@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hypercell.aio.sandbox import AsyncSandbox
-from hypercell.errors import CodeError, CodeTimeoutError, ForkError, HypercellError, KernelDiedError
+from hypercell.errors import ForkError, HypercellError
+
+T = TypeVar("T")
 
 # Children that run code at a time: a host has few processors, and forks wait for each other's memory anyway.
 DEFAULT_CONCURRENCY = 8
@@ -45,7 +48,8 @@ class Node:
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
     """best: the best state; its sandbox is yours, to use and to kill. explored: every state that had a score.
-    failures: steps whose code raised an exception or took too long, with what was said."""
+    failures: steps whose code raised an exception or took too long, that have no score, or whose sandbox failed; with
+    what was said."""
 
     best: Node
     explored: tuple[tuple[tuple[str, ...], float], ...]
@@ -55,15 +59,28 @@ class SearchResult:
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """What one child gave. index: which one. value: what the function returned, or the code's last value as text.
-    error: why there is none."""
+    error: why there is none; also what a function raised."""
 
     index: int
     value: Any = None
-    error: HypercellError | None = None
+    error: Exception | None = None
 
 
 # The steps to try from a state: code for each. The steps so far are given.
 Expand = Callable[[tuple[str, ...]], Sequence[str]]
+
+
+async def _together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """As `gather`, but when one raises, the others have been cancelled and have ended before that is passed on: what
+    they forked is known to the search then. (A TaskGroup would wrap the error in a group.)"""
+    tasks = [asyncio.create_task(one) for one in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 class _Search:
@@ -98,16 +115,7 @@ class _Search:
         children = await self._fork(node.sandbox, len(wanted))
         for step in wanted[len(children) :]:
             self._failures.append(((*node.steps, step), "the child could not be made"))
-        tasks = [
-            asyncio.create_task(self._try(node, step, child)) for step, child in zip(wanted, children, strict=False)
-        ]
-        try:
-            reached = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        reached = await _together(self._try(node, step, child) for step, child in zip(wanted, children, strict=False))
         return [child for child in reached if child is not None]
 
     async def _try(self, node: Node, step: str, child: AsyncSandbox) -> Node | None:
@@ -116,7 +124,8 @@ class _Search:
             try:
                 (await child.run_code(step, timeout_s=self._timeout_s)).raise_for_error()
                 score = await self._measure(child)
-            except (CodeError, CodeTimeoutError, KernelDiedError) as error:
+            except HypercellError as error:
+                # Its code's doing, or its machine's: either way the others can go on.
                 self._failures.append((steps, str(error)))
                 await self.drop(child)
                 return None
@@ -137,12 +146,15 @@ class _Search:
     async def _measure(self, sandbox: AsyncSandbox) -> float:
         execution = (await sandbox.run_code(self._score, timeout_s=self._timeout_s)).raise_for_error()
         try:
-            return float(str(execution.text))
+            score = float(str(execution.text))
         except ValueError as error:
             raise HypercellError(
                 f"The score's code must end with a number; it ended with {execution.text!r}. "
                 "Turn numpy's numbers into `float(...)`."
             ) from error
+        if math.isnan(score):
+            raise HypercellError("The score is NaN, which is neither better nor worse than another.")
+        return score
 
     def is_over(self, best: Node) -> bool:
         budget = self._budget
@@ -153,9 +165,10 @@ class _Search:
         )
 
     async def drop(self, sandbox: AsyncSandbox) -> None:
-        self._alive.discard(sandbox)
+        # Discarded when it is done: cancelled in between, it is left to `finish`.
         with suppress(HypercellError):
             await sandbox.kill()
+        self._alive.discard(sandbox)
 
     async def finish(self, *, keep: Node | None) -> None:
         """Ends every sandbox but that of `keep`."""
@@ -191,7 +204,8 @@ async def beam_search(
         level = [best]
         for _ in range(budget.depth):
             children: list[Node] = []
-            for found in await asyncio.gather(*(search.expand(node, expand(node.steps)) for node in level)):
+            wanted = [(node, expand(node.steps)) for node in level]
+            for found in await _together(search.expand(node, steps) for node, steps in wanted):
                 children.extend(found)
             ranked = sorted(children, key=lambda node: -node.score)
             if ranked and ranked[0].score > best.score:
@@ -270,7 +284,7 @@ async def rollouts(
         async with room:
             try:
                 (child,) = await sandbox.fork(1)
-            except ForkError as error:
+            except HypercellError as error:
                 return Rollout(index=index, error=error)
             try:
                 if isinstance(task, str):
@@ -278,7 +292,7 @@ async def rollouts(
                     execution = await child.run_code(code, timeout_s=timeout_s)
                     return Rollout(index=index, value=execution.raise_for_error().text)
                 return Rollout(index=index, value=await task(child, index))
-            except HypercellError as error:
+            except Exception as error:
                 return Rollout(index=index, error=error)
             finally:
                 with suppress(HypercellError):

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 from weakref import WeakKeyDictionary
@@ -37,7 +38,6 @@ RETRY_LONGEST_S = 2.0
 # As much as the gateway sends in one message by default (`max_message_mib`).
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 PING_INTERVAL_S = 20.0
-PING_TIMEOUT_S = 60.0
 # A gateway that does not answer a goodbye in this time is left without.
 CLOSE_TIMEOUT_S = 2.0
 
@@ -244,7 +244,9 @@ class Transport:
                 open_timeout=timeout_s,
                 max_size=MAX_MESSAGE_BYTES,
                 ping_interval=PING_INTERVAL_S,
-                ping_timeout=PING_TIMEOUT_S,
+                # The answer to a ping stands behind the messages that a slow callback has not taken yet, so a late one
+                # says nothing. The pings keep the way open; where nobody is left, TCP finds that out by them.
+                ping_timeout=None,
                 close_timeout=CLOSE_TIMEOUT_S,
             )
         except InvalidStatus as error:
@@ -254,6 +256,23 @@ class Transport:
             raise self._unreachable(error) from error
         self._shared.has_answered = True
         return websocket
+
+
+# HTTP's phrases as the gateway sends them; Python has changed some, and the gateway may run on another version of it.
+_STATUS_OF_PHRASE = {status.phrase: status.value for status in HTTPStatus} | {
+    "Content Too Large": 413,
+    "Request Entity Too Large": 413,
+    "Range Not Satisfiable": 416,
+    "Requested Range Not Satisfiable": 416,
+    "Unprocessable Content": 422,
+    "Unprocessable Entity": 422,
+}
+
+
+def refusal_in(frame: Mapping[str, Any]) -> GatewayRefusedError:
+    """The exception for a WebSocket's `{"type": "error", "reason", "message", "code"}` (docs/exec_and_files.md)."""
+    status = _STATUS_OF_PHRASE.get(str(frame.get("reason")), 500)
+    return refused(str(frame["message"]), status=status, code=str(frame["code"]))
 
 
 def _parameter(value: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextvars import ContextVar
@@ -26,19 +27,18 @@ OnError = Callable[[ExecutionError], None]
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _pid = 0
-_thread_id = 0
+_thread: threading.Thread | None = None
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
     """The background loop; started by the first call, and anew in a process that was forked."""
-    global _loop, _pid, _thread_id
+    global _loop, _pid, _thread
     with _lock:
         if _loop is None or _pid != os.getpid():
             _loop, _pid = asyncio.new_event_loop(), os.getpid()
             # A daemon: a program ends without closing its sandboxes' connections.
-            thread = threading.Thread(target=_loop.run_forever, name="hypercell", daemon=True)
-            thread.start()
-            _thread_id = thread.ident or 0
+            _thread = threading.Thread(target=_loop.run_forever, name="hypercell", daemon=True)
+            _thread.start()
         return _loop
 
 
@@ -79,7 +79,7 @@ class BlockingCall:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The coroutine's result. Interrupted (Ctrl-C), it cancels the coroutine and waits for its end."""
         loop = event_loop()
-        if threading.get_ident() == _thread_id:
+        if threading.current_thread() is _thread:
             coroutine.close()
             raise HypercellError("The blocking API cannot be used in a coroutine of the SDK; use AsyncSandbox there.")
         tasks: list[asyncio.Task[T] | None] = []
@@ -111,6 +111,11 @@ class BlockingCall:
                 function(value)
             except Exception as error:
                 loop.call_soon_threadsafe(_settle, done, error)
+            except BaseException:
+                # Ctrl-C is for this thread, not for the loop's: there the callback just ends, or whoever follows the
+                # same command next would wait for it forever.
+                loop.call_soon_threadsafe(_settle, done, None)
+                raise
             else:
                 loop.call_soon_threadsafe(_settle, done, None)
 
@@ -159,6 +164,8 @@ def iterate(generator: AsyncGenerator[T, None]) -> Iterator[T]:
         except StopAsyncIteration:
             return False, None
 
+    event_loop()
+    thread = _thread
     try:
         while True:
             is_there, value = BlockingCall().run(step())
@@ -166,7 +173,10 @@ def iterate(generator: AsyncGenerator[T, None]) -> Iterator[T]:
                 return
             yield wrap(value)
     finally:
-        BlockingCall().run(_close(generator))
+        # An iterator that was left unfinished is closed at the latest when the interpreter ends, or in a process that
+        # was forked; the loop in which its generator lives runs no more then, and would be waited for forever.
+        if not sys.is_finalizing() and thread is not None and thread.is_alive():
+            BlockingCall().run(_close(generator))
 
 
 async def _close(generator: AsyncGenerator[Any, None]) -> None:

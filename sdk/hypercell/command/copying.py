@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import stat
 import sys
+from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from hypercell.aio.sandbox import AsyncSandbox
-from hypercell.command.output import print_json, progress, size
+from hypercell.command.output import Progress, print_json, progress, size
 from hypercell.command.sandboxes import connect
-from hypercell.errors import GatewayRefusedError, HypercellError
+from hypercell.errors import GatewayRefusedError, HypercellError, StateError
+from hypercell.values import FileInfo
 
-# As deep as a listing goes; deeper trees are fetched in several.
-LIST_DEPTH = 32
+# What is left out is named up to so many times; the rest is counted.
+MOST_NAMED = 10
+# Without it nothing could be put into a directory that was copied.
+OWNER_MAY_ALL = 0o700
 
 
 async def cp(options: argparse.Namespace) -> int:
@@ -40,30 +47,76 @@ def _split(text: str) -> tuple[str | None, str]:
     return name, path or "."
 
 
+def _say_left_out(paths: Sequence[str]) -> None:
+    """Links may lead out of what is copied, and pipes and devices have no content."""
+    if paths:
+        more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+        named = ", ".join(paths[:MOST_NAMED])
+        print(f"hypercell: links and special files are not copied: {named}{more}", file=sys.stderr)
+
+
 async def _upload(sandbox: AsyncSandbox, source: str, target: str, *, is_recursive: bool) -> list[int]:
     if source == "-":
         return [await sandbox.files.write(target, sys.stdin.buffer)]
     local = Path(source)
     if not local.exists():  # noqa: ASYNC240 - one look
         raise HypercellError(f"{local} does not exist.")
-    files = [local] if local.is_file() else await asyncio.to_thread(_files_below, local)  # noqa: ASYNC240
     if local.is_dir() and not is_recursive:  # noqa: ASYNC240
         raise HypercellError(f"{local} is a directory; -r copies it with all that is in it.")
     base = PurePosixPath(target)
     if target.endswith("/") or await _is_directory(sandbox, target):
         base = base / local.resolve().name  # noqa: ASYNC240
+    # Also a pipe, such as a shell's <(...): it is copied if it was named.
+    tree = await asyncio.to_thread(_look_below, local) if local.is_dir() else _Tree(files=[local])  # noqa: ASYNC240
     copied = []
     async with progress("Copying") as shown:
-        for number, file in enumerate(files, start=1):
+        for directory in tree.directories:
+            await _make_directory(sandbox, base / directory.relative_to(local).as_posix(), _mode(directory))
+        for number, file in enumerate(tree.files, start=1):
             place = base if file is local else base / file.relative_to(local).as_posix()
-            shown.text = f"Copying {number} of {len(files)}: {file.name}, {size(file.stat().st_size)}"
-            mode = f"{file.stat().st_mode & 0o777:04o}"
-            copied.append(await sandbox.files.upload(file, str(place), mode=mode))
+            shown.text = f"Copying {number} of {len(tree.files)}: {file.name}, {size(file.stat().st_size)}"
+            copied.append(await sandbox.files.upload(file, str(place), mode=f"{_mode(file):04o}"))
+    _say_left_out([str(path) for path in tree.left_out])
     return copied
 
 
-def _files_below(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode) & 0o777
+
+
+@dataclass(kw_only=True)
+class _Tree:
+    """What is below a directory here, and itself; every directory stands before what is in it."""
+
+    directories: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+
+
+def _look_below(top: Path) -> _Tree:
+    tree, waiting = _Tree(), [top]
+    while waiting:
+        directory = waiting.pop()
+        tree.directories.append(directory)
+        with os.scandir(directory) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = directory / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(path)
+                elif entry.is_file(follow_symlinks=False):
+                    tree.files.append(path)
+                else:
+                    tree.left_out.append(path)
+    return tree
+
+
+async def _make_directory(sandbox: AsyncSandbox, path: PurePosixPath, mode: int) -> None:
+    """It may be there already, and keeps its mode then."""
+    try:
+        await sandbox.files.mkdir(str(path), mode=f"{mode | OWNER_MAY_ALL:04o}")
+    except StateError:
+        if not await _is_directory(sandbox, str(path)):
+            raise
 
 
 async def _is_directory(sandbox: AsyncSandbox, path: str) -> bool:
@@ -85,32 +138,60 @@ async def _download(sandbox: AsyncSandbox, source: str, target: str, *, is_recur
         sys.stdout.buffer.flush()
         return [count]
     found = await sandbox.files.stat(source)
+    if found.kind == "directory" and not is_recursive:
+        raise HypercellError(f"{source} is a directory; -r copies it with all that is in it.")
     local = Path(target)
     if local.is_dir():  # noqa: ASYNC240 - one look
         local = local / PurePosixPath(found.path).name
+    if not local.parent.is_dir():
+        raise HypercellError(f"{local.parent} is no directory.")
+    mask = os.umask(0)
+    os.umask(mask)
     async with progress(f"Copying {found.name}, {size(found.size_bytes)}") as shown:
         if found.kind != "directory":
-            return [await sandbox.files.download(source, local)]
-        if not is_recursive:
-            raise HypercellError(f"{source} is a directory; -r copies it with all that is in it.")
-        copied = []
-        for entry in await sandbox.files.list(found.path, depth=LIST_DEPTH):
-            # The sandbox chose these names, and may mean no good: nothing is written outside the target.
-            place = _below(local, found.path, entry.path)
+            return [await _fetch(sandbox, found, local, mask)]
+        return await _fetch_below(sandbox, found, local, mask, shown)
+
+
+async def _fetch_below(sandbox: AsyncSandbox, top: FileInfo, local: Path, mask: int, shown: Progress) -> list[int]:
+    """One directory after the other, because a listing has limits: of its depth, and of its entries."""
+    copied, left_out, waiting = [], [], [(top, local)]
+    while waiting:
+        directory, here = waiting.pop()
+        _make_directory_here(here, int(directory.mode, 8) & ~mask)
+        for entry in await sandbox.files.list(directory.path):
+            place = _inside(here, directory.path, entry.path)
             if entry.kind == "directory":
-                place.mkdir(parents=True, exist_ok=True)
+                waiting.append((entry, place))
             elif entry.kind == "file":
                 shown.text = f"Copying {entry.name}, {size(entry.size_bytes)}"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                copied.append(await sandbox.files.download(entry.path, place))
-        return copied
+                copied.append(await _fetch(sandbox, entry, place, mask))
+            else:
+                left_out.append(entry.path)
+    _say_left_out(left_out)
+    return copied
 
 
-def _below(local: Path, root: str, path: str) -> Path:
-    try:
-        relative = PurePosixPath(path).relative_to(root)
-    except ValueError as error:
-        raise HypercellError(f"The sandbox listed {path!r}, which is not below {root!r}; nothing is copied.") from error
-    if ".." in relative.parts:
-        raise HypercellError(f"The sandbox listed {path!r}, which leads out of {root!r}; nothing is copied.")
-    return local.joinpath(*relative.parts)
+async def _fetch(sandbox: AsyncSandbox, entry: FileInfo, place: Path, mask: int) -> int:
+    count = await sandbox.files.download(entry.path, place)
+    # As cp does it: the umask counts, and no file of another machine runs here with its owner's rights (setuid).
+    await asyncio.to_thread(place.chmod, int(entry.mode, 8) & 0o777 & ~mask)
+    return count
+
+
+def _make_directory_here(place: Path, mode: int) -> None:
+    """A new one, or one that is there; not a link to one, which may lead out of the target."""
+    if place.is_symlink():
+        raise HypercellError(f"{place} is a link, and a directory of the sandbox would be copied through it.")
+    if not place.is_dir():
+        place.mkdir()
+        place.chmod(mode & 0o777 | OWNER_MAY_ALL)
+
+
+def _inside(here: Path, directory: str, path: str) -> Path:
+    """Where `path`, which is in `directory`, comes to. The sandbox chose these names, and may mean no good: nothing is
+    written outside the target."""
+    listed = PurePosixPath(path)
+    if listed.parent != PurePosixPath(directory) or listed.name in {"", ".."}:
+        raise HypercellError(f"The sandbox listed {path!r}, which is not in {directory!r}; no more is copied.")
+    return here / listed.name

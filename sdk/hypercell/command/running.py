@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import re
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +21,32 @@ from hypercell.execution import Execution, ExecutionError, Result
 
 EXIT_CODE_FAILED = 3
 EXIT_TIMED_OUT = 124
+# A sandbox of `run` is deleted so long after the command was last alive, so that one that was killed outright (SIGKILL,
+# a power cut) leaves none for good. Long enough for a laptop that sleeps a while.
+LEASE_S = 3600.0
+# Two renewals may fail.
+LEASE_RENEWAL_S = LEASE_S / 4
 # What the kernel puts into tracebacks for terminals.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What `--json` prints. status: ok, error or timeout. output: the notebook that was written."""
+    """What `--json` prints. status: ok, error or timeout. output: the notebook that was written.
+
+    stdout, stderr, results: what a script gave; None for a notebook, which has them itself. skipped_characters: how
+    much was printed that is not there, because it was too much to keep.
+    """
 
     sandbox_id: str
     status: str
     error: ExecutionError | None
     cells: int
     output: str | None
+    stdout: str | None
+    stderr: str | None
+    results: list[Result] | None
+    skipped_characters: int
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -39,22 +55,44 @@ async def run(options: argparse.Namespace) -> int:
         text = path.read_text(encoding="utf-8")  # noqa: ASYNC240 - nothing else runs yet
     except OSError as error:
         raise HypercellError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise HypercellError(f"{path} cannot be read: it is not UTF-8 at byte {error.start}.") from error
+    is_own = options.sandbox is None and not options.keep
+    options.lifetime = LEASE_S if is_own else 0.0
     sandbox = await (create(options) if options.sandbox is None else connect(options, options.sandbox))
     try:
-        if path.suffix == ".ipynb":
-            report = await _run_notebook(sandbox, text, options)
-        else:
-            report = await _run_script(sandbox, text, options)
+        async with _renewed(sandbox, is_wanted=is_own):
+            if path.suffix == ".ipynb":
+                report = await _run_notebook(sandbox, text, options)
+            else:
+                report = await _run_script(sandbox, text, options)
     finally:
-        if options.sandbox is None and not options.keep:
-            await sandbox.kill()
-        else:
-            await sandbox.close()
+        await (sandbox.kill() if is_own else sandbox.close())
     if options.json:
         print_json(report)
     elif options.keep:
         print(f"The sandbox goes on: {sandbox.id}", file=sys.stderr)
     return {"ok": 0, "error": EXIT_CODE_FAILED, "timeout": EXIT_TIMED_OUT}[report.status]
+
+
+@asynccontextmanager
+async def _renewed(sandbox: AsyncSandbox, *, is_wanted: bool) -> AsyncIterator[None]:
+    """Puts the sandbox's end off for as long as the block goes on."""
+
+    async def renew() -> None:
+        while True:
+            await asyncio.sleep(LEASE_RENEWAL_S)
+            # One that does not get through is tried again next time; whether the sandbox is there the code finds out.
+            with suppress(HypercellError):
+                await sandbox.set_timeout(LEASE_S)
+
+    task = asyncio.create_task(renew()) if is_wanted else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _run_script(sandbox: AsyncSandbox, text: str, options: argparse.Namespace) -> RunReport:
@@ -65,7 +103,17 @@ async def _run_script(sandbox: AsyncSandbox, text: str, options: argparse.Namesp
     if show and execution.error is not None:
         text = execution.error.traceback or execution.error.name
         print(text if sys.stderr.isatty() else COLOURS.sub("", text), file=sys.stderr)
-    return RunReport(sandbox_id=sandbox.id, status=status, error=execution.error, cells=1, output=None)
+    return RunReport(
+        sandbox_id=sandbox.id,
+        status=status,
+        error=execution.error,
+        cells=1,
+        output=None,
+        stdout=execution.stdout,
+        stderr=execution.stderr,
+        results=execution.results,
+        skipped_characters=execution.skipped_characters,
+    )
 
 
 async def _run_code(sandbox: AsyncSandbox, code: str, timeout_s: float | None, *, show: bool) -> tuple[str, Execution]:
@@ -101,13 +149,17 @@ async def _run_notebook(sandbox: AsyncSandbox, text: str, options: argparse.Name
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for cell in cells:
         cell["outputs"], cell["execution_count"] = [], None
-    status, error, count = "ok", None, 0
+    status, error, count, skipped = "ok", None, 0, 0
     try:
         for number, cell in enumerate(cells, start=1):
             async with progress(f"Cell {number} of {len(cells)}"):
                 state, execution = await _run_code(sandbox, "".join(cell["source"]), options.timeout, show=False)
             cell["outputs"], cell["execution_count"] = execution.outputs, execution.execution_count
             count = number
+            if execution.skipped_characters:
+                skipped += execution.skipped_characters
+                note = f"hypercell: {execution.skipped_characters} more characters were printed and are left out\n"
+                cell["outputs"].append({"output_type": "stream", "name": "stderr", "text": [note]})
             if state != "ok" and status == "ok":
                 status, error = state, execution.error
                 if not options.json:
@@ -120,7 +172,17 @@ async def _run_notebook(sandbox: AsyncSandbox, text: str, options: argparse.Name
         _write(target, notebook)
     if not options.json:
         print(f"{count} of {len(cells)} cells ran; the outputs are in {target}", file=sys.stderr)
-    return RunReport(sandbox_id=sandbox.id, status=status, error=error, cells=count, output=str(target))
+    return RunReport(
+        sandbox_id=sandbox.id,
+        status=status,
+        error=error,
+        cells=count,
+        output=str(target),
+        stdout=None,
+        stderr=None,
+        results=None,
+        skipped_characters=skipped,
+    )
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:

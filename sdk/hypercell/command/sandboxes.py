@@ -7,14 +7,13 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from hypercell.aio.commands import AsyncCommand, wait_raw
 from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.command.output import age, print_json, print_table, print_tree, progress, size
 from hypercell.errors import HypercellError
-from hypercell.values import CommandResult, FileInfo, SandboxInfo
+from hypercell.values import FileInfo, SandboxInfo
 
 ID_CHARACTERS = 36
-# The output that is kept comes at once; so long without any is its end.
-QUIET_S = 0.5
 
 
 async def find_id(options: argparse.Namespace, text: str) -> str:
@@ -232,30 +231,45 @@ async def logs(options: argparse.Namespace) -> int:
         running = await sandbox.commands.get(command_id)
         print(f"[{running.command_id}] {running.command}", file=sys.stderr)
 
-        output = _Output()
-        async with await sandbox.commands.attach(command_id, on_bytes=output) as command:
-            following = asyncio.create_task(command.wait())
-            try:
-                await (following if options.follow else _until_quiet(following, output))
-            finally:
-                following.cancel()
+        async with await sandbox.commands.attach(command_id) as command:
+            await _show_output(command, None if options.follow else running.output_bytes)
     return 0
 
 
-class _Output:
-    """Passes bytes on to stdout and counts them."""
+async def _show_output(command: AsyncCommand, up_to: int | None) -> None:
+    """The command's output to its end, or `up_to` so many bytes: what it had said when it was looked at."""
+    shown = _Shown(up_to)
+    following = asyncio.create_task(wait_raw(command, shown))
+    reached = asyncio.create_task(shown.reached.wait())
+    try:
+        await asyncio.wait({following, reached}, return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            following.result()
+    finally:
+        following.cancel()
+        reached.cancel()
+        await asyncio.gather(following, reached, return_exceptions=True)
 
-    def __init__(self) -> None:
-        self.count = 0
 
-    def __call__(self, data: bytes) -> None:
-        self.count += len(data)
+class _Shown:
+    """Passes bytes on to stdout and counts them. reached: there have been `up_to`, with those that are kept no more."""
+
+    def __init__(self, up_to: int | None) -> None:
+        self._up_to = up_to
+        self._count = 0
+        self.reached = asyncio.Event()
+        self._counted(0)
+
+    def write(self, data: bytes, *, is_stdout: bool) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+        self._counted(len(data))
 
+    def skip(self, count: int) -> None:
+        print(f"hypercell: {count} bytes of output before this are kept no more", file=sys.stderr)
+        self._counted(count)
 
-async def _until_quiet(following: asyncio.Task[CommandResult], output: _Output) -> None:
-    seen = -1
-    while not following.done() and output.count != seen:
-        seen = output.count
-        await asyncio.wait({following}, timeout=QUIET_S)
+    def _counted(self, count: int) -> None:
+        self._count += count
+        if self._up_to is not None and self._count >= self._up_to:
+            self.reached.set()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 
-from hypercell.aio.commands import AsyncCommand
+from hypercell.aio.commands import AsyncCommand, wait_raw
 from hypercell.command.output import print_json
 from hypercell.command.sandboxes import connect
 from hypercell.errors import HypercellError
@@ -38,12 +38,8 @@ async def run_command(options: argparse.Namespace) -> int:
                 background.command_id
             )
             return 0
-        if options.json:
-            result = await sandbox.commands.run(
-                command, cwd=options.cwd, env=dict(options.env), timeout_s=options.timeout
-            )
-            print_json(result)
-            return exit_status(result)
+        if options.tty and options.json:
+            raise HypercellError("-t shows a terminal, and --json prints the output as JSON: use one of them.")
         if options.tty and not sys.stdin.isatty():
             raise HypercellError("-t needs a terminal, and standard input is none; use -i to pass it on.")
         running = await sandbox.commands.start(
@@ -54,12 +50,14 @@ async def run_command(options: argparse.Namespace) -> int:
             terminal=_terminal_size() if options.tty else None,
             background=False,
             timeout_s=options.timeout,
-            on_bytes=_write if options.tty else None,
-            on_stdout=None if options.tty else _print,
-            on_stderr=None if options.tty else _print_error,
         )
         async with running, _input(running, options):
-            return exit_status(await running.wait())
+            if options.json:
+                result = await running.wait()
+                print_json(result)
+            else:
+                result = await wait_raw(running, _Passed(is_terminal=options.tty))
+            return exit_status(result)
 
 
 def exit_status(result: CommandResult) -> int:
@@ -72,6 +70,24 @@ def exit_status(result: CommandResult) -> int:
     return EXIT_OF_SIGNAL + int(number)
 
 
+class _Passed:
+    """The command's output on this one's, byte for byte: it may be a picture that goes into a file."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        self._is_terminal = is_terminal
+
+    def write(self, data: bytes, *, is_stdout: bool) -> None:
+        if self._is_terminal:
+            _write(data)
+            return
+        buffer = sys.stdout.buffer if is_stdout else sys.stderr.buffer
+        buffer.write(data)
+        buffer.flush()
+
+    def skip(self, count: int) -> None:
+        print(f"hypercell: {count} bytes of output are kept no more", file=sys.stderr)
+
+
 def _write(data: bytes) -> None:
     # A terminal that is not read any more, or is full for a moment, must not end the session.
     view = memoryview(data)
@@ -80,14 +96,6 @@ def _write(data: bytes) -> None:
             view = view[os.write(sys.stdout.fileno(), view) :]
         except BlockingIOError:
             continue
-
-
-def _print(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _print_error(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
 
 
 def _terminal_size() -> TerminalSize:
