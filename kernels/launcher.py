@@ -21,6 +21,7 @@ from vm_runtime.saving.saver import Saver
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import ImageFiles
+from vm_runtime.states import RunState
 
 # Identity of a machine that waits in the pool; it gets its own when a sandbox takes it.
 SPARE_IDENTITY = {"sandbox_id": "", "hostname": "sandbox"}
@@ -90,8 +91,17 @@ class Launcher:
             return await WarmMachine.greet(saved, greeting)
 
     async def adopt(self, place: MachinePlace, greeting: Greeting) -> WarmMachine:
-        """Takes over a machine that an earlier gateway left running. Errors: as `launch`."""
-        return await WarmMachine.greet(await self.saver.adopt(place), greeting)
+        """Takes over a machine that an earlier gateway left; it runs afterwards. Errors: as `launch`."""
+        saved = await self.saver.adopt(place)
+        if saved.machine.state is RunState.PAUSED:
+            # That gateway was killed in the pause of a snapshot, or a user had paused it; a guest that stands still
+            # answers no greeting.
+            try:
+                await saved.machine.resume()
+            except BaseException:
+                await saved.kill()
+                raise
+        return await WarmMachine.greet(saved, greeting)
 
     async def end(self, place: MachinePlace) -> None:
         """Ends a machine that belongs to no sandbox, and removes what it left. Errors: VmRuntimeError."""

@@ -62,8 +62,8 @@ async def _find_one(core: Core, naps: Naps, record: SandboxRecord) -> None:
     greeting = Greeting(marker=record.marker, identity=core.identity(record), key=record.key, restored=False)
     try:
         warm = await core.launcher.adopt(place, greeting)
-        if warm.saved.machine.state is not warm.saved.machine.state.RUNNING:
-            await warm.saved.machine.resume()  # killed in the pause of a snapshot
         await core.go_live(sandbox.id, warm, configure=False)
+        if sandbox.state is SandboxState.PAUSED:
+            await naps.pause(sandbox.id)
     except (KernelsError, VmRuntimeError, SnapshotError) as error:
         naps.on_machine_lost(sandbox.id, str(error))

@@ -225,3 +225,19 @@ async def test_a_full_disk_fails_the_snapshot_only(state_dir: Path) -> None:
             await notebook.run("import hashlib; digest = hashlib.sha256(x).hexdigest()")
             await api.do(sandbox_id, "sleep")
             assert await notebook.value("hashlib.sha256(x).hexdigest() == digest") is True
+
+
+async def test_a_paused_machine_is_found_again_as_it_was(state_dir: Path) -> None:
+    """So is one whose gateway was killed in the pause of a snapshot: to the next gateway they look the same."""
+    first = start_gateway(state_dir, *FLAGS)
+    sandbox_id = await Api(first).create()
+    await value_of(first, sandbox_id, "x = 'unsaved'")
+    await Api(first).do(sandbox_id, "pause")
+    machines = vmm_pids(first.run_dir)
+    first.kill()
+    with ended(start_gateway(state_dir, *FLAGS)) as second:
+        assert vmm_pids(second.run_dir) == machines
+        assert (await Api(second).sandbox(sandbox_id))["state"] == "paused"
+        await Api(second).do(sandbox_id, "resume")
+        assert await value_of(second, sandbox_id, "x") == "unsaved"
+        await Api(second).delete(sandbox_id)
