@@ -115,10 +115,12 @@ class MessageMeter:
             if len(self._header) < (9 if flags & _FLAG_LONG else 2):
                 continue
             self._body_left = int.from_bytes(self._header[1:], "big")
-            # What Python or libzmq need for a part counts, too: empty ones must not be free.
-            self._message_bytes += self._body_left + len(self._header) + PART_OVERHEAD_BYTES
+            self._header.clear()
+            if flags & _FLAG_COMMAND:  # between the parts of a message, not one of them
+                continue
+            # What libzmq needs for a part counts, too: empty ones must not be free.
+            self._message_bytes += self._body_left + PART_OVERHEAD_BYTES
             if self._message_bytes > MAX_MESSAGE_BYTES:
                 raise MessageTooLongError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
             if not flags & _FLAG_MORE:
                 self._message_bytes = 0
-            self._header.clear()

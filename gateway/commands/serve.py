@@ -7,8 +7,8 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +114,7 @@ async def _until_signal(settings: GatewaySettings) -> None:
 async def running(settings: GatewaySettings) -> AsyncIterator[Serving]:
     """The whole gateway, from nothing to serving, and back. Errors: StartError, KernelsError, VmRuntimeError,
     ImageError."""
-    with state_lock(settings.state_dir):
+    with state_lock(settings.state_dir), _removed_if_empty(settings.run_dir):
         async with listening(host=settings.host, port=settings.port) as listener:
 
             def progress(text: str) -> None:
@@ -129,6 +129,17 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Serving]:
                         url=gateway.url, token=gateway.token, state_dir=settings.state_dir, run_dir=settings.run_dir
                     ):
                         yield gateway
+
+
+@contextmanager
+def _removed_if_empty(run_dir: Path) -> Iterator[None]:
+    """At the end removes the runtime directory, unless machines that outlive this gateway have something there."""
+    try:
+        yield
+    finally:
+        for directory in (run_dir / "m", run_dir / "k", run_dir):
+            with suppress(OSError):
+                directory.rmdir()
 
 
 async def _ensure_image(settings: GatewaySettings, progress: Callable[[str], None]) -> None:

@@ -162,8 +162,7 @@ class Traces:
         found += [f"socket {line}" for line in lines_with("/proc/net/unix", str(self._run_dir))]
         found += [f"mount {line}" for line in lines_with("/proc/self/mounts", str(state_dir), str(self._run_dir))]
         found += [f"process {pid}" for pid in processes_of(state_dir)]
-        found += [str(path) for path in self._run_dir.rglob("*") if not path.is_dir()]
-        found += [str(path) for name in ("m", "k") for path in (self._run_dir / name).glob("*")]
+        found += [str(path) for path in (self._run_dir, *self._run_dir.rglob("*")) if path.exists()]
         found += [str(path) for path in (state_dir / "machines").glob("*")]
         return found
 

@@ -37,5 +37,6 @@ def test_any_number_of_messages_within_the_limit_passes(sizes: list[int], repeat
 
 @given(size=st.integers(0, 3000), step=st.integers(1, 999))
 def test_a_message_without_an_end_does_not_pass(size: int, step: int) -> None:
+    ping = bytes([4, 3]) + b"abc"
     with pytest.raises(MessageTooLongError):
-        feed(MessageMeter(), frame(size, more=True) * (LIMIT // 50), step)
+        feed(MessageMeter(), (frame(size, more=True) + ping) * (LIMIT // 50), step)
