@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import zmq
 from gateway.connection import Client, Connection
 from gateway.errors import ApiError
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, status_message, stderr_message
+from gateway.kernel_link import SESSION, KernelLink, status_message, stderr_message
 from gateway.metrics import Metrics
 from gateway.parking import BufferBudget, Parked
 from gateway.settings import GatewaySettings
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 CLOSE_NORMAL = 1000
 CLOSE_GOING_AWAY = 1001
 CLOSE_FAILED = 1011
+# Clients open their WebSocket right after they have made a kernel; others (jupyter_client's) never do.
+PREPARED_S = 10.0
 
 
 @dataclass
@@ -133,6 +136,23 @@ class KernelHub:
             self._tell_of_loss(kernel_id, connection)
         self._settle(kernel_id, connection)
         return connection
+
+    def prepare(self, kernel_id: str) -> None:
+        """Connects to a new kernel, whose first client is about to come and must not wait for handshakes. If none
+        comes, it is let go. Errors: those of `connection_info`."""
+        clients = self._kernels.setdefault(kernel_id, _Clients())
+        if clients.connections or clients.parked is not None:
+            return
+        link = KernelLink(self._context, self._service.connection_info(kernel_id), f"{SESSION}-{uuid.uuid4().hex}")
+        parked = Parked(link, max_bytes=self._settings.buffer_mib * 1024 * 1024, budget=self._budget)
+        clients.parked = parked
+        parked.start()
+        asyncio.get_running_loop().call_later(PREPARED_S, self._let_go, kernel_id, parked)
+
+    def _let_go(self, kernel_id: str, prepared: Parked) -> None:
+        clients = self._kernels.get(kernel_id)
+        if clients is not None and clients.parked is prepared:
+            self._forget_parked(kernel_id)
 
     def _tell_of_loss(self, kernel_id: str, connection: Connection) -> None:
         """A sandbox that sleeps for a reason has lost its machine: who was not there then is told when it comes."""

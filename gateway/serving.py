@@ -6,8 +6,9 @@ Knows neither command line nor signals; tests use it as `serve` does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from gateway.state import Gateway
 from kernels.events import EventQueue
 from kernels.models import EventKind
 from kernels.service import SandboxService
+
+log = logging.getLogger(__name__)
 
 # 32 random bytes: nobody guesses them, and they fit into a URL.
 TOKEN_BYTES = 32
@@ -50,13 +53,24 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
         gateway = Gateway(settings=settings, token=token, service=service, sessions=sessions, hub=hub, metrics=metrics)
         for follow in (hub.follow, lambda events: _follow_sessions(sessions, events)):
             events = await stack.enter_async_context(service.subscribe())
-            task = asyncio.create_task(follow(events))
+            task = asyncio.create_task(_keep_following(service, events, follow))
             stack.push_async_callback(_cancelled, task)
         listener.application = make_application(gateway)
         try:
             yield Serving(url=listener.url, token=token, gateway=gateway)
         finally:
             listener.application, listener.doing = None, "stopping"
+
+
+async def _keep_following(
+    service: SandboxService, events: EventQueue, follow: Callable[[EventQueue], Awaitable[None]]
+) -> None:
+    """As long as there are events, also after more came at once than anyone could take."""
+    await follow(events)
+    while events.overflowed:
+        log.warning("Events came faster than they could be taken; some were missed")
+        async with service.subscribe() as events:
+            await follow(events)
 
 
 async def _follow_sessions(sessions: SessionStore, events: EventQueue) -> None:

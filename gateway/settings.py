@@ -73,6 +73,9 @@ class GatewaySettings(BaseSettings):
     idle_timeout_s: float = Field(
         3600.0, ge=0, description="Sandboxes sleep after so many seconds without activity; 0 is never."
     )
+    idle_timeouts_s: Annotated[dict[str, Annotated[float, Field(ge=0)]], NoDecode] = Field(
+        {}, description="The same for single kernelspecs: name=seconds, separated by commas."
+    )
     delete_means_sleep: bool = Field(
         True,
         description="When a Jupyter client deletes a notebook's kernel, keep it asleep for the next who opens that "
@@ -133,6 +136,14 @@ class GatewaySettings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("idle_timeouts_s", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+            return {name.strip(): seconds.strip() for name, _, seconds in pairs}
         return value
 
     @field_validator("token")
@@ -198,6 +209,7 @@ class GatewaySettings(BaseSettings):
             restart_limit=self.restart_limit,
             restart_window_s=self.restart_window_s,
             idle_timeout_s=self.idle_timeout_s,
+            idle_timeouts_s=self.idle_timeouts_s,
             delete_means_sleep=self.delete_means_sleep,
             stop_means_sleep=self.stop_means_sleep,
             stop_limit_s=self.stop_limit_s,

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from kernels.capacity import Capacity
 from kernels.endpoints import Endpoints
@@ -27,12 +28,17 @@ from kernels.warm import WarmMachine
 from vm_runtime.drivers.base import Driver
 from vm_runtime.images.store import ImageStore
 from vm_runtime.saving.values import Description, Then
-from vm_runtime.snapshots.errors import SnapshotInUseError
+from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 from vm_runtime.spec import ImageFiles
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The name of the checkpoint of a state that `goto` left.
+LEFT_AT = "left at "
 
 
 class Core:
@@ -66,6 +72,7 @@ class Core:
         self._supervisors: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._remover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="remove")
 
     def lock(self, sandbox_id: str) -> asyncio.Lock:
         return self._locks.setdefault(sandbox_id, asyncio.Lock())
@@ -150,14 +157,14 @@ class Core:
             record = self.registry.record(sandbox_id)
             if configure:
                 await live.configure(env=record.env, cwd=record.cwd, identity=self.identity(record))
+            self.registry.update(
+                sandbox_id, machine_id=live.saved.machine.id, key=live.key, marker=live.session.next_marker
+            )
+            state = "busy" if live.session.kernel_busy else "idle"
+            self.registry.move(sandbox_id, SandboxState.RUNNING, execution_state=state)
         except BaseException:
             await warm.close()
             raise
-        self.registry.update(
-            sandbox_id, machine_id=live.saved.machine.id, key=live.key, marker=live.session.next_marker
-        )
-        state = "busy" if live.session.kernel_busy else "idle"
-        self.registry.move(sandbox_id, SandboxState.RUNNING, execution_state=state)
         self.live[sandbox_id] = live
         live.start()
         self._supervisors[sandbox_id] = asyncio.create_task(live.run())
@@ -190,6 +197,13 @@ class Core:
         if live is not None:
             await live.close()
 
+    async def detach(self, sandbox_id: str) -> None:
+        """Lets go of the machine, which runs on; a later gateway finds it again."""
+        await self._stop_supervising(sandbox_id)
+        live = self.live.pop(sandbox_id, None)
+        if live is not None:
+            await live.detach()
+
     async def _stop_supervising(self, sandbox_id: str) -> None:
         supervisor = self._supervisors.pop(sandbox_id, None)
         if supervisor is not None and supervisor is not asyncio.current_task():
@@ -203,16 +217,39 @@ class Core:
         if endpoints is not None:
             await endpoints.close()
         if sandbox_id in self.registry:
+            stood_on = self.get(sandbox_id).snapshot_id
             self.registry.remove(sandbox_id)
-            await asyncio.to_thread(self._drop_snapshots, sandbox_id)
+            await self.removing(self._drop_snapshots, sandbox_id, stood_on)
         self._locks.pop(sandbox_id, None)
 
-    def _drop_snapshots(self, sandbox_id: str) -> None:
+    async def removing(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs what removes from the store, in a thread of its own: it waits for snapshots that are being taken, and
+        these need the other threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._remover, function, *arguments)
+
+    def _drop_snapshots(self, sandbox_id: str, stood_on: str | None) -> None:
+        """All that only this sandbox needed; what a child still stands on goes with the child (`stood_on`)."""
         self.store.unpin(pin_name(sandbox_id))
-        for manifest in self.store.ls(sandbox_id=sandbox_id):
-            if manifest.name is None:
-                with contextlib.suppress(SnapshotInUseError):  # a child still stands on it
-                    self.store.rm(manifest.id)
+        doomed = [manifest for manifest in self.store.ls(sandbox_id=sandbox_id) if is_automatic(manifest)]
+        if stood_on is not None:
+            with contextlib.suppress(SnapshotError):
+                manifest = self.store.get(stood_on)
+                if is_automatic(manifest) and manifest.sandbox_id not in (None, sandbox_id, *self.registry.ids()):
+                    doomed.append(manifest)
+        for manifest in doomed:
+            with contextlib.suppress(SnapshotInUseError, UnknownSnapshotError):
+                self.store.rm(manifest.id)
+
+    async def drop_snapshots_of_strangers(self) -> None:
+        """What is kept for sandboxes that are not there: their gateway was killed while it forgot them."""
+        for user in await asyncio.to_thread(self.store.pin_users):
+            sandbox_id = user.removeprefix("sandbox-")
+            if sandbox_id != user and sandbox_id not in self.registry:
+                await self.removing(self._drop_snapshots, sandbox_id, None)
+
+    def close(self) -> None:
+        """Ends the thread of `removing`."""
+        self._remover.shutdown(wait=False)
 
     async def close_endpoints(self) -> None:
         endpoints = list(self._endpoints.values())
@@ -256,6 +293,11 @@ class Core:
 
     def _image_files(self, digest: str) -> ImageFiles:
         return self.images.get(digest).files
+
+
+def is_automatic(snapshot: Manifest) -> bool:
+    """Whether nobody asked for this checkpoint by name: it goes when there are too many, or with its sandbox."""
+    return snapshot.name is None or snapshot.name.startswith(LEFT_AT)
 
 
 def pin_name(sandbox_id: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -22,9 +23,11 @@ from kernels.warm import WarmMachine
 EXERCISE_TIMEOUT_S = 60.0
 
 
-async def exercise(warm: WarmMachine, run_dir: Path) -> None:
-    """Errors: MachineFailedError; the machine is still the caller's to end."""
+async def exercise(warm: WarmMachine, run_dir: Path, identity: Mapping[str, str]) -> None:
+    """identity: who it is while it is spare. Errors: MachineFailedError; the machine is still the caller's to end."""
     await warm.session.call("kernel.exercise")
+    # What `LiveSandbox.configure` will ask.
+    await asyncio.gather(warm.session.identify(identity), warm.session.call("kernel.start", {"env": {}, "cwd": None}))
     endpoints = Endpoints(run_dir / "k" / f"x{secrets.token_hex(5)}", lambda: None)
     try:
         await endpoints.start()

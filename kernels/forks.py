@@ -16,7 +16,7 @@ from kernels.core import Core, utc_now
 from kernels.errors import KernelsError, LimitError, MachineFailedError, SandboxStateError
 from kernels.index import SandboxRecord
 from kernels.launcher import new_key
-from kernels.models import EventKind, Sandbox, SandboxState
+from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.outcomes import Outcome, Outcomes
 from kernels.session import Greeting
 from kernels.warm import WarmMachine, new_place, new_sandbox_id
@@ -84,6 +84,7 @@ class Forks:
         self._check_limits(parent, count)
         if not mid_cell:
             await self._wait_idle(sandbox_id)
+            self._check_limits(parent, count)  # others may have forked meanwhile
         children = [self._child_record(parent, index, name) for index in range(count)]
         for child in children:
             core.registry.add(child)
@@ -96,12 +97,17 @@ class Forks:
             if isinstance(error, SnapshotError | VmRuntimeError):
                 raise MachineFailedError(f"The sandbox could not be forked and runs on: {error}") from error
             raise
-        return await asyncio.gather(
-            *(
-                self._bring_up(child, snapshot, machine, same_random=same_random, call_id=call_id)
-                for child, machine in zip(children, machines, strict=True)
+        try:
+            return await asyncio.gather(
+                *(
+                    self._bring_up(child, snapshot, machine, same_random=same_random, call_id=call_id)
+                    for child, machine in zip(children, machines, strict=True)
+                )
             )
-        )
+        except BaseException:  # cancelled: nobody was told of them
+            for child in children:
+                await core.forget(child.sandbox.id)
+            raise
 
     def _check_limits(self, parent: SandboxRecord, count: int) -> None:
         core, settings = self._core, self._core.settings
@@ -213,39 +219,54 @@ class Forks:
             raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
         async with core.lock(parent_id), core.lock(child_id):
             description = replace(core.description(child_id, name=None), sandbox_id=parent_id)
-            snapshot = (await core.running(child_id).saved.take(description, then=Then.STOP)).manifest
+            try:
+                snapshot = (await core.running(child_id).saved.take(description, then=Then.STOP)).manifest
+            except (SnapshotError, VmRuntimeError) as error:
+                raise MachineFailedError(f"The child's state could not be saved; both go on: {error}") from error
             await core.keep(parent_id, snapshot)
             await core.take_down(parent_id)
-            core.registry.update(parent_id, machine_id="")
             core.registry.move(parent_id, SandboxState.ASLEEP)
             extra = {"calls": {offer.call_id: {"result": {"became": parent_id}}}}
-            await core.restore(parent_id, snapshot, keep_random=True, extra=extra)
+            try:
+                await core.restore(parent_id, snapshot, keep_random=True, extra=extra)
+            except (SnapshotError, VmRuntimeError) as error:
+                raise MachineFailedError(f"The child's state could not be restored: {error}") from error
             await core.forget(child_id)
         await self.outcomes.forget(child_id=child_id)
         return core.get(parent_id)
 
     async def watch(self) -> None:
         """Records children that end without a word as crashed, and drops the outcomes of parents that are gone."""
+        while True:
+            async with self._core.bus.subscribe() as events:
+                async for event in events:
+                    try:
+                        await self._on_event(event)
+                    except (OSError, KernelsError):
+                        log.exception("How %s ended could not be recorded", event.sandbox_id)
+                if not events.overflowed:
+                    return
+            log.warning("Events came faster than they could be taken; some were missed")
+
+    async def _on_event(self, event: SandboxEvent) -> None:
         core = self._core
-        async with core.bus.subscribe() as events:
-            async for event in events:
-                failed = event.kind is EventKind.STATE and event.data.get("state") == SandboxState.FAILED
-                if failed or event.kind is EventKind.KERNEL_DEAD:
-                    if event.sandbox_id in core.registry:
-                        sandbox = core.get(event.sandbox_id)
-                        await self._crashed(sandbox, str(event.data.get("reason") or "The kernel died."))
-                elif event.kind is EventKind.EXECUTION_STATE:
-                    await self.outcomes.poke()
-                elif event.kind is EventKind.DELETED:
-                    parent_id = event.data.get("parent_id")
-                    if isinstance(parent_id, str):
-                        await self.outcomes.record(
-                            Outcome(
-                                child_id=event.sandbox_id, parent_id=parent_id, state="crashed",
-                                message="The child was deleted before it ended.",
-                            )
-                        )  # fmt: skip
-                    await self.outcomes.forget(parent_id=event.sandbox_id)
+        failed = event.kind is EventKind.STATE and event.data.get("state") == SandboxState.FAILED
+        if failed or event.kind is EventKind.KERNEL_DEAD:
+            if event.sandbox_id in core.registry:
+                sandbox = core.get(event.sandbox_id)
+                await self._crashed(sandbox, str(event.data.get("reason") or "The kernel died."))
+        elif event.kind is EventKind.EXECUTION_STATE:
+            await self.outcomes.poke()
+        elif event.kind is EventKind.DELETED:
+            parent_id = event.data.get("parent_id")
+            if isinstance(parent_id, str) and parent_id in core.registry:
+                await self.outcomes.record(
+                    Outcome(
+                        child_id=event.sandbox_id, parent_id=parent_id, state="crashed",
+                        message="The child was deleted before it ended.",
+                    )
+                )  # fmt: skip
+            await self.outcomes.forget(parent_id=event.sandbox_id)
 
     async def _crashed(self, sandbox: Sandbox, message: str) -> None:
         if sandbox.parent_id is not None:

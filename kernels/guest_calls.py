@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter
 
 from kernels.core import Core
-from kernels.errors import KernelsError, RequestError, UnknownSandboxError
+from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSandboxError
 from kernels.forks import Forks
 from kernels.models import Checkpoint, Sandbox
 from kernels.naps import Naps
@@ -44,6 +45,7 @@ class GuestCalls:
         self._naps = naps
         self._time_line = time_line
         self._forks = forks
+        self._receiving: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._ops: dict[str, Callable[[str, Incoming], Awaitable[None]]] = {
             "info": self._info,
             "tree": self._tree,
@@ -88,8 +90,8 @@ class GuestCalls:
 
     async def _kill(self, me: str, incoming: Incoming) -> None:
         target = self._descendant(me, _text(incoming, "id"))
-        async with self._core.lock(target):
-            await self._core.forget(target)
+        # Not broken off with the stream: half-forgotten, it would be nobody's.
+        await _away(self._core, self._end(target))
         await incoming.answer()
 
     # Forks
@@ -106,15 +108,20 @@ class GuestCalls:
         await incoming.answer({"children": [_child(child, index) for index, child in enumerate(children)]})
 
     async def _exit(self, me: str, incoming: Incoming) -> None:
-        value = await _value(await incoming.accept())
+        value = await self._value(me, await incoming.accept())
         await self._record(me, incoming, "exited", value)
         self._core.spawn(self._end(me))
 
     async def _offer(self, me: str, incoming: Incoming) -> None:
         stream = await incoming.accept()
-        await self._record(me, incoming, "offered", await _value(stream))
+        await self._record(me, incoming, "offered", await self._value(me, stream))
         # Answered by the greeting of the machine that takes the state over, or never.
-        await asyncio.get_running_loop().create_future()
+        await stream.wait_lost()
+
+    async def _value(self, me: str, stream: Stream) -> bytes:
+        """One at a time of each sandbox, since they are held in memory."""
+        async with self._receiving.setdefault(me, asyncio.Lock()):
+            return await _value(stream)
 
     async def _record(self, me: str, incoming: Incoming, state: Any, value: bytes) -> None:
         parent_id = self._core.get(me).parent_id
@@ -220,10 +227,10 @@ async def _away(core: Core, work: Awaitable[object]) -> None:
     async def run() -> None:
         try:
             await work
-        except KernelsError as error:
-            if done.cancelled():
+        except Exception as error:
+            if done.done():
                 raise
-            done.set_exception(error)
+            done.set_exception(error if isinstance(error, KernelsError) else MachineFailedError(str(error)))
         else:
             if not done.done():
                 done.set_result(None)

@@ -23,6 +23,8 @@ from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import ImageFiles
 from vm_runtime.states import RunState
 
+# What is found again holds work that is saved nowhere; it is given up only when it surely hangs.
+ADOPTION_TIMEOUT_S = 120.0
 # Identity of a machine that waits in the pool; it gets its own when a sandbox takes it.
 SPARE_IDENTITY = {"sandbox_id": "", "hostname": "sandbox"}
 
@@ -101,7 +103,7 @@ class Launcher:
             except BaseException:
                 await saved.kill()
                 raise
-        return await WarmMachine.greet(saved, greeting)
+        return await WarmMachine.greet(saved, greeting, timeout_s=ADOPTION_TIMEOUT_S)
 
     async def end(self, place: MachinePlace) -> None:
         """Ends a machine that belongs to no sandbox, and removes what it left. Errors: VmRuntimeError."""
@@ -117,7 +119,7 @@ class Launcher:
     async def _make_spare(self, template: Template) -> WarmMachine:
         warm = await self._restore_template(template, SPARE_IDENTITY)
         try:
-            await exercise(warm, self._settings.run_dir)
+            await exercise(warm, self._settings.run_dir, SPARE_IDENTITY)
         except BaseException:
             await warm.close()
             raise

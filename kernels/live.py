@@ -81,8 +81,9 @@ class LiveSandbox:
 
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
         """Gives a kernel that runs already its environment, directory and identity."""
-        await self.session.identify(identity)
-        await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
+        await asyncio.gather(
+            self.session.identify(identity), self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
+        )
 
     async def interrupt(self) -> None:
         await self.session.call("kernel.interrupt")

@@ -16,6 +16,7 @@ from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.states import RunState
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,16 @@ class Naps:
         live = core.running(sandbox_id)
         # Before the snapshot: what clients and kernel say to each other during it would be lost with the machine.
         await live.let_go()
+        was_running = live.saved.machine.state is RunState.RUNNING
         try:
             await core.take(sandbox_id, core.description(sandbox_id, name=None), then=Then.STOP)
-        except (SnapshotError, VmRuntimeError) as error:
+        except Exception as error:
+            # Also where the snapshot is there but could not be noted down (a full disk): what runs must not be lost.
+            if was_running and live.saved.machine.state is RunState.PAUSED:
+                await live.saved.machine.resume()
             live.start()
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
         await core.take_down(sandbox_id)
-        core.registry.update(sandbox_id, machine_id="")
         return core.registry.move(sandbox_id, SandboxState.ASLEEP)
 
     async def wake(self, sandbox_id: str) -> Sandbox:
@@ -126,11 +130,14 @@ class Naps:
         """The machine died. With a checkpoint the sandbox sleeps on it; without one it has failed."""
         core = self._core
         sandbox = core.get(sandbox_id)
-        core.registry.update(sandbox_id, machine_id="")
         if sandbox.snapshot_id is None:
             core.registry.fail(sandbox_id, reason)
             return
-        taken = core.store.get(sandbox.snapshot_id).created_at
+        try:
+            taken = core.store.get(sandbox.snapshot_id).created_at
+        except SnapshotError as error:
+            core.registry.fail(sandbox_id, f"{reason} Its checkpoint cannot be used: {error}")
+            return
         text = f"The sandbox goes on from its checkpoint of {taken:%Y-%m-%d %H:%M:%S} UTC. {reason}"
         core.registry.fall_back(sandbox_id, text)
 
@@ -175,14 +182,13 @@ class Naps:
                 except KernelsError as error:
                     log.warning("Sandbox %s could not be put to sleep: %s", sandbox_id, error)
 
-        await asyncio.wait(
-            [asyncio.create_task(one(sandbox_id)) for sandbox_id in list(left)] or [_nothing()], timeout=limit_s
-        )
-        return left
-
-
-def _nothing() -> asyncio.Task[None]:
-    return asyncio.create_task(asyncio.sleep(0))
+        tasks = [asyncio.create_task(one(sandbox_id)) for sandbox_id in list(left)]
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return list(left)
 
 
 def _is_idle(sandbox: Sandbox) -> bool:

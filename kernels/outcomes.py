@@ -8,15 +8,21 @@ Values are bytes that nobody here looks into. They lie on disk, so that a killed
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kernels.errors import LimitError
+
 # docs/sandbox_calls.md: what crosses between sandboxes by value.
 MAX_VALUE_BYTES = 16 << 20
 MAX_MESSAGE_CHARACTERS = 4000
+# Kept for one parent: a loop of forks that end must not fill the host's disk.
+MAX_PER_PARENT = 10_000
+MAX_PARENT_BYTES = 1 << 30
 
 
 class Outcome(BaseModel):
@@ -51,6 +57,9 @@ class Outcomes:
                 path.unlink()
                 continue
             self._known[outcome.child_id] = outcome
+        for path in self._directory.iterdir():
+            if path.name.startswith(".") or path.stem not in self._known:
+                path.unlink()
 
     def get(self, child_id: str) -> Outcome | None:
         return self._known.get(child_id)
@@ -65,14 +74,24 @@ class Outcomes:
         known = self._known.get(outcome.child_id)
         if known is not None and known.state != "offered":
             return
+        siblings = [each.child_id for each in self._known.values() if each.parent_id == outcome.parent_id]
+        if len(siblings) >= MAX_PER_PARENT or await asyncio.to_thread(self._bytes_of, siblings) > MAX_PARENT_BYTES:
+            raise LimitError(
+                f"The parent has {len(siblings)} results of children; at most {MAX_PER_PARENT} and "
+                f"{MAX_PARENT_BYTES >> 20} MiB are kept until it ends."
+            )
         await asyncio.to_thread(self._write, outcome, value)
         async with self._changed:
             self._known[outcome.child_id] = outcome
             self._changed.notify_all()
 
+    def _bytes_of(self, child_ids: list[str]) -> int:
+        paths = [self._directory / f"{child_id}.value" for child_id in child_ids]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
     def _write(self, outcome: Outcome, value: bytes) -> None:
         (self._directory / f"{outcome.child_id}.value").write_bytes(value)
-        temporary = self._directory / f".{outcome.child_id}"
+        temporary = self._directory / f".{outcome.child_id}-{secrets.token_hex(4)}"
         temporary.write_text(outcome.model_dump_json())
         temporary.replace(self._directory / f"{outcome.child_id}.json")
 

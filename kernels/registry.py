@@ -41,6 +41,9 @@ class Registry:
         except KeyError:
             raise UnknownSandboxError(sandbox_id) from None
 
+    def ids(self) -> list[str]:
+        return list(self._records)
+
     def records(self) -> list[SandboxRecord]:
         return list(self._records.values())
 
@@ -56,12 +59,14 @@ class Registry:
         self._index.put(record)
 
     def move(self, sandbox_id: str, state: SandboxState, *, reason: str | None = None, **changes: Any) -> Sandbox:
-        """Moves a sandbox to `state`. Errors: UnknownSandboxError, SandboxStateError (no such move)."""
+        """Moves a sandbox to `state`; one that sleeps or has failed has no machine. One write, so that a gateway killed
+        in between leaves no record without a machine. Errors: UnknownSandboxError, SandboxStateError (no such move)."""
         record = self.record(sandbox_id)
         if state is not record.sandbox.state:
             check(sandbox_id, record.sandbox.state, state)
         sandbox = replace(record.sandbox, state=state, reason=reason, **changes)
-        self._records[sandbox_id] = record.model_copy(update={"sandbox": sandbox})
+        machine_id = "" if state in (SandboxState.ASLEEP, SandboxState.FAILED) else record.machine_id
+        self._records[sandbox_id] = record.model_copy(update={"sandbox": sandbox, "machine_id": machine_id})
         self._index.put(self._records[sandbox_id])
         self._publish(sandbox_id, EventKind.STATE, {"state": state, "reason": reason})
         return sandbox

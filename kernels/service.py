@@ -86,6 +86,7 @@ class SandboxService:
             await asyncio.to_thread(outcomes.load)
             forks = self._forks = Forks(core, outcomes)
             core.on_call = GuestCalls(core, naps, time_line, forks).handler_for
+            stack.callback(core.close)
             core.registry.load()
             await stack.enter_async_context(core.launcher.running())
             stack.push_async_callback(core.close_endpoints)
@@ -106,9 +107,8 @@ class SandboxService:
         core = self._core
         if self._settings.stop_means_sleep:
             for sandbox_id in await self._naps.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._say):
-                log.warning("Sandbox %s could not sleep in time and is as of its last checkpoint.", sandbox_id)
-                await core.take_down(sandbox_id)
-                self._naps.on_machine_lost(sandbox_id, "The gateway stopped before it could be put to sleep.")
+                self._say(f"Sandbox {sandbox_id} could not be put to sleep; it runs on, and the next start finds it.")
+                await core.detach(sandbox_id)
             core.registry.flush()
         else:
             ids = [record.sandbox.id for record in core.registry.records()]
@@ -161,14 +161,23 @@ class SandboxService:
         sandbox_id = _checked_id(request.kernel_id)
         left = self._left_behind(request, sandbox_id)
         if left is not None:
-            return await self._naps.wake(left.id)
+            try:
+                return await self._naps.wake(left.id)
+            except MachineFailedError as error:
+                if left.id == sandbox_id:
+                    raise
+                # It stays for its owner to look at; the notebook gets a new one.
+                log.warning("The kernel that was left with %s cannot be woken: %s", request.notebook, error)
+                self._core.registry.change(left.id, notebook=None)
         core, settings = self._core, self._settings
         if sandbox_id in core.registry:
             raise SandboxExistsError(f"There is a sandbox with the id {sandbox_id} already.")
         checkpoints = request.checkpoints if request.checkpoints is not None else settings.checkpoints
         timer_minutes(checkpoints)
         core.capacity.admit(len(core.registry), shape)
-        idle_s = request.idle_timeout_s if request.idle_timeout_s is not None else settings.idle_timeout_s
+        idle_s = request.idle_timeout_s
+        if idle_s is None:
+            idle_s = settings.idle_timeouts_s.get(request.template, settings.idle_timeout_s)
         now = utc_now()
         sandbox = Sandbox(
             id=sandbox_id, state=SandboxState.CREATING, driver=self._driver.name, template=request.template,
@@ -198,6 +207,8 @@ class SandboxService:
     async def _bring_back(self, sandbox_id: str, snapshot: Manifest) -> None:
         live = await self._core.restore(sandbox_id, snapshot, keep_random=False)
         record = self._core.registry.record(sandbox_id)
+        # It falls back on it until it has a checkpoint of its own.
+        await self._core.keep(sandbox_id, snapshot)
         if record.env or record.cwd is not None:
             await live.configure(env=record.env, cwd=record.cwd, identity=self._core.identity(record))
 
@@ -342,7 +353,7 @@ class SandboxService:
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Errors: UnknownSnapshotError, SnapshotInUseError."""
         try:
-            await asyncio.to_thread(self._core.store.rm, snapshot_id)
+            await self._core.removing(self._core.store.rm, snapshot_id)
         except snapshot_errors.SnapshotInUseError as error:
             raise SnapshotInUseError(str(error)) from error
         except snapshot_errors.SnapshotRequestError as error:

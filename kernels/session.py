@@ -87,6 +87,7 @@ class GuestSession:
         self.on_event: Callable[[GuestEvent], None] = lambda event: None
         self._call_handler: asyncio.Future[CallHandler | None] = asyncio.get_running_loop().create_future()
         self.next_marker = next_marker
+        self._has_events = False
         kernel = link.welcome.kernel if link.welcome is not None else None
         self.kernel_busy = kernel is not None and kernel.busy
         link.on_open = self._accept
@@ -109,6 +110,8 @@ class GuestSession:
             raise MachineFailedError(f"The guest did not greet within {timeout_s:.0f} s.") from error
         except (WireError, OSError) as error:
             raise MachineFailedError(f"The guest could not be greeted: {error}") from error
+        if link.welcome is not None and (problems := link.welcome.extra.get("problems")):
+            log.warning("A guest could not renew all of itself: %.1000s", problems)
         session = cls(link, hello.next_marker)
         await session._correct_clock(time.monotonic() - greeted_at)
         return session
@@ -168,9 +171,10 @@ class GuestSession:
             if handler is not None:
                 await handler(incoming)
                 return
-        if incoming.kind != "events":
+        if incoming.kind != "events" or self._has_events:
             incoming.reject("unknown_kind", f"The host knows no stream of the kind {incoming.kind!r}")
             return
+        self._has_events = True
         stream = await incoming.accept()
         pending = b""
         while data := await stream.read():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels.models import CheckpointPolicy
@@ -17,7 +18,8 @@ class ServiceSettings:
     max_memory_mib, max_vcpus, max_disk_mib: the most that one request may ask for.
     memory_mib, vcpus, disk_mib: for requests that name none; None means as the recipe says.
     restart_limit: automatic restarts of a crashing kernel within `restart_window_s` before it is given up as dead.
-    idle_timeout_s: sandboxes sleep after so long without activity, 0 never. delete_means_sleep: a Jupyter client's
+    idle_timeout_s: sandboxes sleep after so long without activity, 0 never; idle_timeouts_s: by kernelspec.
+    delete_means_sleep: a Jupyter client's
     delete keeps a notebook's sandbox asleep (the sandbox API's delete is always real). stop_means_sleep: a clean stop
     puts all to sleep instead of ending them, within `stop_limit_s`. checkpoints: policy of sandboxes that name none.
     checkpoint_budget_mib: disk that one sandbox's checkpoints may take; the oldest are thinned out first.
@@ -38,6 +40,7 @@ class ServiceSettings:
     restart_limit: int = 5
     restart_window_s: float = 60.0
     idle_timeout_s: float = 3600.0
+    idle_timeouts_s: Mapping[str, float] = field(default_factory=dict)
     delete_means_sleep: bool = True
     stop_means_sleep: bool = True
     stop_limit_s: float = 60.0

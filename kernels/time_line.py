@@ -6,18 +6,20 @@ Going back ends the machine and restores another; the state that was left become
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import statistics
 from collections import deque
 from dataclasses import asdict
 from typing import Any
 
-from kernels.core import Core, utc_now
+from kernels.core import LEFT_AT, Core, is_automatic, utc_now
 from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
 from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
-from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError
+from vm_runtime.snapshots.errors import UnknownSnapshotError as UnknownStoredSnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ JUDGED_PAUSES = 5
 SLOW_INTERVAL_S = 60.0
 # Timers are minutes; a second late is on time.
 WATCH_INTERVAL_S = 1.0
+# Checkpoints by name, which nothing thins out: a guest can take them, too, and must not fill the host's disk.
+MAX_NAMED = 100
 # How many automatic checkpoints one sandbox keeps at most, whatever the budget: a list that people can read.
 MAX_CHECKPOINTS = 200
 
@@ -54,8 +58,20 @@ class TimeLine:
         """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, MachineFailedError (it runs on)."""
         if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
             raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
+        if name is not None:
+            await asyncio.to_thread(self._check_named, sandbox_id)
         async with self._core.lock(sandbox_id):
             return _checkpoint(await self._take(sandbox_id, name=name))
+
+    def _check_named(self, sandbox_id: str) -> None:
+        """Errors: RequestError where there are so many that only their owner can decide which may go."""
+        named = [manifest for manifest in self._core.store.ls(sandbox_id=sandbox_id) if not is_automatic(manifest)]
+        budget_mib = self._core.settings.checkpoint_budget_mib
+        if len(named) >= MAX_NAMED or sum(map(_own_bytes, named)) > budget_mib << 20:
+            raise RequestError(
+                f"This sandbox has {len(named)} named checkpoints, at most {MAX_NAMED} and {budget_mib} MiB are kept. "
+                "Delete some (`DELETE /api/snapshots/{id}`) first."
+            )
 
     async def _take(self, sandbox_id: str, *, name: str | None) -> Manifest:
         core = self._core
@@ -94,22 +110,23 @@ class TimeLine:
             if len(pauses) == JUDGED_PAUSES and statistics.median(pauses) > MAX_PAUSE_MS:
                 self._slow_until[sandbox_id] = now + SLOW_INTERVAL_S
             core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
-        await asyncio.to_thread(self._thin, sandbox_id)
+        await self._core.removing(self._thin, sandbox_id)
 
     def _thin(self, sandbox_id: str) -> None:
-        """Removes the oldest checkpoints without a name while there are too many or they take too much."""
+        """Removes the oldest checkpoints that nobody named while there are too many or they take too much."""
         core = self._core
         if sandbox_id not in core.registry:
             return
         kept = core.get(sandbox_id).snapshot_id
         manifests = core.store.ls(sandbox_id=sandbox_id)
-        loose = [manifest for manifest in manifests if manifest.name is None and manifest.id != kept]
+        loose = [manifest for manifest in manifests if is_automatic(manifest) and manifest.id != kept]
         used = sum(_own_bytes(manifest) for manifest in manifests)
         budget = core.settings.checkpoint_budget_mib << 20
         while loose and (used > budget or len(loose) > MAX_CHECKPOINTS):
             oldest = loose.pop(0)
-            used -= _own_bytes(oldest)
-            core.store.rm(oldest.id)
+            with contextlib.suppress(SnapshotInUseError, UnknownStoredSnapshotError):  # a child stands on it
+                core.store.rm(oldest.id)
+                used -= _own_bytes(oldest)
 
     async def watch(self) -> None:
         """Takes the checkpoints of sandboxes whose policy is "timer:<minutes>", until cancelled."""
@@ -129,7 +146,7 @@ class TimeLine:
         except KernelsError as error:
             log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
             return
-        await asyncio.to_thread(self._thin, sandbox_id)
+        await self._core.removing(self._thin, sandbox_id)
 
     async def goto(self, sandbox_id: str, target: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Takes a sandbox back (or forth) to a checkpoint: an id or its beginning, a name, or a cell's number.
@@ -165,9 +182,8 @@ class TimeLine:
         core = self._core
         if core.get(sandbox_id).state is not SandboxState.ASLEEP:
             core.running(sandbox_id)
-            await self._take(sandbox_id, name=f"left at {utc_now():%Y-%m-%d %H:%M:%S}")
+            await self._take(sandbox_id, name=f"{LEFT_AT}{utc_now():%Y-%m-%d %H:%M:%S}")
             await core.take_down(sandbox_id)
-            core.registry.update(sandbox_id, machine_id="")
             core.registry.move(sandbox_id, SandboxState.ASLEEP)
         await core.keep(sandbox_id, manifest)
         when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"

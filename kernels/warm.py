@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from kernels.session import Greeting, GuestEvent, GuestSession
+from kernels.session import GREETING_TIMEOUT_S, Greeting, GuestEvent, GuestSession
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.saving.machine import SavedMachine
 
@@ -42,10 +42,12 @@ class WarmMachine:
         self.key = key
 
     @classmethod
-    async def greet(cls, saved: SavedMachine, greeting: Greeting) -> WarmMachine:
+    async def greet(
+        cls, saved: SavedMachine, greeting: Greeting, *, timeout_s: float = GREETING_TIMEOUT_S
+    ) -> WarmMachine:
         """Opens a session. Owns the machine from the call on: it is killed if the guest does not answer."""
         try:
-            session = await GuestSession.open(saved.machine.wire_path, greeting)
+            session = await GuestSession.open(saved.machine.wire_path, greeting, timeout_s=timeout_s)
         except BaseException:
             await saved.kill()
             raise

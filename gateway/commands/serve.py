@@ -48,7 +48,7 @@ def register(subparsers: Subparsers) -> None:
 def _help(field: FieldInfo) -> str:
     default = field.get_default()
     text = str(field.description)
-    if default in (None, ()):
+    if default in (None, (), {}):
         return text
     return f"{text} Default: {default}".replace("%", "%%")
 
@@ -107,7 +107,7 @@ async def _until_signal(settings: GatewaySettings) -> None:
     except asyncio.CancelledError:
         if not stopping:
             raise
-    say("Stopped; nothing is left running.")
+    say("Stopped.")
 
 
 @asynccontextmanager

@@ -37,6 +37,7 @@ async def list_kernels(call: Call) -> Reply:
 async def create_kernel(call: Call) -> Reply:
     request = create_request(call.body, call.gateway.default_template())
     sandbox = await call.gateway.create(request)
+    call.gateway.hub.prepare(sandbox.id)
     return Reply(status=201, body=call.gateway.kernel(sandbox), headers={"Location": f"/api/kernels/{sandbox.id}"})
 
 

@@ -23,7 +23,7 @@ from vm_runtime.saving.forking import Children
 from vm_runtime.saving.machine import LONG_DISK_CHAIN, SavedMachine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.values import Description, Then
-from vm_runtime.snapshots.errors import BrokenSnapshotError, StoreFullError
+from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError, StoreFullError
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.manifest import Manifest, PartKind
 from vm_runtime.snapshots.store import SnapshotStore
@@ -266,6 +266,26 @@ async def test_a_full_store_fails_the_snapshot_and_leaves_the_machine_running(pl
         await beat(qemu(woken))
     finally:
         await woken.kill()
+
+
+async def test_a_machine_whose_last_snapshot_cannot_be_noted_down_runs_on(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    manifests = place.store.directory / "manifests"
+    try:
+        manifests.rename(manifests.with_name("away"))
+        manifests.touch()  # no directory: the manifest, which comes last, cannot be written
+        with pytest.raises((SnapshotError, OSError)):
+            await machine.take(describe(), then=Then.STOP)
+        manifests.unlink()
+        manifests.with_name("away").rename(manifests)
+        assert machine.machine.state is RunState.RUNNING
+        await machine.take(describe(), then=Then.STOP)
+        assert machine.machine.state is RunState.PAUSED
+        # One that stood before stands afterwards.
+        await machine.take(describe(), then=Then.RESUME)
+        assert machine.machine.state is RunState.PAUSED
+    finally:
+        await machine.kill()
 
 
 async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> None:

@@ -241,3 +241,34 @@ async def test_a_paused_machine_is_found_again_as_it_was(state_dir: Path) -> Non
         await Api(second).do(sandbox_id, "resume")
         assert await value_of(second, sandbox_id, "x") == "unsaved"
         await Api(second).delete(sandbox_id)
+
+
+async def test_a_broken_checkpoint_fails_its_sandbox_and_no_other(state_dir: Path) -> None:
+    first = start_gateway(state_dir, *FLAGS)
+    broken, whole = await Api(first).create(), await Api(first).create()
+    for sandbox_id in (broken, whole):
+        await value_of(first, sandbox_id, "x = 1")
+        await Api(first).do(sandbox_id, "checkpoints", status=201)
+    manifest = (await Api(first).sandbox(broken))["snapshot_id"]
+    pids = vmm_pids(first.run_dir).values()
+    first.kill()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    (state_dir / f"snapshots/manifests/{manifest}.json").unlink()
+    with ended(start_gateway(state_dir, *FLAGS)) as second:
+        failed = await Api(second).sandbox(broken)
+        assert (failed["state"], "checkpoint cannot be used" in failed["reason"]) == ("failed", True), failed
+        assert await value_of(second, whole, "x") == 1
+        for sandbox_id in (broken, whole):
+            await Api(second).delete(sandbox_id)
+
+
+async def test_what_a_child_stood_on_goes_with_it_also_after_its_parent(state_dir: Path) -> None:
+    with ended(start_gateway(state_dir, *FLAGS)) as gateway:
+        parent = await Api(gateway).create()
+        await value_of(gateway, parent, "x = 1")
+        (child,) = (await Api(gateway).do(parent, "fork"))["children"]
+        await Api(gateway).delete(parent)
+        assert await value_of(gateway, child["id"], "x") == 1
+        await Api(gateway).delete(child["id"])
+        assert {each["owner"] for each in await Api(gateway).call("GET", "/api/snapshots")} == {"template"}

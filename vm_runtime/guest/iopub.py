@@ -161,6 +161,7 @@ class BoundedOutStream(OutStream):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._waiting_chars = 0
+        self._has_unsent = False
         super().__init__(*args, **kwargs)
         stream = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_in_child(stream()))
@@ -188,7 +189,9 @@ class BoundedOutStream(OutStream):
         if self.pub_thread is None:
             return
         self._queue()
-        if self._is_master_process() and threading.current_thread().name not in _SERVICE_THREADS:
+        # Every cell ends with a flush, and a wait costs two switches of threads: only for text.
+        if self._has_unsent and self._is_master_process() and threading.current_thread().name not in _SERVICE_THREADS:
+            self._has_unsent = False
             self.pub_thread.wait_sent(FLUSH_WAIT_S)
 
     def _queue(self) -> None:
@@ -200,6 +203,7 @@ class BoundedOutStream(OutStream):
         with self._buffer_lock:
             self._buffers[frozenset(self.parent_header.items())].write(piece)
             self._waiting_chars += len(piece)
+            self._has_unsent = True
         if self._waiting_chars >= STREAM_CHARS:
             self._queue()
 

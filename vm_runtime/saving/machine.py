@@ -142,7 +142,7 @@ class SavedMachine:
     ) -> Taken:
         """As `take`, for forks too; must not be cancelled. beside: what happens at the same time."""
         beside = beside or Beside()
-        async with self._lock:
+        async with self._lock, self._going_on_after_failure(then):
             started = time.perf_counter()
             with self._surroundings.quiet():
                 tracker = await self._running_tracker()
@@ -174,6 +174,17 @@ class SavedMachine:
                 total_ms=(time.perf_counter() - started) * 1000,
                 layer_bytes=layer_bytes,
             )
+
+    @asynccontextmanager
+    async def _going_on_after_failure(self, then: Then) -> AsyncIterator[None]:
+        """A machine that was to stop goes on if what was to be stored is not."""
+        was_running = self.machine.state is RunState.RUNNING
+        try:
+            yield
+        except BaseException:
+            if then is Then.STOP and was_running and self.machine.state is RunState.PAUSED:
+                await self.machine.resume()
+            raise
 
     @asynccontextmanager
     async def standing(self) -> AsyncIterator[None]:
@@ -242,7 +253,7 @@ class SavedMachine:
             if was_running and not machine.is_dead:
                 await machine.resume()
             raise
-        if then is Then.RESUME:
+        if then is Then.RESUME and was_running:
             await machine.resume()
         pause_ms = (time.perf_counter() - started) * 1000
         return Captured(pages=pages, device=device, frozen_disk=frozen_disk), pause_ms

@@ -36,6 +36,14 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().allowed_hosts == ("a.example", "b.example")
 
 
+def test_idle_times_by_kernelspec(config: Path) -> None:
+    assert load_settings(flags={"idle_timeouts_s": "python3=600, r=0"}).idle_timeouts_s == {"python3": 600, "r": 0}
+    config.write_text("idle_timeouts_s = {python3 = 60}")
+    assert load_settings(config=config).service_settings().idle_timeouts_s == {"python3": 60}
+    with pytest.raises(StartError, match="idle_timeouts_s"):
+        load_settings(flags={"idle_timeouts_s": "python3"})
+
+
 def test_other_variables_are_not_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYPERCELL_URL", "http://localhost")
     load_settings()
