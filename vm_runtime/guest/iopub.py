@@ -113,8 +113,11 @@ class LosslessIOPubThread(IOPubThread):
 
     def _send_round(self, *, flags: int = 0) -> None:
         for _ in range(SENDS_PER_ROUND):
+            if self.closed:
+                return
+            self._take_subscriptions()
             frames = self.outbox.head()
-            if frames is None or self.closed:
+            if frames is None:
                 return
             try:
                 self.socket.send_multipart(frames, flags=flags)
@@ -126,7 +129,22 @@ class LosslessIOPubThread(IOPubThread):
                 raise
             self.outbox.pop()
 
+    def _take_subscriptions(self) -> None:
+        """Before each send: a send takes in that a subscriber has left, too, after which nothing wakes whoever reads it
+        (ZMQ_FD is edge-triggered, zmq_getsockopt(3)), and all that follows would be sent to nobody."""
+        try:
+            while self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                self._note_subscription(self.socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.ENOTSOCK, zmq.ETERM):
+                raise
+
     def _handle_subscription(self, frames: list[bytes]) -> None:
+        """What ipykernel's stream has read from XPUB."""
+        self._note_subscription(frames)
+        self._run_round()
+
+    def _note_subscription(self, frames: list[bytes]) -> None:
         """XPUB tells of the first subscriber to a topic (1) and of the loss of the last one (0)."""
         for frame in frames:
             topic = frame[1:]
@@ -136,7 +154,6 @@ class LosslessIOPubThread(IOPubThread):
                 self.outbox.set_listening(frame == b"\x01")
                 if frame == b"\x01":
                     self.on_subscriber()
-        self._run_round()
 
     def _welcome(self, topic: bytes) -> None:
         """Queue the welcome before all else, and after it a word about what the spool could not keep."""
