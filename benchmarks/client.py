@@ -31,12 +31,13 @@ class KernelConnection:
         self._websocket = websocket
         self._session_id = session_id
 
-    async def execute(self, code: str, *, bytes_per_s: float | None = None) -> Execution:
-        """Runs code until its reply and idle have come. bytes_per_s: reads no faster than this.
+    async def execute(self, code: str, *, bytes_per_s: float | None = None, store_history: bool = False) -> Execution:
+        """Runs code until its reply and idle have come. bytes_per_s: reads no faster than this. store_history: the
+        kernel counts the cell and writes it down, as for notebooks and the SDK.
 
         Errors: BenchmarkError when the code raises, TimeoutError.
         """
-        message_id, request = execute_request(code, session_id=self._session_id)
+        message_id, request = execute_request(code, session_id=self._session_id, store_history=store_history)
         execution = Execution(message_id=message_id, sent_at=perf_counter())
         received = 0
         async with asyncio.timeout(TIMEOUT_S):

@@ -98,7 +98,9 @@ class Execution:
             self.results.append(json.loads(parts.content)["data"]["text/plain"])
 
 
-def execute_request(code: str, *, session_id: str, expression: str | None = None) -> tuple[str, Parts]:
+def execute_request(
+    code: str, *, session_id: str, expression: str | None = None, store_history: bool = False
+) -> tuple[str, Parts]:
     """A request and its message id. expression: evaluated after the code, which then runs silently, so that nothing
     that watches cells (Kishu) sees it; its value's repr is the only one of `Execution.results`."""
     message_id = str(uuid.uuid4())
@@ -113,7 +115,7 @@ def execute_request(code: str, *, session_id: str, expression: str | None = None
     content: dict[str, Any] = {
         "code": code,
         "silent": expression is not None,
-        "store_history": False,
+        "store_history": store_history,
         "user_expressions": {} if expression is None else {"value": expression},
         "allow_stdin": False,
         "stop_on_error": True,

@@ -68,7 +68,7 @@ async def _round_trips(bench: Bench, peer: Peer) -> list[Line]:
         blocking = await asyncio.to_thread(Sandbox.connect, sandbox.id, url=url, token=token)
 
         async def by_websocket() -> float:
-            return 1000 * (await bare.execute("1+1")).cell_s
+            return 1000 * (await bare.execute("1+1", store_history=True)).cell_s
 
         async def by_async() -> float:
             began = perf_counter()
