@@ -89,6 +89,13 @@ async def beat(machine: QemuMachine, count: int = 1) -> None:
     assert await machine.wait_serial(pvh.BEAT.decode() * count, timeout_s=60), machine.serial_tail()
 
 
+async def counted_on(machine: QemuMachine, count: int) -> None:
+    """Wait until the guest has counted beyond this."""
+    async with asyncio.timeout(60):
+        while read_word(machine, pvh.COUNTER_ADDRESS) <= count:  # noqa: ASYNC110 - memory has no event
+            await asyncio.sleep(0.01)
+
+
 @pytest.fixture(params=["qemu-tcg", "qemu-kvm"])
 async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     if shutil.which(PROGRAM) is None:
