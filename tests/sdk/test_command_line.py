@@ -197,15 +197,25 @@ def test_a_signal_interrupts_the_code_and_leaves_no_sandbox(
     script = tmp_path / "s.py"
     script.write_text("print('on', flush=True)\nwhile True: pass")
     before = {info.id for info in Sandbox.list()}
-    process = subprocess.Popen([*HYPERCELL, "run", script], stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        [*HYPERCELL, "run", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        # These tests may run below `nohup`, which has SIGHUP ignored; the command respects that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "on\n"
-        (new,) = [info for info in Sandbox.list() if info.id not in before]
-        # Killed outright, it would leave one that has an end.
-        assert new.max_lifetime_s is not None
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 128 + number
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "on\n"
+            (new,) = [info for info in Sandbox.list() if info.id not in before]
+            # Killed outright, it would leave one that has an end.
+            assert new.max_lifetime_s is not None
+            process.send_signal(number)
+            assert process.wait(timeout=60) == 128 + number
+        finally:
+            process.kill()
     assert {info.id for info in Sandbox.list()} == before
 
 
