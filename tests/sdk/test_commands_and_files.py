@@ -13,6 +13,7 @@ import pytest
 from hypercell import (
     AsyncSandbox,
     CommandFailedError,
+    ConnectionLostError,
     DiskFullError,
     FileChange,
     InvalidRequestError,
@@ -54,6 +55,15 @@ def test_a_background_command(sandbox: Sandbox) -> None:
     sandbox.commands.kill(command.command_id)
     with pytest.raises(NotFoundError):
         sandbox.commands.get(command.command_id)
+
+
+def test_a_command_s_input_ends(sandbox: Sandbox) -> None:
+    with sandbox.commands.start("wc -c", stdin=True) as command:
+        command.write(b"12345")
+        command.end_input()
+        assert command.wait().stdout.strip() == "5"
+        with pytest.raises(ConnectionLostError, match="has ended"):
+            command.write(b"more")
 
 
 def test_ctrl_c_in_a_callback_lets_the_command_be_followed_again(sandbox: Sandbox) -> None:

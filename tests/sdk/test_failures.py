@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +18,32 @@ import pytest
 from hypercell import (
     AsyncSandbox,
     ClosedError,
+    ConnectionLostError,
     HypercellError,
+    KernelDiedError,
     LimitError,
+    MachineFailedError,
     NoGatewayError,
     NotFoundError,
     Sandbox,
+    StateError,
     TokenError,
 )
 from tests.gateways import RunningGateway, start_gateway
+from tests.state.sandboxes import vmm_of
+
+MIB = 1024 * 1024
+
+# A program that is sent SIGINT once it has said "on".
+INTERRUPTED = """
+import sys
+from hypercell import Sandbox
+with Sandbox.connect(sys.argv[1]) as sandbox:
+    try:
+        sandbox.run_code("print(1, flush=True)\\nwhile True: pass", on_stdout=lambda text: print("on", flush=True))
+    except KeyboardInterrupt:
+        print(sandbox.run_code("'alive'").text)
+"""
 
 
 def test_a_wrong_token(at_gateway: RunningGateway) -> None:
@@ -98,6 +121,83 @@ def test_the_blocking_api_says_where_it_cannot_be_used(sandbox: Sandbox) -> None
 
     with pytest.raises(HypercellError, match="AsyncSandbox"):
         BlockingCall().run(inside())
+
+
+async def test_a_machine_that_is_killed_is_told_with_the_reason(at_gateway: RunningGateway) -> None:
+    async with await AsyncSandbox.create(checkpoints="off") as sandbox:
+        began = asyncio.Event()
+        running = asyncio.create_task(
+            sandbox.run_code("print('on', flush=True)\nwhile True: pass", on_stdout=lambda text: began.set())
+        )
+        await began.wait()
+        os.kill(vmm_of(at_gateway, sandbox.id), signal.SIGKILL)
+        with pytest.raises((KernelDiedError, MachineFailedError, StateError), match="machine"):
+            await asyncio.wait_for(running, 60)
+        info = await sandbox.info()
+        assert info.state == "failed" and info.reason is not None and "SIGKILL" in info.reason
+        for use in (sandbox.run_code("1"), sandbox.commands.run("true"), sandbox.files.read("x"), sandbox.sleep()):
+            with pytest.raises((MachineFailedError, StateError), match="failed"):
+                await asyncio.wait_for(use, 60)
+
+
+async def test_a_killed_machine_comes_back_from_its_checkpoint(at_gateway: RunningGateway) -> None:
+    async with await AsyncSandbox.create(checkpoints="off") as sandbox:
+        await sandbox.run_code("value = 'kept'")
+        await sandbox.create_snapshot()
+        os.kill(vmm_of(at_gateway, sandbox.id), signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while (await sandbox.info()).state != "asleep":  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.1)
+        assert (await sandbox.run_code("value", timeout_s=60)).text == "'kept'"
+
+
+def test_ctrl_c_interrupts_the_code_that_a_blocking_call_waits_for(sandbox: Sandbox) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, sandbox.id]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "'alive'\n"
+    assert process.returncode == 0
+
+
+async def test_commands_and_files_when_the_gateway_is_restarted(state_dir: Path) -> None:
+    first = start_gateway(state_dir, "--pool-size", "0")
+    port = int(first.url.rpartition(":")[2])
+    try:
+        async with await AsyncSandbox.create(url=first.url, token=first.token, checkpoints="off") as sandbox:
+            await sandbox.files.write("whole", "old")
+            sent = asyncio.Event()
+
+            async def endless() -> AsyncIterator[bytes]:
+                while True:
+                    yield bytes(MIB)
+                    sent.set()
+                    await asyncio.sleep(0.1)
+
+            began = asyncio.Event()
+            foreground = asyncio.create_task(
+                sandbox.commands.run("echo on; sleep 600", on_stdout=lambda text: began.set())
+            )
+            background = await sandbox.commands.start("for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 1; done")
+            upload = asyncio.create_task(sandbox.files.write("whole", endless()))
+            await began.wait()
+            await sent.wait()
+            await asyncio.to_thread(first.kill)
+            for task in (foreground, upload, asyncio.create_task(background.wait())):
+                with pytest.raises(ConnectionLostError):
+                    await asyncio.wait_for(task, 60)
+            first = await asyncio.to_thread(
+                lambda: start_gateway(state_dir, "--pool-size", "0", port=port, token=first.token)
+            )
+            again = await sandbox.commands.attach(background.command_id)
+            assert (await asyncio.wait_for(again.wait(), 60)).stdout.split() == list("12345678")
+            assert await sandbox.files.read("whole") == b"old"
+            async with asyncio.timeout(60):
+                while any(known.running for known in await sandbox.commands.list()):  # noqa: ASYNC110 (nothing tells)
+                    await asyncio.sleep(0.1)
+    finally:
+        await asyncio.to_thread(first.stop)
 
 
 async def test_a_gateway_restarted_in_the_middle_loses_nothing(state_dir: Path) -> None:

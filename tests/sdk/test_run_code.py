@@ -112,6 +112,21 @@ async def test_a_cancelled_call_interrupts_its_code(async_sandbox: AsyncSandbox)
     assert (await async_sandbox.run_code("'alive'", timeout_s=60)).text == "'alive'"
 
 
+async def test_an_interrupt_ends_what_another_client_runs(async_sandbox: AsyncSandbox) -> None:
+    began = asyncio.Event()
+    running = asyncio.create_task(
+        async_sandbox.run_code("print('on', flush=True)\nwhile True: pass", on_stdout=lambda text: began.set())
+    )
+    await began.wait()
+    async with await AsyncSandbox.connect(async_sandbox.id) as other:
+        await other.interrupt()
+    execution = await asyncio.wait_for(running, 60)
+    assert execution.error is not None and execution.error.name == "KeyboardInterrupt"
+    # With nothing running it does nothing.
+    await async_sandbox.interrupt()
+    assert (await async_sandbox.run_code("'alive'", timeout_s=60)).text == "'alive'"
+
+
 async def test_a_callback_that_gives_up_far_behind_holds_nothing(async_sandbox: AsyncSandbox) -> None:
     async def give_up(text: str) -> None:
         (pending,) = async_sandbox._kernel._pending.values()

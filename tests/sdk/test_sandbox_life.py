@@ -69,6 +69,26 @@ def test_snapshots_and_time_travel(at_gateway: RunningGateway) -> None:
         assert made.id in {snapshot.id for snapshot in Sandbox.snapshots()}
         with pytest.raises(NotFoundError):
             sandbox.goto("no-such-checkpoint")
+        with pytest.raises(StateError, match="needs"):
+            Sandbox.delete_snapshot(made.id)
+    Sandbox.delete_snapshot(made.id)
+    assert made.id not in {snapshot.id for snapshot in Sandbox.snapshots()}
+    with pytest.raises(NotFoundError):
+        Sandbox.delete_snapshot(made.id)
+
+
+def test_undo_takes_back_the_last_cell(at_gateway: RunningGateway) -> None:
+    with Sandbox.create(checkpoints="cell") as sandbox:
+        sandbox.run_code("value = 'there'")
+        deadline = time.monotonic() + 60
+        while not sandbox.checkpoints():
+            assert time.monotonic() < deadline, "no checkpoint after the cell"
+            time.sleep(0.1)
+        sandbox.run_code("del value")
+        assert sandbox.undo().state == "running"
+        assert sandbox.run_code("value").text == "'there'"
+    with Sandbox.create(checkpoints="off") as other, pytest.raises(StateError):
+        other.undo()
 
 
 def test_limits_of_time(sandbox: Sandbox) -> None:
@@ -104,6 +124,31 @@ def test_a_killed_program_leaves_none_for_longer_than_its_timeout(at_gateway: Ru
     deadline = time.monotonic() + 120
     while sandbox_id in {info.id for info in Sandbox.list()}:
         assert time.monotonic() < deadline, "it was left behind"
+        time.sleep(0.5)
+
+
+def test_a_program_killed_while_it_makes_fifty_leaves_none(at_gateway: RunningGateway) -> None:
+    program = (
+        "import asyncio\nfrom hypercell import AsyncSandbox\n"
+        "async def one(number):\n"
+        "    async with await AsyncSandbox.create(name='of-fifty', checkpoints='off', timeout_s=20) as sandbox:\n"
+        "        await sandbox.run_code('1')\n"
+        "        print(number, flush=True)\n"
+        "        await asyncio.sleep(600)\n"
+        "async def all():\n"
+        "    await asyncio.gather(*(one(number) for number in range(50)))\n"
+        "asyncio.run(all())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout is not None
+    with process:
+        for _ in range(5):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert any(info.name == "of-fifty" for info in Sandbox.list())
+    deadline = time.monotonic() + 200
+    while left := [info for info in Sandbox.list() if info.name == "of-fifty"]:
+        assert time.monotonic() < deadline, f"{len(left)} were left behind"
         time.sleep(0.5)
 
 
