@@ -32,6 +32,10 @@ OURS, KISHU, DILL = "Hypercell", "Kishu", "dill"
 REST_S = 0.5
 # An exception's text is a hint in a table, not a report.
 MAX_REASON_CHARACTERS = 70
+# Of a sandbox that sleeps and wakes over and over: rounds of which the times are put together, and how often it does
+# something in between.
+SPAN = 10
+ROUNDS_PER_CELL = 10
 # Children that run before they are put to sleep; more would only wait for each other.
 FORKS_AT_ONCE = 8
 
@@ -68,6 +72,8 @@ async def measure(bench: Bench) -> list[Line]:
         lines += await _pauses(bench, lab)
         bench.say("wakes ...")
         lines += await _wakes(bench, lab)
+        bench.say("rounds of sleep and wake ...")
+        lines += await _rounds(bench, lab)
     bench.say("sleeping sandboxes ...")
     lines.append(await _many_asleep(bench))
     return lines
@@ -289,6 +295,48 @@ async def _first_reply(lab: Lab, sandbox_id: str, began: float, snapshot: Manife
         await kernel.reply("1+1")
         replied = perf_counter()
     return _Start(ready_ms=1000 * (ready - began), replied_ms=1000 * (replied - began), snapshot=snapshot)
+
+
+async def _rounds(bench: Bench, lab: Lab) -> list[Line]:
+    """One sandbox sleeps and wakes over and over; now and then a cell changes something, which must be there later."""
+    count = bench.times(1000, quick=20)
+    sleeps: list[float] = []
+    wakes: list[float] = []
+    sandbox_id = (await lab.new(DEFAULT_RECIPE)).id
+    try:
+        async with lab.connected(sandbox_id) as kernel:
+            await kernel.execute("value = list(range(1000)); rounds = 0")
+        for round_number in range(count):
+            began = perf_counter()
+            await lab.sleep(sandbox_id)
+            asleep = perf_counter()
+            await lab.wake(sandbox_id)
+            sleeps.append(1000 * (asleep - began))
+            wakes.append(1000 * (perf_counter() - asleep))
+            if round_number % ROUNDS_PER_CELL == 0:
+                async with lab.connected(sandbox_id) as kernel:
+                    await kernel.execute("rounds += 1; assert sum(value) == 499500")
+        expected = len(range(0, count, ROUNDS_PER_CELL))
+        async with lab.connected(sandbox_id) as kernel:
+            await kernel.execute(f"assert (rounds, sum(value)) == ({expected}, 499500)")
+    finally:
+        await lab.delete(sandbox_id)
+    last = min(100, count)
+
+    def lines(what: str, times: list[float]) -> list[Line]:
+        first = times[:SPAN]
+        return [
+            _own(f"{what}, rounds 1 to {SPAN}", "ms", first),
+            _own(
+                f"{what}, rounds {last - SPAN + 1} to {last}",
+                "ms",
+                times[last - SPAN : last],
+                target=1.1 * median(first),
+            ),
+            _own(f"{what}, the last {SPAN} of {count} rounds", "ms", times[-SPAN:]),
+        ]
+
+    return lines("falling asleep", sleeps) + lines("waking until it can be talked to", wakes)
 
 
 async def _many_asleep(bench: Bench) -> Line:
