@@ -42,7 +42,7 @@ OWN_TOPICS: dict[str, Callable[[Bench], Awaitable[list[Line]]]] = {
 }
 TOPICS = (*GATEWAY_TOPICS, *OWN_TOPICS)
 # Warm machines of the gateway "with a pool": what `hypercelld serve` keeps by default.
-POOL_SIZE = 1
+POOL_SIZE = 2
 CACHE = ROOT / "benchmarks" / "cache"
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"

@@ -55,6 +55,12 @@ class Peer:
             return set(machine_processes(self.machines_dir))
         return descendants(self.pid) if self.pid is not None else set()
 
+    def oldest(self, pids: set[int]) -> int:
+        """Of these kernels' processes (Hypercell only) the one that was started first."""
+        assert self.machines_dir is not None
+        started = machine_processes(self.machines_dir)
+        return min(pids, key=lambda pid: int(started[pid]))
+
     async def settle(self) -> None:
         """Waits until the pool is full: each start finds a warm machine, and no refill runs beside a measurement."""
         if self.pool_size == 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ import zmq
 from gateway.connection import Client, Connection
 from gateway.errors import ApiError
 from gateway.frames import KernelMessage
-from gateway.kernel_link import SESSION, KernelLink, status_message, stderr_message
+from gateway.kernel_link import KernelLink, iopub_socket, status_message, stderr_message
 from gateway.metrics import Metrics
 from gateway.parking import BufferBudget, Parked
 from gateway.settings import GatewaySettings
+from gateway.zmq_socket import ZmqSocket
 from kernels.errors import CapacityError, KernelsError, UnknownSandboxError
 from kernels.events import EventQueue
 from kernels.models import EventKind, SandboxEvent, SandboxState
@@ -39,11 +39,12 @@ PREPARED_S = 10.0
 
 @dataclass
 class _Clients:
-    """The clients of one kernel, by session, and what the last one left behind. told: the sessions that know that the
-    machine was lost, until it runs again."""
+    """The clients of one kernel, by session, and what the last one left behind. iopub: a socket for the first one.
+    told: the sessions that know that the machine was lost, until it runs again."""
 
     connections: dict[str, Connection] = field(default_factory=dict)
     parked: Parked | None = None
+    iopub: ZmqSocket | None = None
     told: set[str] = field(default_factory=set)
 
 
@@ -126,10 +127,13 @@ class KernelHub:
             backlog = parked.release(for_session=session_id)
             link = parked.link
             if link is not None and parked.session_id != session_id:
-                link = KernelLink(self._context, info, session_id, iopub=link.take_iopub())
+                subscribed = link.subscribed
+                link = KernelLink(self._context, info, session_id, iopub=link.take_iopub(), subscribed=subscribed)
         clients.connections[session_id] = connection
         self._metrics.connections.inc()
-        link = link or KernelLink(self._context, info, session_id)
+        if link is None:
+            iopub, clients.iopub = clients.iopub, None
+            link = KernelLink(self._context, info, session_id, iopub=iopub)
         link.resume()  # the client it was paused for is gone
         connection.use(link, backlog)
         if stale is None and parked is None:
@@ -138,21 +142,19 @@ class KernelHub:
         return connection
 
     def prepare(self, kernel_id: str) -> None:
-        """Connects to a new kernel, whose first client is about to come and must not wait for handshakes. If none
-        comes, it is let go. Errors: those of `connection_info`."""
+        """Subscribes to a new kernel, whose first client is about to come and must not wait for that. If none comes, it
+        is let go. Errors: those of `connection_info`."""
         clients = self._kernels.setdefault(kernel_id, _Clients())
-        if clients.connections or clients.parked is not None:
+        if clients.connections or clients.parked is not None or clients.iopub is not None:
             return
-        link = KernelLink(self._context, self._service.connection_info(kernel_id), f"{SESSION}-{uuid.uuid4().hex}")
-        parked = Parked(link, max_bytes=self._settings.buffer_mib * 1024 * 1024, budget=self._budget)
-        clients.parked = parked
-        parked.start()
-        asyncio.get_running_loop().call_later(PREPARED_S, self._let_go, kernel_id, parked)
+        iopub = clients.iopub = iopub_socket(self._context, self._service.connection_info(kernel_id))
+        asyncio.get_running_loop().call_later(PREPARED_S, self._let_go, kernel_id, iopub)
 
-    def _let_go(self, kernel_id: str, prepared: Parked) -> None:
+    def _let_go(self, kernel_id: str, iopub: ZmqSocket) -> None:
         clients = self._kernels.get(kernel_id)
-        if clients is not None and clients.parked is prepared:
-            self._forget_parked(kernel_id)
+        if clients is not None and clients.iopub is iopub:
+            clients.iopub = None
+            iopub.close()
 
     def _tell_of_loss(self, kernel_id: str, connection: Connection) -> None:
         """A sandbox that sleeps for a reason has lost its machine: who was not there then is told when it comes."""
@@ -308,9 +310,14 @@ class KernelHub:
 
     def _forget_parked(self, kernel_id: str) -> None:
         clients = self._kernels.get(kernel_id)
-        if clients is not None and clients.parked is not None:
+        if clients is None:
+            return
+        if clients.parked is not None:
             clients.parked.close()
             clients.parked = None
+        if clients.iopub is not None:
+            clients.iopub.close()
+            clients.iopub = None
 
     def _drop(self, kernel_id: str, code: int, reason: str) -> None:
         self._forget_parked(kernel_id)

@@ -21,9 +21,10 @@ from gateway.frames import KernelMessage, Part, Signer, from_zmq, to_zmq
 from gateway.zmq_socket import ZmqSocket
 
 DEALERS = ("shell", "control", "stdin")
-# ipykernel 7 greets a new subscriber at once. Other kernels are asked for kernel_info, whose status messages prove the
-# subscription: first after a moment in which a greeting would have come, then at jupyter_server's interval.
-FIRST_NUDGE_S = 0.1
+# Our kernels greet each new subscriber at once. Others are asked for kernel_info, whose status messages prove the
+# subscription: first when a greeting would have come even where ten emulated kernels start at once (to ask is work for
+# them, too), then at jupyter_server's interval.
+FIRST_NUDGE_S = 2.0
 NUDGE_INTERVAL_S = 0.5
 # jupyter_server's kernel_info_timeout: after it the client is served anyway and may try for itself.
 SUBSCRIBE_TIMEOUT_S = 60.0
@@ -63,10 +64,20 @@ def stderr_message(text: str, parent: Part = b"{}") -> KernelMessage:
     return make_message("iopub", "stream", {"name": "stderr", "text": text}, parent)
 
 
+def iopub_socket(context: zmq.Context[zmq.Socket[bytes]], info: Mapping[str, Any]) -> ZmqSocket:
+    """Subscribed to all that the kernel says; for a link."""
+    return ZmqSocket(context, zmq.SUB, _address(info, "iopub"))
+
+
+def _address(info: Mapping[str, Any], channel: str) -> str:
+    return f"ipc://{info['ip']}-{info[f'{channel}_port']}"
+
+
 class KernelLink:
     """Connects on construction. `start(receive)` begins delivery; `close()` ends it, twice is harmless.
 
-    info: Jupyter's connection file with ipc transport. iopub: a subscribed socket of an earlier link, taken over.
+    info: Jupyter's connection file with ipc transport. iopub: a socket that was connected before, taken over.
+    subscribed: whether that has delivered something.
     """
 
     def __init__(
@@ -76,22 +87,23 @@ class KernelLink:
         session_id: str,
         *,
         iopub: ZmqSocket | None = None,
+        subscribed: bool = False,
     ) -> None:
         self.session_id = session_id
         self._context = context
         self._info = info
         self._signer = Signer(str(info["key"]).encode(), str(info["signature_scheme"]))
         self._subscribed = asyncio.Event()
-        if iopub is not None:
+        if subscribed:
             self._subscribed.set()
         identity = session_id.encode()
-        self._iopub = iopub or ZmqSocket(context, zmq.SUB, self._address("iopub"))
+        self._iopub = iopub or iopub_socket(context, info)
         self._dealers = {
             name: ZmqSocket(context, zmq.DEALER, self._address(name), identity=identity) for name in DEALERS
         }
 
     def _address(self, channel: str) -> str:
-        return f"ipc://{self._info['ip']}-{self._info[f'{channel}_port']}"
+        return _address(self._info, channel)
 
     def start(self, receive: Receiver) -> None:
         """Delivers messages to `receive` from now on, instead of to an earlier receiver."""

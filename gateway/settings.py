@@ -1,6 +1,6 @@
 """All settings of the gateway, in one model: each is a flag, an environment variable and a line of a TOML file.
 
-`pool_size` is `--pool-size`, `HYPERCELL_POOL_SIZE` and `pool_size = 2`. Flags win over the environment, the environment
+`pool_size` is `--pool-size`, `HYPERCELL_POOL_SIZE` and `pool_size = 4`. Flags win over the environment, the environment
 over the file. Knows nothing of what the settings do.
 """
 
@@ -48,7 +48,7 @@ class GatewaySettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
-    pool_size: int = Field(1, ge=0, le=64, description="Warm machines kept ready per kernelspec.")
+    pool_size: int = Field(2, ge=0, le=64, description="Warm machines kept ready per kernelspec.")
     accelerator: Literal["auto", "kvm", "tcg"] = Field(
         "auto", description="Accelerator of the machines; auto tries with a real boot what works."
     )

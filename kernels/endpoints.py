@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ MAX_CONNECTIONS = 200
 # on iopub (subscriptions), not on hb (every second), not on stdin (answers).
 SOCKET_TYPES = {"shell": b"ROUTER", "iopub": b"XPUB", "stdin": b"ROUTER", "control": b"ROUTER", "hb": b"REP"}
 REQUEST_CHANNELS = frozenset({"shell", "control"})
+# Every client has these; heart beats are for those that watch a process of their own.
+GREETED_CHANNELS = ("iopub", "shell", "control", "stdin")
 READ_BYTES = 64 * 1024
 # Kept of a client that talks while there is no machine (subscriptions): beyond it nothing more is read.
 MAX_HELD_BYTES = 256 * 1024
@@ -48,6 +51,28 @@ QUIET_S = 0.03
 OpenChannel = Callable[[str], Awaitable[Stream]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Greeted:
+    """A connection to a kernel's socket that no client has yet: greetings are exchanged, the socket has said READY and
+    waits for the client's, which tells who it is. kernel: the socket's side."""
+
+    stream: Stream
+    kernel: Handshake
+
+
+async def greet_ahead(open_channel: OpenChannel) -> dict[str, Greeted]:
+    """A connection for each channel of a first client, by name; for `Endpoints.attach`. Errors: WireError,
+    HandshakeError."""
+    greeted = {}
+    for name in GREETED_CHANNELS:
+        stream, kernel = await open_channel(name), Handshake()
+        await stream.write(GREETING)
+        while not kernel.done:
+            kernel.feed(await _some(stream))
+        greeted[name] = Greeted(stream=stream, kernel=kernel)
+    return greeted
+
+
 class Endpoints:
     """The listening sockets of one kernel, for as long as its sandbox exists, with or without a machine.
 
@@ -55,6 +80,9 @@ class Endpoints:
     their handshakes and heart beats answered, and the first message on shell or control calls `on_request`, which
     should see to it that a machine is attached soon. `await start()` opens the sockets; `await close()` ends all (twice
     is harmless) and removes the directory, which has mode 0700.
+
+    A first client's handshakes take an emulated guest longer than its first cell does, so a machine may bring
+    connections with them behind it (`greet_ahead`): whoever connects first is given them.
     """
 
     def __init__(self, directory: Path, on_request: Callable[[], None]) -> None:
@@ -66,6 +94,7 @@ class Endpoints:
         self._connections: set[asyncio.Task[None]] = set()
         self._held: set[asyncio.Task[None]] = set()
         self._iopub: set[Stream] = set()
+        self._greeted: dict[str, Greeted] = {}
 
     async def start(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -77,9 +106,11 @@ class Endpoints:
 
             self._servers.append(await asyncio.start_unix_server(accept, self._directory / f"k-{number}"))
 
-    def attach(self, open_channel: OpenChannel) -> None:
-        """A machine is there: connections, new and held, go to its kernel."""
+    def attach(self, open_channel: OpenChannel, greeted: Mapping[str, Greeted] | None = None) -> None:
+        """A machine is there: connections, new and held, go to its kernel. greeted: from `greet_ahead`, owned by this
+        from now on."""
         self._open_channel = open_channel
+        self._greeted = dict(greeted or {})
         self._attached.set()
 
     async def detach(self) -> None:
@@ -99,6 +130,8 @@ class Endpoints:
     async def drop_connections(self) -> None:
         """Ends every connection to a kernel, keeps listening: clients connect anew (their ZMQ sockets do so by
         themselves). Those that are held stay: what their clients have said already would be lost."""
+        while self._greeted:
+            self._greeted.popitem()[1].stream.reset()
         await self._end(self._connections - self._held)
 
     @staticmethod
@@ -125,6 +158,10 @@ class Endpoints:
         self._connections.add(task)
         try:
             # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
+            greeted = self._greeted.pop(name, None)
+            if greeted is not None:
+                await self._introduce(name, greeted, reader, writer)
+                return
             if self._open_channel is not None:
                 await self._relay(name, await self._open_channel(name), reader, writer, kernel=Handshake())
                 return
@@ -144,6 +181,20 @@ class Endpoints:
             self._connections.discard(task)
             self._held.discard(task)
             writer.close()
+
+    async def _introduce(
+        self, name: str, greeted: Greeted, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """A client takes over a connection: the kernel's socket only has to hear who it is."""
+        try:
+            client = await self._shake(name, reader, writer)
+            if client is None:
+                return
+            await greeted.stream.write(bytes(client.said[GREETING_BYTES:] + client.rest))
+            writer.write(bytes(greeted.kernel.rest))
+            await self._relay(name, greeted.stream, reader, writer, kernel=greeted.kernel)
+        finally:
+            greeted.stream.reset()
 
     async def _relay(
         self,
@@ -175,14 +226,9 @@ class Endpoints:
     async def _hold(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Handshake | None:
         """Answers the handshake and waits for a machine, asking for one once a request is there. None if the client has
         gone, else what it said."""
-        client = Handshake()
-        writer.write(GREETING)
-        while not client.done:
-            data = await reader.read(READ_BYTES)
-            if not data:
-                return None
-            client.feed(data)
-        writer.write(ready(SOCKET_TYPES[name]))
+        client = await self._shake(name, reader, writer)
+        if client is None:
+            return None
         while not self._attached.is_set():
             if name == "hb":
                 # A sleeping kernel is well. The answer to a heart beat is its own bytes: REQ and REP have one envelope.
@@ -193,6 +239,19 @@ class Endpoints:
                 self._on_request()
             if not await self._more_or_attached(client, reader, read=not request):
                 return None
+        return client
+
+    @staticmethod
+    async def _shake(name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Handshake | None:
+        """Answers the handshake in the kernel's place. None if the client has gone, else what it said."""
+        client = Handshake()
+        writer.write(GREETING)
+        while not client.done:
+            data = await reader.read(READ_BYTES)
+            if not data:
+                return None
+            client.feed(data)
+        writer.write(ready(SOCKET_TYPES[name]))
         return client
 
     async def _more_or_attached(self, client: Handshake, reader: asyncio.StreamReader, *, read: bool) -> bool:

@@ -15,23 +15,26 @@ from typing import cast
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
-from kernels.endpoints import Endpoints
+from kernels.endpoints import Endpoints, Greeted, greet_ahead
 from kernels.errors import MachineFailedError
 from kernels.warm import WarmMachine
+from kernels.zmtp import HandshakeError
+from vm_runtime.wire.errors import WireError
 
 # Under emulation on a busy host; a kernel that does not answer for so long is not worth keeping.
 EXERCISE_TIMEOUT_S = 60.0
+# Formats a value as the end of a cell is, without showing it: that would make it `_`.
+CELL = "None if get_ipython().display_formatter.format(1) else None"
 
 
 async def exercise(warm: WarmMachine, run_dir: Path, identity: Mapping[str, str]) -> None:
     """identity: who it is while it is spare. Errors: MachineFailedError; the machine is still the caller's to end."""
-    await warm.session.call("kernel.exercise")
     # What `LiveSandbox.configure` will ask.
     await asyncio.gather(warm.session.identify(identity), warm.session.call("kernel.start", {"env": {}, "cwd": None}))
     endpoints = Endpoints(run_dir / "k" / f"x{secrets.token_hex(5)}", lambda: None)
     try:
         await endpoints.start()
-        endpoints.attach(warm.session.open_channel)
+        endpoints.attach(warm.session.open_channel, await _greet(warm))
         client = AsyncKernelClient()
         client.load_connection_info(cast(KernelConnectionInfo, endpoints.connection_info(warm.key)))
         # Without heart beats: on a busy host a late one would count as the kernel's death.
@@ -39,10 +42,19 @@ async def exercise(warm: WarmMachine, run_dir: Path, identity: Mapping[str, str]
         try:
             async with asyncio.timeout(EXERCISE_TIMEOUT_S):
                 await client.wait_for_ready(timeout=EXERCISE_TIMEOUT_S)
-                await client.execute_interactive("pass", store_history=False, timeout=EXERCISE_TIMEOUT_S)
+                await client.execute_interactive(CELL, store_history=False, timeout=EXERCISE_TIMEOUT_S)
         except (TimeoutError, RuntimeError) as error:
             raise MachineFailedError(f"A spare machine's kernel did not answer: {error}") from error
         finally:
             client.stop_channels()
     finally:
         await endpoints.close()
+    warm.greeted = await _greet(warm)
+
+
+async def _greet(warm: WarmMachine) -> dict[str, Greeted]:
+    try:
+        async with asyncio.timeout(EXERCISE_TIMEOUT_S):
+            return await greet_ahead(warm.session.open_channel)
+    except (TimeoutError, WireError, HandshakeError) as error:
+        raise MachineFailedError(f"A spare machine's kernel did not greet: {error}") from error

@@ -60,6 +60,8 @@ class LiveSandbox:
         self.key = warm.key
         self.cell: int | None = None
         self._endpoints = endpoints
+        self._identity = warm.identity
+        self._greeted = warm.greeted
         self._notices = notices
         self._restart_limit = restart_limit
         self._restart_window_s = restart_window_s
@@ -71,7 +73,8 @@ class LiveSandbox:
 
     def start(self) -> None:
         """From now on clients reach this machine's kernel."""
-        self._endpoints.attach(self._open_channel)
+        greeted, self._greeted = self._greeted, {}
+        self._endpoints.attach(self._open_channel, greeted)
 
     async def let_go(self) -> None:
         """Before the machine sleeps: its clients wait from now on, and nothing that it said to them is lost. `start`
@@ -80,10 +83,16 @@ class LiveSandbox:
         await self._endpoints.detach()
 
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
-        """Gives a kernel that runs already its environment, directory and identity."""
-        await asyncio.gather(
-            self.session.identify(identity), self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
-        )
+        """Gives a kernel that runs already its environment, directory and identity, as far as it has them not yet."""
+        news = []
+        if identity != self._identity:
+            news.append(self.session.identify(identity))
+        if env or cwd is not None:
+            news.append(self._start(env, cwd))
+        await asyncio.gather(*news)
+
+    async def _start(self, env: Mapping[str, str], cwd: str | None) -> None:
+        await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
 
     async def interrupt(self) -> None:
         await self.session.call("kernel.interrupt")

@@ -29,7 +29,7 @@ class ServiceSettings:
 
     state_dir: Path
     run_dir: Path
-    pool_size: int = 1
+    pool_size: int = 2
     max_sandboxes: int = 1000
     max_memory_mib: int = 8192
     max_vcpus: int = 4

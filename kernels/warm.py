@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from kernels.endpoints import Greeted
 from kernels.session import GREETING_TIMEOUT_S, Greeting, GuestEvent, GuestSession
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.saving.machine import SavedMachine
@@ -33,13 +34,16 @@ def place_of(machine_id: str, state_dir: Path, run_dir: Path) -> MachinePlace:
 class WarmMachine:
     """A machine, what lies under it, the session with its guest, and its kernel's HMAC `key`.
 
-    Its owner ends it with `close()`, or hands it on and forgets it. Events before someone took it are dropped.
+    identity: who its guest was told to be. greeted: connections for its kernel's first client. Its owner ends it with
+    `close()`, or hands it on and forgets it. Events before someone took it are dropped.
     """
 
-    def __init__(self, saved: SavedMachine, session: GuestSession, key: str) -> None:
+    def __init__(self, saved: SavedMachine, session: GuestSession, key: str, identity: Mapping[str, str]) -> None:
         self.saved = saved
         self.session = session
         self.key = key
+        self.identity = identity
+        self.greeted: Mapping[str, Greeted] = {}
 
     @classmethod
     async def greet(
@@ -51,7 +55,7 @@ class WarmMachine:
         except BaseException:
             await saved.kill()
             raise
-        return cls(saved, session, greeting.key or "")
+        return cls(saved, session, greeting.key or "", greeting.identity)
 
     @property
     def dead(self) -> bool:

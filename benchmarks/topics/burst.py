@@ -23,7 +23,7 @@ async def measure(setup: Setup) -> list[Row]:
             ours=tuple(seconds[peer.name]),
             theirs=tuple(seconds[setup.baseline.name]),
         )
-        for label, peer in (("pool of one", setup.pooled), ("no pool", setup.unpooled))
+        for label, peer in (("warm pool", setup.pooled), ("no pool", setup.unpooled))
         if peer is not None
     ]
 

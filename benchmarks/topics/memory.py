@@ -44,12 +44,12 @@ async def _idle_kernels(peer: Peer, count: int) -> list[Memory]:
 async def _start(peer: Peer, stack: AsyncExitStack, known: set[int]) -> set[int]:
     """Starts a kernel, runs a cell in it; answers its processes. The connection is closed again."""
     await peer.settle()
-    before = peer.kernel_pids() - known
+    spares = peer.kernel_pids() - known
     kernel_id = await stack.enter_async_context(peer.client.kernel())
     async with peer.client.connection(kernel_id) as connection:
         await connection.execute("1+1")
-    # A pool of one gives the one machine that nobody had; without a pool the kernel's processes are new.
-    pids = before if peer.pool_size == 1 else peer.kernel_pids() - known - before
+    # A pool gives the machine that waited longest; without one the kernel's processes are new.
+    pids = {peer.oldest(spares)} if peer.pool_size else peer.kernel_pids() - known - spares
     if not pids:
         raise BenchmarkError(f"The processes of {peer.name}'s kernel were not found.")
     return pids

@@ -46,10 +46,11 @@ _SERVICE_THREADS = frozenset({CONTROL_THREAD_NAME, SHELL_CHANNEL_THREAD_NAME, "I
 
 
 def prepare_socket(socket: zmq.Socket[bytes]) -> None:
-    """Set up an XPUB socket so that it never drops: call before it is bound."""
+    """Set up an XPUB socket so that it never drops and tells of each subscriber: call before it is bound."""
     socket.setsockopt(zmq.SNDHWM, SEND_HWM)
     socket.setsockopt(zmq.SNDTIMEO, SEND_WAIT_MS)
     socket.setsockopt(zmq.XPUB_NODROP, 1)
+    socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # each subscriber is welcomed and so knows that it misses nothing more
 
 
 class LosslessIOPubThread(IOPubThread):
@@ -145,7 +146,7 @@ class LosslessIOPubThread(IOPubThread):
         self._run_round()
 
     def _note_subscription(self, frames: list[bytes]) -> None:
-        """XPUB tells of the first subscriber to a topic (1) and of the loss of the last one (0)."""
+        """XPUB tells of each subscriber to a topic (1) and of the loss of the last one (0)."""
         for frame in frames:
             topic = frame[1:]
             if frame[:1] == b"\x01":

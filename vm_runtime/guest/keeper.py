@@ -165,10 +165,6 @@ class KernelKeeper:
         """Have the kernel answer a cell that another state of it was asked to run (docs/sandbox_calls.md)."""
         await self._ask_kernel("answer", reply_to=reply_to, text=text)
 
-    async def exercise(self) -> None:
-        """Have an idle kernel answer typical requests, so that an emulator has translated them before a user comes."""
-        await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code="")
-
     def _running(self) -> _Kernel:
         if self._kernel is None:
             raise KernelError("no_kernel", "No kernel runs in this machine; start one with kernel.start.")

@@ -110,6 +110,11 @@ class HypercellKernelApp(IPKernelApp):
             kernelapp.ZMQStream = ZMQStream  # type: ignore[attr-defined]
         self.iopub_thread.on_subscriber = self._client_came
 
+    def _bind_socket(self, s: zmq.Socket[bytes], port: int) -> Any:
+        # The gateway greets ahead of clients that are yet to come; libzmq would hang up after 30 s.
+        s.setsockopt(zmq.HANDSHAKE_IVL, 0)
+        return super()._bind_socket(s, port)
+
     def _client_came(self) -> None:
         for stream in (self.kernel.shell_stream, self.kernel.control_stream):
             stream.retry_later()
@@ -224,6 +229,7 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
     def warm(request: dict[str, Any]) -> dict[str, Any]:
         error = warm_up(app, request["code"])
         trim_memory()
+        gc.freeze()  # see the zygote's: here it is the kernel's own objects
         return {"error": error, "modules": [name for name in sys.modules if name not in inherited]}
 
     def answer(request: dict[str, Any]) -> None:

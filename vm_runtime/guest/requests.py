@@ -95,11 +95,6 @@ async def _template_prepare(guest: Guest, incoming: Incoming) -> None:
     await incoming.answer({"pid": pid})
 
 
-async def _kernel_exercise(guest: Guest, incoming: Incoming) -> None:
-    await guest.keeper.exercise()
-    await incoming.answer()
-
-
 async def _sandbox_identify(guest: Guest, incoming: Incoming) -> None:
     identity = param(incoming.params, "identity", dict)
     if not all(isinstance(value, str) for value in identity.values()):
@@ -137,7 +132,6 @@ HANDLERS: dict[str, Handle] = {
     "kernel.stop": _kernel_stop,
     "kernel.interrupt": _kernel_interrupt,
     "kernel.channel": _kernel_channel,
-    "kernel.exercise": _kernel_exercise,
     "sandbox.identify": _sandbox_identify,
     "template.prepare": _template_prepare,
     "tunnel": _tunnel,
