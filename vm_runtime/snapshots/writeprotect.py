@@ -4,6 +4,10 @@ Pages that a snapshot has are write-protected; Linux drops the protection of a p
 anybody, and PAGEMAP_SCAN finds and protects those again in one atomic step. So the pause follows what was written since
 the last snapshot, and even that can be copied before it: what is written after the copy is found again.
 
+What a page is (the machine's own, or still the file's) takes Linux longer to say than whether it is protected. So all
+pages are protected ahead of the pause, those that nobody wrote too, and the scan in it looks at that alone: 0.5 ms
+instead of 5 ms with 500 MB in a machine.
+
 The userfaultfd must belong to the VMM (see injection.py) and stays open there, so a gateway that starts again finds
 it. Source: Documentation/admin-guide/mm/userfaultfd.rst and pagemap.rst of Linux 6.7.
 """
@@ -16,22 +20,26 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from vm_runtime.snapshots.errors import ProcessMemoryError
 from vm_runtime.snapshots.injection import call_in_process, can_inject
 from vm_runtime.snapshots.layers import CapturedPages
+from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.pages import (
-    PAGE_IS_WRITTEN,
-    PM_SCAN_CHECK_WPASYNC,
-    PM_SCAN_WP_MATCHING,
     PageBuffer,
     Run,
+    append_run,
     count_pages,
+    has_swapped,
+    intersection,
     process_errors,
+    protect_pagemap,
     read_pages,
     scan_pagemap,
+    scan_unprotected,
     union,
     written_pages,
 )
@@ -50,6 +58,8 @@ _UFFD_LINK = "anon_inode:[userfaultfd]"
 
 # Copying 2 MiB takes as long as the scan itself; below that, copying ahead of the pause gains nothing.
 _COPY_AHEAD_PAGES = 512
+# Runs of pages that are looked at one by one; for more, all pages are looked at once.
+_MANY_RUNS = 512
 # What a machine may write between `prepare` and its pause without the copy having to fault memory in.
 _SLACK_PAGES = 2048
 
@@ -94,7 +104,7 @@ class WriteProtectTracker:
                     request = bytearray(struct.pack("<QQQQ", address, size_bytes, _UFFDIO_REGISTER_MODE_WP, 0))
                     fcntl.ioctl(userfaultfd, _UFFDIO_REGISTER, request)
                 tracker = cls(pid, address=address, size_bytes=size_bytes, userfaultfd=userfaultfd, pagemap=pagemap)
-                tracker._protect()
+                protect_pagemap(pagemap, address, size_bytes)
             except OSError as error:
                 if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EPERM):
                     raise ProcessMemoryError(f"Writes cannot be tracked on this host: {error.strerror}.") from error
@@ -145,10 +155,23 @@ class WriteProtectTracker:
         self.close()
 
     def _protect(self) -> list[Run]:
-        """The private pages written since they were last protected; protects them, in one step."""
-        flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC
+        """The machine's own pages that were not protected, and now are."""
         with process_errors(self._pid):
-            return scan_pagemap(self._pagemap, self._address, self._size_bytes, required=PAGE_IS_WRITTEN, flags=flags)
+            runs = scan_unprotected(self._pagemap, self._address, self._size_bytes)
+            # Some may only have been read. To copy those would bring the base's pages in, from the disk at worst.
+            own = self._own_among(runs, swapped=False)
+            # Asked last: a page that goes to swap before the answer is not missed.
+            return self._own_among(runs, swapped=True) if has_swapped(self._pid) else own
+
+    def _own_among(self, runs: Sequence[Run], *, swapped: bool) -> list[Run]:
+        if len(runs) > _MANY_RUNS:
+            return intersection(runs, scan_pagemap(self._pagemap, self._address, self._size_bytes, swapped=swapped))
+        own: list[Run] = []
+        for start, count in runs:
+            address = self._address + start * PAGE_SIZE
+            for first, pages in scan_pagemap(self._pagemap, address, count * PAGE_SIZE, swapped=swapped):
+                append_run(own, start + first, pages)
+        return own
 
 
 def _find_or_make_userfaultfd(pid: int) -> tuple[int, bool]:
