@@ -38,6 +38,8 @@ class Connection:
         self._linked = asyncio.Event()
         self._waiting = 0
         self._closed = False
+        self._has_failed = False
+        self._failure: str | None = None
         self.outgoing = Outgoing(
             client.write, legacy=client.legacy, on_full=self._pause, on_drained=self._resume, metrics=metrics
         )
@@ -56,10 +58,19 @@ class Connection:
     @property
     def admitted(self) -> bool:
         """Whether the client's messages pass."""
-        return self._linked.is_set()
+        return self._linked.is_set() and not self._has_failed
 
     def admit(self) -> None:
         """Lets the client's messages pass, now that no answer can be missed."""
+        self._has_failed = False
+        self._linked.set()
+
+    def fail(self, reason: str | None) -> None:
+        """The machine is gone for good: to each message the client hears that again, until `admit`."""
+        self._stop_settling()
+        if self._link is not None:
+            self._link.expect_subscription()
+        self._has_failed, self._failure = True, reason
         self._linked.set()
 
     def hold(self) -> None:
@@ -86,10 +97,12 @@ class Connection:
                 await self._linked.wait()
             finally:
                 self._waiting -= 1
-        if self._link is None:
-            return
         if message.channel == "shell" and b'"execute_request"' in bytes(message.header[:1024]):
             self._last_cell = bytes(message.header)
+        if self._has_failed:
+            self.announce("dead", self._failure)
+        if self._link is None or self._has_failed:
+            return
         self._metrics.count_message("to_kernel", message.channel, message.size)
         await self._link.send(message)
 

@@ -169,7 +169,10 @@ class KernelHub:
         link = connection.link
         if link is None or not self._is_attached(kernel_id, connection):
             return
-        if link.subscribed:
+        sandbox = self._service.get(kernel_id)
+        if sandbox.state is SandboxState.FAILED:
+            connection.fail(sandbox.reason)
+        elif link.subscribed:
             connection.admit()
         elif connection.settling is None or connection.settling.done():
             connection.settling = self._spawn(lambda: self._admit(kernel_id, connection, link))
@@ -255,6 +258,8 @@ class KernelHub:
         match state:
             case SandboxState.FAILED:
                 self._announce(kernel_id, "dead", reason)
+                for connection in clients.connections.values():
+                    connection.fail(reason)
             case SandboxState.ASLEEP:
                 for connection in clients.connections.values():
                     connection.hold()

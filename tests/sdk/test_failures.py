@@ -36,8 +36,9 @@ MIB = 1024 * 1024
 
 # A program that is sent SIGINT once it has said "on".
 INTERRUPTED = """
-import sys
+import signal, sys
 from hypercell import Sandbox
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
 with Sandbox.connect(sys.argv[1]) as sandbox:
     try:
         sandbox.run_code("print(1, flush=True)\\nwhile True: pass", on_stdout=lambda text: print("on", flush=True))
@@ -135,7 +136,13 @@ async def test_a_machine_that_is_killed_is_told_with_the_reason(at_gateway: Runn
             await asyncio.wait_for(running, 60)
         info = await sandbox.info()
         assert info.state == "failed" and info.reason is not None and "SIGKILL" in info.reason
-        for use in (sandbox.run_code("1"), sandbox.commands.run("true"), sandbox.files.read("x"), sandbox.sleep()):
+        for _ in range(2):
+            with pytest.raises(KernelDiedError, match="SIGKILL"):
+                await asyncio.wait_for(sandbox.run_code("1"), 60)
+        async with await AsyncSandbox.connect(sandbox.id) as other:
+            with pytest.raises(MachineFailedError, match="SIGKILL"):
+                await asyncio.wait_for(other.run_code("1"), 60)
+        for use in (sandbox.commands.run("true"), sandbox.files.read("x"), sandbox.sleep()):
             with pytest.raises((MachineFailedError, StateError), match="failed"):
                 await asyncio.wait_for(use, 60)
 
@@ -193,9 +200,10 @@ async def test_commands_and_files_when_the_gateway_is_restarted(state_dir: Path)
             again = await sandbox.commands.attach(background.command_id)
             assert (await asyncio.wait_for(again.wait(), 60)).stdout.split() == list("12345678")
             assert await sandbox.files.read("whole") == b"old"
-            async with asyncio.timeout(60):
-                while any(known.running for known in await sandbox.commands.list()):  # noqa: ASYNC110 (nothing tells)
-                    await asyncio.sleep(0.1)
+            # Nobody gave it up.
+            (left,) = [known for known in await sandbox.commands.list() if known.running]
+            assert left.command == "echo on; sleep 600"
+            assert (await sandbox.commands.kill(left.command_id)).signal == "SIGKILL"
     finally:
         await asyncio.to_thread(first.stop)
 

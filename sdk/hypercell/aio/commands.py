@@ -107,8 +107,8 @@ class AsyncCommand:
                 message = await self._websocket.recv()
             except ConnectionClosed as error:
                 raise ConnectionLostError(
-                    f"The connection to command {self.command_id} broke. A foreground command ends then; "
-                    "a background one goes on, and `commands.attach` follows it."
+                    f"The connection to command {self.command_id} broke. That ends a foreground command. A background "
+                    "one goes on, and any does if it was the gateway that ended: `commands.attach` follows it."
                 ) from error
             if isinstance(message, bytes):
                 is_stdout = message[:1] == b"\x01"

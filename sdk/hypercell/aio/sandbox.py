@@ -282,7 +282,7 @@ class AsyncSandbox:
         )
 
     async def undo(self) -> SandboxInfo:
-        """Puts the sandbox back to before the last cell. Raises StateError if no checkpoint is that old."""
+        """Puts the sandbox back to before the last cell. Raises NotFoundError if no checkpoint is that old."""
         return await self._act("undo")
 
     async def sleep(self) -> SandboxInfo:

@@ -222,7 +222,7 @@ class Sandbox(Wrapper):
         return BlockingCall().run(self._async.goto(target))
 
     def undo(self) -> SandboxInfo:
-        """Puts the sandbox back to before the last cell. Raises StateError if no checkpoint is that old."""
+        """Puts the sandbox back to before the last cell. Raises NotFoundError if no checkpoint is that old."""
         return BlockingCall().run(self._async.undo())
 
     def sleep(self) -> SandboxInfo:
