@@ -182,7 +182,10 @@ class TimeLine:
         core = self._core
         if core.get(sandbox_id).state is not SandboxState.ASLEEP:
             core.running(sandbox_id)
-            await self._take(sandbox_id, name=f"{LEFT_AT}{utc_now():%Y-%m-%d %H:%M:%S}")
+            # To the millisecond: one goes back and forth more than once in a second.
+            await self._take(
+                sandbox_id, name=f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
+            )
             await core.take_down(sandbox_id)
             core.registry.move(sandbox_id, SandboxState.ASLEEP)
         await core.keep(sandbox_id, manifest)
