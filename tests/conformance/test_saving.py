@@ -18,7 +18,7 @@ from vm_runtime.drivers.qemu import pvh
 from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Machine
-from vm_runtime.saving.flattening import LONG_CHAIN
+from vm_runtime.saving.flattening import LONG_CHAIN, MANY_DISKS
 from vm_runtime.saving.forking import Children
 from vm_runtime.saving.machine import LONG_DISK_CHAIN, SavedMachine
 from vm_runtime.saving.saver import Saver
@@ -319,22 +319,22 @@ async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> Non
 async def test_long_chains_are_shortened_for_restores_and_for_the_running_machine(place: Place) -> None:
     machine = await place.restore(await place.template(), "first")
     try:
-        for number in range(LONG_CHAIN):
+        for number in range(MANY_DISKS):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
             await beat(qemu(machine), qemu(machine).serial_tail().count(".") + 1)
             taken = await machine.take(describe(), then=Then.RESUME)
         await place.saver.settled()
         flat = place.store.flattened(taken.manifest.id)
         assert flat is not None
-        assert len(flat.memory.layers) == 1
-        assert len(flat.disks) < LONG_CHAIN // 2
+        assert len(flat.memory.layers) < LONG_CHAIN
+        assert len(flat.disks) < MANY_DISKS // 2
         assert place.store.verify(flat.id) == []
         assert flat.id not in {manifest.id for manifest in place.store.ls()}
         after = (await machine.take(describe(), then=Then.STOP)).manifest
-        assert len(after.memory.layers) <= 2
+        assert len(after.memory.layers) <= LONG_CHAIN
         for manifest in (taken.manifest, after):
             woken = await place.restore(manifest, "second")
-            for number in range(LONG_CHAIN):
+            for number in range(MANY_DISKS):
                 await assert_disk(woken, number + 1, f"{number}M")
             await beat(qemu(woken))
             await woken.kill()

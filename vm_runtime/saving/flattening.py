@@ -33,8 +33,10 @@ from vm_runtime.snapshots.store import Draft, SnapshotStore
 
 _log = logging.getLogger(__name__)
 
-# A restore opens and indexes every layer, a running machine's snapshot too: below a millisecond for so many.
-LONG_CHAIN = 8
+# A restore opens and indexes every layer, a fork too. Measured, layers of 1,700 runs: four 8 ms, seven 26 ms.
+LONG_CHAIN = 5
+# A VMM opens every overlay of its disk.
+MANY_DISKS = 8
 # A restore copies layers into the machine, 0.65 ms per MB and privately: so much costs some 30 ms.
 LARGE_LAYERS_BYTES = 48 << 20
 # A machine that runs on may not be restored soon: a new base is worth it when an eighth of it is new.
@@ -180,7 +182,7 @@ class Flattener:
             return memory
 
     def _shorten_disks(self, draft: Draft, ground: Ground) -> tuple[DiskPart, ...]:
-        if len(ground.disks) < LONG_CHAIN:
+        if len(ground.disks) < MANY_DISKS:
             return ground.disks
         lowest, *overlays = ground.disks
         target = draft.path("disk")
@@ -214,7 +216,7 @@ def _may_need(ground: Ground) -> bool:
     return (
         len(memory.layers) >= LONG_CHAIN
         or _layer_bytes(memory) >= LARGE_LAYERS_BYTES
-        or len(ground.disks) >= LONG_CHAIN
+        or len(ground.disks) >= MANY_DISKS
     )
 
 
