@@ -317,9 +317,11 @@ async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> Non
 
 
 async def test_long_chains_are_shortened_for_restores_and_for_the_running_machine(place: Place) -> None:
+    # The template's disk is one; layers are shortened on the way.
+    count = MANY_DISKS - 1
     machine = await place.restore(await place.template(), "first")
     try:
-        for number in range(MANY_DISKS):
+        for number in range(count):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
             await beat(qemu(machine), qemu(machine).serial_tail().count(".") + 1)
             taken = await machine.take(describe(), then=Then.RESUME)
@@ -334,7 +336,7 @@ async def test_long_chains_are_shortened_for_restores_and_for_the_running_machin
         assert len(after.memory.layers) <= LONG_CHAIN
         for manifest in (taken.manifest, after):
             woken = await place.restore(manifest, "second")
-            for number in range(MANY_DISKS):
+            for number in range(count):
                 await assert_disk(woken, number + 1, f"{number}M")
             await beat(qemu(woken))
             await woken.kill()
