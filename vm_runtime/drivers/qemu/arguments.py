@@ -24,8 +24,8 @@ FIRST_DISK_NODE = "disk0"
 
 # Cache of translated code under TCG. QEMU's default (up to 1 GiB) fills with use, and each sandbox has its own.
 # Measured, five cells of pandas after a restore, unique memory and seconds of the fifth: 16 MiB 50 MiB 0.45 s,
-# 24 MiB 58 MiB 0.23 s, 32 MiB 65 MiB 0.10 s. All is dropped when it is full, and a start with its first cell needs 25 MiB:
-# with 24 that cell took 200 ms longer. A template's boot happens once and may have more.
+# 24 MiB 58 MiB 0.23 s, 32 MiB 65 MiB 0.10 s. All is dropped when it is full, and a start with its first cell needs 25
+# MiB: with 24 that cell took 200 ms longer. A template's boot happens once and may have more.
 TCG_CACHE_MIB = 32
 TCG_BOOT_CACHE_MIB = 256
 
