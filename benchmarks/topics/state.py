@@ -299,7 +299,7 @@ async def _first_reply(lab: Lab, sandbox_id: str, began: float, snapshot: Manife
 
 async def _rounds(bench: Bench, lab: Lab) -> list[Line]:
     """One sandbox sleeps and wakes over and over; now and then a cell changes something, which must be there later."""
-    count = bench.times(1000, quick=20)
+    count = bench.times(200, quick=20)
     sleeps: list[float] = []
     wakes: list[float] = []
     sandbox_id = (await lab.new(DEFAULT_RECIPE)).id
