@@ -120,7 +120,11 @@ class Core:
         if endpoints is None:
             directory = self.settings.run_dir / "k" / sandbox_id.replace("-", "")[:12]
             endpoints = Endpoints(directory, lambda: self.on_request(sandbox_id))
-            await endpoints.start()
+            try:
+                await endpoints.start()
+            except BaseException:
+                await endpoints.close()
+                raise
             self._endpoints[sandbox_id] = endpoints
         return endpoints
 
