@@ -120,11 +120,7 @@ class Core:
         if endpoints is None:
             directory = self.settings.run_dir / "k" / sandbox_id.replace("-", "")[:12]
             endpoints = Endpoints(directory, lambda: self.on_request(sandbox_id))
-            try:
-                await endpoints.start()
-            except BaseException:
-                await endpoints.close()
-                raise
+            await endpoints.start()
             self._endpoints[sandbox_id] = endpoints
         return endpoints
 

@@ -97,6 +97,14 @@ class Endpoints:
         self._greeted: dict[str, Greeted] = {}
 
     async def start(self) -> None:
+        """Given up half-way, it leaves nothing."""
+        try:
+            await self._listen()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _listen(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(mode=0o700, parents=True)
         for name, number in CHANNELS.items():

@@ -141,7 +141,7 @@ def _own_masks(*, swapped: bool) -> tuple[int, int, int, int]:
 
 def scan_unprotected(pagemap_fd: int, address: int, length: int) -> list[Run]:
     """Pages of any kind that are not write-protected; protects each in the same step. For just these masks Linux looks
-    at one bit of each page, which takes a tenth of the time of `scan_pagemap`. Raises OSError(ENOTTY) as that does."""
+    at one bit of each page, in a fraction of the time of `scan_pagemap`. Raises OSError(ENOTTY) as that does."""
     masks = (0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)
     return _scan(pagemap_fd, address, length, masks, flags=_PROTECT)
 

@@ -5,8 +5,8 @@ anybody, and PAGEMAP_SCAN finds and protects those again in one atomic step. So 
 the last snapshot, and even that can be copied before it: what is written after the copy is found again.
 
 What a page is (the machine's own, or still the file's) takes Linux longer to say than whether it is protected. So all
-pages are protected ahead of the pause, those that nobody wrote too, and the scan in it looks at that alone: 0.5 ms
-instead of 5 ms with 500 MB in a machine.
+pages are protected ahead of the pause, those that nobody wrote too, and the scan in it looks at that alone: 0.14 ms
+instead of 6.5 ms for 512 MiB that a machine wrote.
 
 The userfaultfd must belong to the VMM (see injection.py) and stays open there, so a gateway that starts again finds
 it. Source: Documentation/admin-guide/mm/userfaultfd.rst and pagemap.rst of Linux 6.7.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,18 @@ async def test_a_restart_drops_what_was_greeted(kernel: Kernel) -> None:
         assert sorted(kernel.opened) == sorted(GREETED_CHANNELS)
         text, _ = await run(jupyter, "1")
         assert text == "1"
+
+
+async def test_given_up_while_they_open_they_leave_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "e"
+    opening = asyncio.create_task(Endpoints(directory, lambda: None).start())
+    while not list(directory.glob("k-*")):  # noqa: ASYNC110 (nothing tells)
+        await asyncio.sleep(0)
+    assert not opening.done()
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert not directory.exists()
 
 
 async def test_libzmq_does_not_hang_up_on_who_waits(kernel: Kernel) -> None:
