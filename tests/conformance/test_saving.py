@@ -144,7 +144,9 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(place: P
     assert not place.bench.place("first").run_dir.exists()
 
 
-async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Place) -> None:
+# One of the two has enough children for them to share more than each alone.
+@pytest.mark.parametrize("count", [3, 5])
+async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Place, count: int) -> None:
     parent = await place.restore(await place.template(), "first")
     machines = [parent]
     try:
@@ -156,7 +158,7 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Plac
             ran.append(where.id)
             assert machine.state is RunState.RUNNING
 
-        names = ("clone-1", "clone-2", "clone-3")
+        names = tuple(f"clone-{number}" for number in range(count))
         forked = await place.saver.fork(
             parent, describe(), places=[place.bench.place(name) for name in names], on_running=on_running
         )

@@ -6,7 +6,8 @@ Knows no VMM. What a driver cannot do is data (`Capabilities`), never a question
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,11 @@ class PreparedMachine(ABC):
     @abstractmethod
     def memory_mapping(self) -> MemoryMapping:
         """Where its RAM is, into which may be written already. Blocking."""
+
+    @abstractmethod
+    def lend(self, files: Mapping[int, int]) -> AbstractAsyncContextManager[Mapping[int, int]]:
+        """Within it the VMM has these files open, too: our descriptors by any key in, its descriptors out. Empty where
+        it takes none. Any failure within ends it, as of `load`."""
 
     @abstractmethod
     async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> Machine:

@@ -10,6 +10,7 @@ import os
 import random
 import secrets
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -37,6 +38,8 @@ from vm_runtime.guest.warm import warm_up
 
 # What OpenSSL's generator asks for itself: the strength of its 256-bit state and half of that again as nonce.
 SSL_SEED_BYTES = 48
+# The state of NumPy's global generator; as many as its position says, the next number is drawn from new ones.
+MT19937_WORDS = 624
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +162,7 @@ def reseed(*, keep_random: bool = False) -> None:
     if not keep_random:
         random.seed()
         if numpy_random := sys.modules.get("numpy.random"):
-            numpy_random.seed()
+            _reseed_numpy(numpy_random)
     # uuid1 of libuuid keeps its node and sequence where nobody can renew them; Python's own takes these.
     uuid._generate_time_safe = None  # type: ignore[attr-defined]
     uuid._last_timestamp = None  # type: ignore[attr-defined]
@@ -167,6 +170,15 @@ def reseed(*, keep_random: bool = False) -> None:
     tempfile._name_sequence = None  # type: ignore[attr-defined]
     if ssl := sys.modules.get("ssl"):
         ssl.RAND_add(os.urandom(SSL_SEED_BYTES), SSL_SEED_BYTES)
+
+
+def _reseed_numpy(numpy_random: Any) -> None:
+    """Every clone does this first, and `seed` runs so much new code that an emulated one would keep 2 MiB of it."""
+    words = struct.unpack(f"{MT19937_WORDS}I", os.urandom(4 * MT19937_WORDS))
+    try:
+        numpy_random.set_state(("MT19937", words, MT19937_WORDS))
+    except ValueError:  # the user has put another generator in its place
+        numpy_random.seed()
 
 
 def trim_memory() -> None:

@@ -30,8 +30,9 @@ class Renewal:
     """`owns_machine`: False where the agent runs on someone else's machine, whose clock and name are not ours."""
 
     def __init__(self, *, paths: Paths, owns_machine: bool) -> None:
-        self._paths = paths
+        self._path = str(paths.identity)
         self._owns_machine = owns_machine
+        self._identity: Mapping[str, str] | None = None
 
     def renew(self, *, wall_clock_ns: int, entropy: bytes, identity: Mapping[str, str]) -> None:
         """Raises OSError where vmlinux refuses. The identity's `hostname`, if there is one, becomes the machine's."""
@@ -47,9 +48,12 @@ class Renewal:
 
     def identify(self, identity: Mapping[str, str]) -> None:
         """Who this machine is from now on. Also called when a warm machine is given to a sandbox."""
+        if identity == self._identity:
+            return
         if self._owns_machine and (hostname := identity.get("hostname")):
             socket.sethostname(hostname[:HOSTNAME_MAX])
-        _write_identity(self._paths, identity)
+        _write_identity(self._path, identity)
+        self._identity = dict(identity)
 
 
 def _feed_random_pool(entropy: bytes) -> None:
@@ -62,8 +66,13 @@ def _feed_random_pool(entropy: bytes) -> None:
         os.close(fd)
 
 
-def _write_identity(paths: Paths, identity: Mapping[str, str]) -> None:
-    """Whoever reads it sees the old one or the new one, whole."""
-    new = paths.identity.with_suffix(".new")
-    new.write_text(json.dumps(dict(identity)))
-    new.replace(paths.identity)
+def _write_identity(path: str, identity: Mapping[str, str]) -> None:
+    """Whoever reads it sees the old one or the new one, whole. Plain system calls: a restored machine has run no other
+    code yet, and if it is emulated, translates what it runs for the first time."""
+    new = path + ".new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, json.dumps(dict(identity)).encode())
+    finally:
+        os.close(fd)
+    os.rename(new, path)  # noqa: PTH104

@@ -94,15 +94,16 @@ class Saver:
             on_error.push_async_callback(prepared.discard)
             opened = await asyncio.shield(opening)
             image = MemoryImage(base, opened.layers)
-            saved = await self._load(
-                prepared,
-                opened.device,
-                write=lambda mapping: _write_layers(image, prepared.pid, mapping),
-                place=place,
-                snapshot=manifest,
-                ground=ground,
-                base=base,
-            )
+            async with prepared.lend(image.files()) as lent:
+                saved = await self._load(
+                    prepared,
+                    opened.device,
+                    write=lambda mapping: image.restore_into(prepared.pid, mapping.address, lent=lent),
+                    place=place,
+                    snapshot=manifest,
+                    ground=ground,
+                    base=base,
+                )
             on_error.pop_all()
             opened.close()
             return saved
@@ -394,11 +395,6 @@ async def _close_opened(opening: asyncio.Task[_Opened]) -> None:
     """Let go of parts that are still being opened when they are not needed any more."""
     with contextlib.suppress(Exception):
         (await opening).close()
-
-
-def _write_layers(image: MemoryImage, pid: int, mapping: MemoryMapping) -> None:
-    if image.layers:
-        image.restore_into(pid, mapping.address)
 
 
 def _copy_disk(source: Path, target: Path) -> None:

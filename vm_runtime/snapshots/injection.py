@@ -1,19 +1,21 @@
-"""Make another process execute one system call, through ptrace; for the one call that nobody can make on its behalf.
+"""Make another process execute system calls, through ptrace; for those that nobody can make on its behalf.
 
-userfaultfd(2) is bound to the address space of its caller and does not survive execve(2), so the VMM must make it.
-x86-64 only. The thread is stopped for about half a millisecond, its registers are put back as they were, and Linux
-restarts the system call it may have been in. If this process is killed in these microseconds, the other one crashes.
+userfaultfd(2) and mmap(2) act on the address space of their caller and do not survive execve(2), so the VMM must make
+them. x86-64 only. The thread is stopped for about half a millisecond, its registers are put back as they were, and
+Linux restarts the system call it may have been in. If this process is killed in that time, the other one crashes.
 
 Knows nothing of memory or snapshots. Source: ptrace(2), `struct user_regs_struct` in <sys/user.h>.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vm_runtime.snapshots.errors import ProcessMemoryError
@@ -34,6 +36,11 @@ _NO_SYSCALL = 2**64 - 1
 # A thread stops within microseconds unless it sleeps uninterruptibly in a driver.
 _STOP_TIMEOUT_S = 1.0
 _POLL_S = 0.0001
+# A system call that was stepped into has ended by then, nearly always: some 20 microseconds.
+_EAGER_POLLS = 20
+
+# (number, *arguments) -> result
+Call = Callable[..., int]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
@@ -61,41 +68,84 @@ def call_in_process(pid: int, number: int, *arguments: int) -> int:
     Raises ProcessMemoryError if the process is gone, cannot be traced, is busy with a signal just now, or if the call
     fails.
     """
+    with calls_in_process(pid) as call:
+        return call(number, *arguments)
+
+
+@contextlib.contextmanager
+def calls_in_process(pid: int) -> Iterator[Call]:
+    """Stop the main thread of a process, to make any number of system calls in it: some 10 microseconds each.
+
+    Use it in the thread that entered it. Errors as of `call_in_process`, on entering and of each call; after the error
+    of a call that began no other is possible.
+    """
     site = _syscall_site(pid)
-    try:
+    with _tracing(pid):
         _ptrace(_PTRACE_SEIZE, pid)
-    except OSError as error:
-        raise ProcessMemoryError(f"Process {pid} cannot be traced: {error.strerror}.") from error
-    pending_signal = 0
+    calls = _StoppedThread(pid, site)
     try:
-        _ptrace(_PTRACE_INTERRUPT, pid)
-        stop = _wait_stopped(pid)
+        with _tracing(pid):
+            _ptrace(_PTRACE_INTERRUPT, pid)
+            calls.stop()
+        yield calls.call
+    finally:
+        calls.let_go()
+
+
+class _StoppedThread:
+    def __init__(self, pid: int, site: int) -> None:
+        self._pid = pid
+        self._site = site
+        self._saved: _Registers | None = None
+        self._pending_signal = 0
+
+    def stop(self) -> None:
+        stop = _wait_stopped(self._pid)
         if stop != _INTERRUPTED:
-            pending_signal = stop & 0xFF
-            raise ProcessMemoryError(f"Process {pid} is handling signal {pending_signal} just now.")
-        saved = _get_registers(pid)
-        wanted = _Registers.from_buffer_copy(bytes(saved))
-        wanted.rip, wanted.rax, wanted.orig_rax = site, number, _NO_SYSCALL
+            self._pending_signal = stop & 0xFF
+            raise ProcessMemoryError(f"Process {self._pid} is handling signal {self._pending_signal} just now.")
+        self._saved = _get_registers(self._pid)
+
+    def call(self, number: int, *arguments: int) -> int:
+        pid = self._pid
+        if self._saved is None:
+            raise ProcessMemoryError(f"Process {pid} was interrupted and can make no more calls.")
+        wanted = _Registers.from_buffer_copy(bytes(self._saved))
+        wanted.rip, wanted.rax, wanted.orig_rax = self._site, number, _NO_SYSCALL
         for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
             setattr(wanted, name, value)
-        _ptrace(_PTRACE_SETREGS, pid, data=ctypes.addressof(wanted))
-        try:
+        with _tracing(pid):
+            _ptrace(_PTRACE_SETREGS, pid, data=ctypes.addressof(wanted))
             _ptrace(_PTRACE_SINGLESTEP, pid)
             stop = _wait_stopped(pid)
             after = _get_registers(pid)
-        finally:
-            _ptrace(_PTRACE_SETREGS, pid, data=ctypes.addressof(saved))
-        if stop != signal.SIGTRAP or after.rip != site + len(_SYSCALL_INSTRUCTION):
-            pending_signal = 0 if stop == signal.SIGTRAP or stop >> 8 else stop
+        if stop != signal.SIGTRAP or after.rip != self._site + len(_SYSCALL_INSTRUCTION):
+            self._restore()
+            self._pending_signal = 0 if stop == signal.SIGTRAP or stop >> 8 else stop
             raise ProcessMemoryError(f"Process {pid} was interrupted by signal {stop & 0xFF} just now.")
         result = ctypes.c_longlong(after.rax).value
+        if result < 0:
+            raise ProcessMemoryError(f"System call {number} failed in process {pid}: {os.strerror(-result)}.")
+        return result
+
+    def let_go(self) -> None:
+        """Never raises: a process that is gone has nothing to be restored."""
+        with contextlib.suppress(OSError):
+            self._restore()
+        _libc.ptrace(_PTRACE_DETACH, self._pid, None, self._pending_signal)
+
+    def _restore(self) -> None:
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            _ptrace(_PTRACE_SETREGS, self._pid, data=ctypes.addressof(saved))
+
+
+@contextlib.contextmanager
+def _tracing(pid: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ProcessMemoryError(f"Process {pid} cannot be traced: {error.strerror}.") from error
-    finally:
-        _libc.ptrace(_PTRACE_DETACH, pid, None, pending_signal)
-    if result < 0:
-        raise ProcessMemoryError(f"System call {number} failed in process {pid}: {os.strerror(-result)}.")
-    return result
 
 
 def _syscall_site(pid: int) -> int:
@@ -122,11 +172,14 @@ def _get_registers(pid: int) -> _Registers:
 def _wait_stopped(pid: int) -> int:
     """The status of the next stop. Never collects an exit status, which belongs to whoever started the process."""
     deadline = time.monotonic() + _STOP_TIMEOUT_S
+    polls = 0
     while time.monotonic() < deadline:
         found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | _WALL)
         if found is not None:
             return found.si_status
-        time.sleep(_POLL_S)
+        polls += 1
+        if polls > _EAGER_POLLS:
+            time.sleep(_POLL_S)
     raise ProcessMemoryError(f"Process {pid} did not stop within {_STOP_TIMEOUT_S} s.")
 
 

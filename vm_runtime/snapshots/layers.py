@@ -18,13 +18,14 @@ Little-endian; runs ascending and disjoint. A layer's digest is the SHA-256 of i
 from __future__ import annotations
 
 import bisect
+import contextlib
 import errno
 import hashlib
 import itertools
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -39,7 +40,8 @@ from vm_runtime.snapshots.memory import (
     removed_on_error,
     write_all,
 )
-from vm_runtime.snapshots.pages import PageBuffer, Run, append_run, count_pages, mapped_address, write_pages
+from vm_runtime.snapshots.pages import PageBuffer, Run, append_run, count_pages, mapped_address
+from vm_runtime.snapshots.sharing import Piece, SharedPages, place_pages
 
 LAYER_VERSION = 1
 _MAGIC = b"HCLAYER\n"
@@ -158,7 +160,7 @@ class CapturedPages:
     @property
     def page_count(self) -> int:
         """Pages held, before anything is dropped."""
-        return sum(segment.pages for segment in self._segments())
+        return sum(segment.pages for segment in self.segments())
 
     def write(self, path: Path, *, under: MemoryImage) -> tuple[str, int]:
         """Write the pages that differ from the image under them to the new file `path`, and sync it.
@@ -167,10 +169,8 @@ class CapturedPages:
         """
         data: list[tuple[int, memoryview]] = []
         zeros: list[Run] = []
-        for segment in self._segments():
-            memory = memoryview(self.parts[segment.source][1].memory)
-            content = memory[segment.position * PAGE_SIZE : (segment.position + segment.pages) * PAGE_SIZE]
-            _add_changed(segment.first, content, under, data, zeros)
+        for segment in self.segments():
+            _add_changed(segment.first, self.content(segment), under, data, zeros)
         digest = hashlib.sha256()
         with removed_on_error(path), path.open("xb", buffering=0) as file:
             index = encode_index(self.size_bytes, [(first, len(pages) // PAGE_SIZE) for first, pages in data], zeros)
@@ -182,14 +182,27 @@ class CapturedPages:
             os.fsync(file.fileno())
         return digest.hexdigest(), position
 
-    def restore_into(self, pid: int, address: int) -> None:
-        """Write the pages into a process that has not run, over what lies under them: a fork that needs no file."""
-        starts = [buffer.address for _, buffer in self.parts]
-        write_pages(
-            pid, address, ((starts[s.source] + s.position * PAGE_SIZE, s.first, s.pages) for s in self._segments())
-        )
+    def files(self) -> dict[int, int]:
+        """Descriptors of what the pages can be mapped from, by part. They belong to this."""
+        sealed = {number: buffer.seal() for number, (_, buffer) in enumerate(self.parts)}
+        return {number: fd for number, fd in sealed.items() if fd is not None}
 
-    def _segments(self) -> list[Segment]:
+    def shared(self) -> SharedPages:
+        """For clones that have what lies under them already: a fork that needs no file. As long as this exists."""
+        starts = [buffer.address for _, buffer in self.parts]
+        pieces = [
+            Piece(s.first, s.pages, starts[s.source] + s.position * PAGE_SIZE, s.source, s.position)
+            for s in self.segments()
+        ]
+        return SharedPages(pieces=pieces, files=self.files())
+
+    def content(self, segment: Segment) -> memoryview:
+        """The pages of one of `segments`."""
+        memory = memoryview(self.parts[segment.source][1].memory)
+        return memory[segment.position * PAGE_SIZE : (segment.position + segment.pages) * PAGE_SIZE]
+
+    def segments(self) -> list[Segment]:
+        """Where the pages lie: the source is the number of the part."""
         seen: list[Segment] = []
         for source, (runs, _) in enumerate(self.parts):
             position = 0
@@ -207,12 +220,12 @@ class MemoryImage:
     def __init__(self, base: BaseMemory, layers: Sequence[Layer]) -> None:
         self.base = base
         self.layers = tuple(layers)
-        self._segments: list[Segment] = []
+        self.segments: list[Segment] = []
         for source, layer in enumerate(self.layers):
             if layer.size_bytes != base.size_bytes:
                 raise BrokenSnapshotError(f"The layer {layer.path} was not made for the base {base.digest}.")
-            self._segments = overlay(self._segments, layer.segments(source))
-        self._seen = overlay([Segment(0, base.size_bytes // PAGE_SIZE, len(self.layers), 0)], self._segments)
+            self.segments = overlay(self.segments, layer.segments(source))
+        self._seen = overlay([Segment(0, base.size_bytes // PAGE_SIZE, len(self.layers), 0)], self.segments)
         self._ends = [segment.first + segment.pages for segment in self._seen]
 
     @property
@@ -222,7 +235,7 @@ class MemoryImage:
     @property
     def layered_bytes(self) -> int:
         """What a restore copies into a new machine; many restores of a large one are reason to flatten."""
-        return sum(segment.pages for segment in self._segments) * PAGE_SIZE
+        return sum(segment.pages for segment in self.segments) * PAGE_SIZE
 
     def read(self, first: int, count: int) -> bytes:
         """The content of pages."""
@@ -237,30 +250,38 @@ class MemoryImage:
             index += 1
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def restore_into(self, pid: int, address: int) -> int:
-        """Write the layers' pages into a process that maps the base privately at `address`, before it runs.
+    def files(self) -> dict[int, int]:
+        """Descriptors of what the pages can be mapped from, for `restore_into`, by layer."""
+        return {source: layer.fd for source, layer in enumerate(self.layers)}
+
+    def restore_into(self, pid: int, address: int, *, lent: Mapping[int, int] | None = None) -> None:
+        """Put the layers' pages into a process that maps the base privately at `address`, before it runs.
 
         A VMM must have no device state loaded yet: virtio reads its rings from guest memory while loading it.
-        Answers the number of bytes written. Raises ProcessMemoryError.
+        lent: the descriptors of `files` in that process; without them all is copied. Raises ProcessMemoryError.
         """
+        with self.opened_pieces() as pieces:
+            place_pages(pid, address, pieces, lent=lent or {})
+
+    @contextlib.contextmanager
+    def opened_pieces(self) -> Iterator[list[Piece]]:
+        """For `place_pages`, within the context."""
         maps = [mmap.mmap(layer.fd, 0, access=mmap.ACCESS_COPY) for layer in self.layers]
+        zeros = PageBuffer(_CHUNK_PAGES if any(s.source == ZERO_SOURCE for s in self.segments) else 1)
         try:
-            zeros = PageBuffer(_CHUNK_PAGES if any(s.source == ZERO_SOURCE for s in self._segments) else 1)
+            pieces: list[Piece] = []
             starts = [mapped_address(mapping) for mapping in maps]
-
-            def pieces() -> Iterator[tuple[int, int, int]]:
-                for first, count, source, position in self._segments:
-                    if source == ZERO_SOURCE:
-                        for done in range(0, count, _CHUNK_PAGES):
-                            yield zeros.address, first + done, min(_CHUNK_PAGES, count - done)
-                    else:
-                        yield starts[source] + position * PAGE_SIZE, first, count
-
-            write_pages(pid, address, pieces())
+            for first, count, source, position in self.segments:
+                if source == ZERO_SOURCE:
+                    for done in range(0, count, _CHUNK_PAGES):
+                        size = min(_CHUNK_PAGES, count - done)
+                        pieces.append(Piece(first + done, size, zeros.address, ZERO_SOURCE, 0))
+                else:
+                    pieces.append(Piece(first, count, starts[source] + position * PAGE_SIZE, source, position))
+            yield pieces
         finally:
             for mapping in maps:
                 mapping.close()
-        return self.layered_bytes
 
     def flatten(self, path: Path, *, step: Callable[[], None] = lambda: None) -> str:
         """Write base and layers as one new base file, sparse and synced; answers its digest.
@@ -283,7 +304,7 @@ class MemoryImage:
         """Write all layers as one new layer file over the same base, synced; answers its digest."""
         data: list[Run] = []
         zeros: list[Run] = []
-        for segment in self._segments:
+        for segment in self.segments:
             append_run(zeros if segment.source == ZERO_SOURCE else data, segment.first, segment.pages)
         digest = hashlib.sha256()
         with removed_on_error(path), path.open("xb", buffering=0) as file:
@@ -299,7 +320,7 @@ class MemoryImage:
 
     def _layered_pages(self, *, zeros: bool) -> Iterator[tuple[int, bytes]]:
         """(first page, content) of what lies over the base, ascending, in pieces. zeros: those that are zero too."""
-        for segment in self._segments:
+        for segment in self.segments:
             if zeros or segment.source != ZERO_SOURCE:
                 for done in range(0, segment.pages, _CHUNK_PAGES):
                     size = min(_CHUNK_PAGES, segment.pages - done)

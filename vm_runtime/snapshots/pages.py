@@ -18,6 +18,7 @@ import mmap
 import os
 import re
 import struct
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,9 @@ _ANONYMOUS_RUN = re.compile(rb"\x01+")
 
 # <asm-generic/mman-common.h>, Linux 5.14.
 _MADV_POPULATE_WRITE = 23
+# <linux/fcntl.h>: seal, shrink, grow, future write (Linux 5.1): mappings that are there may be written on.
+_F_ADD_SEALS = 1033
+_READ_ONLY_SEALS = 0x1 | 0x2 | 0x4 | 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -73,22 +77,24 @@ def process_errors(pid: int) -> Iterator[None]:
 def find_mapping(pid: int, *, inode: int, size_bytes: int) -> int:
     """Address at which a process maps the file with this inode (`os.fstat(fd).st_ino`) whole; for guest RAM.
 
-    A VMM may map guest RAM in pieces with the same protection side by side in the file; they must be adjacent.
+    Pages of other files may lie over it (sharing.py), and a VMM may map it in pieces: nothing in between may be free.
     """
-    found: list[tuple[int, int, int]] = []
+    found: int | None = None
+    spans: list[tuple[int, int]] = []
     with process_errors(pid):
         for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
             span, _, offset, _, found_inode, *_ = line.split(None, 5)
-            if int(found_inode) == inode:
-                start, _, stop = span.partition("-")
-                found.append((int(start, 16), int(stop, 16), int(offset, 16)))
-    expected = 0
-    for low, high, position in sorted(found, key=lambda entry: entry[2]):
-        if position == expected and (expected == 0 or low == found[0][0] + expected):
-            expected += high - low
-    if expected < size_bytes:
+            start, _, stop = span.partition("-")
+            spans.append((int(start, 16), int(stop, 16)))
+            if found is None and int(found_inode) == inode:
+                found = int(start, 16) - int(offset, 16)
+    end = found or 0
+    for low, high in spans:  # ascending
+        if low <= end < high:
+            end = high
+    if found is None or end < found + size_bytes:
         raise ProcessMemoryError(f"Process {pid} does not map the guest memory with inode {inode} whole.")
-    return found[0][0]
+    return found
 
 
 def written_pages(pid: int, address: int, length: int) -> list[Run]:
@@ -229,14 +235,21 @@ def count_pages(runs: Iterable[Run]) -> int:
 
 
 class PageBuffer:
-    """Anonymous memory of this process that is already faulted in, so that copying into it runs at full speed.
+    """Memory of this process that is already faulted in, so that copying into it runs at full speed.
 
     Faulting costs about as much as the copying itself (0.25 ms per MB): reserve it before the pause.
+    shared: other processes can map it once it is sealed, which costs a little more.
     """
 
-    def __init__(self, capacity_pages: int) -> None:
+    def __init__(self, capacity_pages: int, *, shared: bool = False) -> None:
         self.capacity_pages = max(capacity_pages, 1)
-        self.memory = mmap.mmap(-1, self.capacity_pages * PAGE_SIZE)
+        size_bytes = self.capacity_pages * PAGE_SIZE
+        self._fd = -1
+        if shared:
+            self._fd = os.memfd_create("hypercell-pages", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            weakref.finalize(self, os.close, self._fd)
+            os.ftruncate(self._fd, size_bytes)
+        self.memory = mmap.mmap(self._fd, size_bytes)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         with contextlib.suppress(OSError):  # Linux < 5.14: faulted in when it is used, slower
@@ -245,6 +258,14 @@ class PageBuffer:
     @property
     def address(self) -> int:
         return mapped_address(self.memory)
+
+    def seal(self) -> int | None:
+        """The file of a shared buffer, to which nobody else can write; None for another buffer. Twice is harmless."""
+        if self._fd < 0:
+            return None
+        with contextlib.suppress(PermissionError):  # sealed already
+            fcntl.fcntl(self._fd, _F_ADD_SEALS, _READ_ONLY_SEALS)
+        return self._fd
 
 
 def mapped_address(memory: mmap.mmap) -> int:

@@ -114,12 +114,12 @@ class WriteProtectTracker:
             stack.pop_all()
         return tracker
 
-    def prepare(self) -> None:
+    def prepare(self, *, shared: bool = False) -> None:
         """Reserve memory, and if much was written, copy it while the machine runs."""
         self._pending = union(self._pending, self._protect())
         pages = count_pages(self._pending)
         if pages >= _COPY_AHEAD_PAGES:
-            ahead = PageBuffer(pages)
+            ahead = PageBuffer(pages, shared=shared)
             read_pages(self._pid, self._address, self._pending, ahead)
             self._ahead = (list(self._pending), ahead)
             pages = 0

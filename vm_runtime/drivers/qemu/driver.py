@@ -53,7 +53,6 @@ from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
 from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord, boot_id
 from vm_runtime.drivers.qemu.walls import HostWalls, find_walls, machine_uid
 from vm_runtime.errors import MachineGoneError, MachineStartError, SpawnError
-from vm_runtime.machine import MemoryMapping
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.manifest import Vmm
 from vm_runtime.snapshots.memory import BaseMemory
@@ -188,11 +187,12 @@ class QemuDriver(Driver):
     async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> QemuMachine:
         prepared = await self.prepare_restore(spec, state.base, state.disk_chain, place=place)
 
-        def fill(mapping: MemoryMapping) -> None:
-            if state.layers:
-                MemoryImage(state.base, state.layers).restore_into(prepared.pid, mapping.address)
-
-        return await prepared.load(state.device, fill=fill)
+        image = MemoryImage(state.base, state.layers)
+        async with prepared.lend(image.files()) as lent:
+            return await prepared.load(
+                state.device,
+                fill=lambda mapping: image.restore_into(prepared.pid, mapping.address, lent=lent),
+            )
 
     async def prepare_restore(
         self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace

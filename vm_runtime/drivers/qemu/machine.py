@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ _DRAIN_TIMEOUT_S = 0.5
 # Descriptor sets of overlays that are added to a running machine; the command line uses small numbers.
 _FIRST_OVERLAY_FDSET = 100
 _DEVICE_STATE_FDSET = 99
+_LENT_FDSET = 98
 _STREAM_JOB = "shorten"
 _ROOT_NODE = "rootfs"
 # The name of the descriptor from which a clone loads its device state.
@@ -309,7 +310,7 @@ class QemuMachine(Machine):
         for fdset in fdsets:
             with contextlib.suppress(VmmCommandError):  # a set is gone with its last descriptor
                 await self._execute("remove-fd", {"fdset-id": fdset})
-            if self._state is RunState.PAUSED:
+            if self._state is not RunState.RUNNING:
                 self._removed_fdsets.add(fdset)
 
     async def load_state(self, device: Path) -> None:
@@ -330,6 +331,20 @@ class QemuMachine(Machine):
                 await self._execute("add-fd", {"fdset-id": fdset}, descriptors=(fd,))
             finally:
                 os.close(fd)
+
+    @contextlib.asynccontextmanager
+    async def lend(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
+        """See `PreparedMachine.lend`."""
+        lent: dict[int, int] = {}
+        try:
+            for key, fd in files.items():
+                answer = await self._execute("add-fd", {"fdset-id": _LENT_FDSET}, descriptors=(fd,))
+                lent[key] = answer["fd"]
+            yield lent
+        finally:
+            if lent and not self._death.done():
+                with contextlib.suppress(MachineError, VmmProtocolError):  # its death, which is reported elsewhere
+                    await self._remove_descriptors({_LENT_FDSET})
 
     def memory_usage(self) -> MemoryUsage:
         require(self._state, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)

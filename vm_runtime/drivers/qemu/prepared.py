@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 from vm_runtime.drivers.base import PreparedMachine
@@ -29,6 +29,11 @@ class PreparedQemu(PreparedMachine):
 
     def memory_mapping(self) -> MemoryMapping:
         return self._machine.memory_mapping()
+
+    @contextlib.asynccontextmanager
+    async def lend(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
+        async with ending_on_error(self._machine), self._machine.lend(files) as lent:
+            yield lent
 
     async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> QemuMachine:
         machine = self._machine
