@@ -27,6 +27,7 @@ from kernels.settings import ServiceSettings
 from kernels.warm import WarmMachine
 from vm_runtime.drivers.base import Driver
 from vm_runtime.images.store import ImageStore
+from vm_runtime.saving.machine import BeforeResume
 from vm_runtime.saving.values import Description, Then
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
@@ -178,6 +179,20 @@ class Core:
         self, sandbox_id: str, snapshot: Manifest, *, keep_random: bool, extra: dict[str, Any] | None = None
     ) -> LiveSandbox:
         """The sandbox, which has no machine, in the state of a snapshot. Errors: as `Launcher.restore`."""
+        warm = await self.restore_beside(sandbox_id, snapshot, keep_random=keep_random, extra=extra)
+        return await self.go_live(sandbox_id, warm, configure=False, snapshot=snapshot)
+
+    async def restore_beside(
+        self,
+        sandbox_id: str,
+        snapshot: Manifest,
+        *,
+        keep_random: bool,
+        extra: dict[str, Any] | None = None,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> WarmMachine:
+        """A machine in the state of a snapshot that knows itself as this sandbox, for `go_live`; the one that the
+        sandbox has stays what it is. on_running, errors: as `Launcher.restore`."""
         record = self.registry.record(sandbox_id)
         greeting = Greeting(
             marker=snapshot.wire_marker,
@@ -187,8 +202,7 @@ class Core:
             keep_random=keep_random,
             extra=extra or {},
         )
-        warm = await self.launcher.restore(snapshot, greeting)
-        return await self.go_live(sandbox_id, warm, configure=False, snapshot=snapshot)
+        return await self.launcher.restore(snapshot, greeting, on_running=on_running)
 
     async def take_down(self, sandbox_id: str) -> None:
         """Ends the machine, if there is one. The record stays as it is."""
@@ -278,11 +292,13 @@ class Core:
             wire_marker=live.session.next_marker,
         )
 
-    async def take(self, sandbox_id: str, description: Description, *, then: Then) -> Manifest:
-        """A snapshot of a running sandbox, kept for it from now on. Errors: SnapshotError, VmRuntimeError; the machine
-        runs on then."""
+    async def take(
+        self, sandbox_id: str, description: Description, *, then: Then, before_storing: BeforeResume | None = None
+    ) -> Manifest:
+        """A snapshot of a running sandbox, kept for it from now on. before_storing: as `SavedMachine.take`'s hook.
+        Errors: SnapshotError, VmRuntimeError; the machine runs on then."""
         live = self.running(sandbox_id)
-        taken = await live.saved.take(description, then=then)
+        taken = await live.saved.take(description, then=then, before_resume=before_storing)
         await self.keep(sandbox_id, taken.manifest)
         return taken.manifest
 

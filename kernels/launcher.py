@@ -84,12 +84,16 @@ class Launcher:
         with self.pool.demand():
             return await self._restore_template(template, identity)
 
-    async def restore(self, snapshot: Manifest, greeting: Greeting) -> WarmMachine:
-        """A machine in the state of a snapshot. Errors: as `launch`."""
+    async def restore(
+        self, snapshot: Manifest, greeting: Greeting, *, on_running: Callable[[], None] = lambda: None
+    ) -> WarmMachine:
+        """A machine in the state of a snapshot. on_running: called when its guest runs, before it is greeted.
+        Errors: as `launch`."""
         with self.pool.demand():
             saved = await self.saver.restore(
                 snapshot, place=new_place(self._settings.state_dir, self._settings.run_dir)
             )
+            on_running()
             return await WarmMachine.greet(saved, greeting)
 
     async def adopt(self, place: MachinePlace, greeting: Greeting) -> WarmMachine:

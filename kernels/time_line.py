@@ -1,6 +1,7 @@
 """Checkpoints and time travel: snapshots on a sandbox's own time line, and going back to one of them.
 
-Going back ends the machine and restores another; the state that was left becomes a checkpoint first, so one can return.
+Going back restores another machine and ends the one that there is; its state becomes a checkpoint first, so that one
+can return to it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import logging
 import statistics
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +20,7 @@ from kernels.core import LEFT_AT, Core, is_automatic, utc_now
 from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
 from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
+from vm_runtime.saving.machine import BeforeResume
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError
 from vm_runtime.snapshots.errors import UnknownSnapshotError as UnknownStoredSnapshotError
@@ -73,10 +77,18 @@ class TimeLine:
                 "Delete some (`DELETE /api/snapshots/{id}`) first."
             )
 
-    async def _take(self, sandbox_id: str, *, name: str | None) -> Manifest:
+    async def _take(
+        self,
+        sandbox_id: str,
+        *,
+        name: str | None,
+        then: Then = Then.RESUME,
+        before_storing: BeforeResume | None = None,
+    ) -> Manifest:
         core = self._core
         try:
-            manifest = await core.take(sandbox_id, core.description(sandbox_id, name=name), then=Then.RESUME)
+            description = core.description(sandbox_id, name=name)
+            manifest = await core.take(sandbox_id, description, then=then, before_storing=before_storing)
         except (SnapshotError, VmRuntimeError) as error:
             raise MachineFailedError(f"No checkpoint could be taken; the sandbox runs on. {error}") from error
         core.registry.notify(sandbox_id, EventKind.CHECKPOINT, manifest.id)
@@ -180,24 +192,53 @@ class TimeLine:
 
     async def _goto(self, sandbox_id: str, manifest: Manifest, reply_to: dict[str, Any] | None) -> Sandbox:
         core = self._core
-        if core.get(sandbox_id).state is not SandboxState.ASLEEP:
-            core.running(sandbox_id)
-            # To the millisecond: one goes back and forth more than once in a second.
-            await self._take(
-                sandbox_id, name=f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
-            )
-            await core.take_down(sandbox_id)
-            core.registry.move(sandbox_id, SandboxState.ASLEEP)
-        await core.keep(sandbox_id, manifest)
         when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
         cell = _cell_of(manifest)
         text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")
         extra = {"answer": {"reply_to": reply_to, "text": text}} if reply_to is not None else {}
+        # It starts while the state that is left is saved; until both are there, nothing is given up.
+        running = asyncio.Event()
+        restoring = asyncio.create_task(
+            core.restore_beside(sandbox_id, manifest, keep_random=True, extra=extra, on_running=running.set)
+        )
+        restoring.add_done_callback(lambda _: running.set())
         try:
-            await core.restore(sandbox_id, manifest, keep_random=True, extra=extra)
-        except (SnapshotError, VmRuntimeError, KernelsError) as error:
-            raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
+            # Storing can wait for the start, and the greeting keeps the guest busy, not us.
+            async with self._leaving(sandbox_id, before_storing=running.wait):
+                try:
+                    warm = await restoring
+                except (SnapshotError, VmRuntimeError, KernelsError) as error:
+                    raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
+                await core.keep(sandbox_id, manifest)
+        except BaseException:
+            restoring.cancel()
+            (found,) = await asyncio.gather(restoring, return_exceptions=True)
+            if not isinstance(found, BaseException):
+                await found.close()
+            raise
+        await core.go_live(sandbox_id, warm, configure=False, snapshot=manifest)
         return core.get(sandbox_id)
+
+    @asynccontextmanager
+    async def _leaving(self, sandbox_id: str, *, before_storing: BeforeResume) -> AsyncIterator[None]:
+        """Stores the state of a sandbox and stops it; takes its machine down if the block succeeds, else it goes on."""
+        core = self._core
+        state = core.get(sandbox_id).state
+        if state is SandboxState.ASLEEP:
+            yield
+            return
+        machine = core.running(sandbox_id).saved.machine
+        # To the millisecond: one goes back and forth more than once in a second.
+        name = f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
+        await self._take(sandbox_id, name=name, then=Then.STOP, before_storing=before_storing)
+        try:
+            yield
+        except BaseException:
+            if state is not SandboxState.PAUSED and not machine.is_dead:
+                await machine.resume()
+            raise
+        await core.take_down(sandbox_id)
+        core.registry.move(sandbox_id, SandboxState.ASLEEP)
 
     def _find(self, sandbox_id: str, target: str) -> Manifest:
         manifests = self._core.store.ls(sandbox_id=sandbox_id)

@@ -48,7 +48,7 @@ _PIN_PREFIX = "machine-"
 LONG_DISK_CHAIN = 24
 
 # Called while the machine is paused, after its state was captured: short, it lengthens the pause.
-BeforeResume = Callable[[], Awaitable[None]]
+BeforeResume = Callable[[], Awaitable[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
