@@ -82,8 +82,8 @@ class PreparedMachine(ABC):
 
     @abstractmethod
     def lend(self, files: Mapping[int, int]) -> AbstractAsyncContextManager[Mapping[int, int]]:
-        """Within it the VMM has these files open, too: our descriptors by any key in, its descriptors out. Empty where
-        it takes none. Any failure within ends it, as of `load`."""
+        """Within it the VMM has these files open, too: our descriptors by any key in, its descriptors out; without
+        files that it could write to. Any failure within ends it, as of `load`."""
 
     @abstractmethod
     async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> Machine:

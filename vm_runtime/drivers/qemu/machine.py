@@ -21,6 +21,7 @@ from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.arguments import DiskFile, overlay_node
 from vm_runtime.drivers.qemu.cgroups import Cgroup
 from vm_runtime.drivers.qemu.death import Evidence, printable, reason
+from vm_runtime.drivers.qemu.lending import may_lend
 from vm_runtime.drivers.qemu.process import Process
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import FILE_NAME, MachineRecord
@@ -338,6 +339,8 @@ class QemuMachine(Machine):
         lent: dict[int, int] = {}
         try:
             for key, fd in files.items():
+                if not may_lend(fd, self.pid):
+                    continue
                 answer = await self._execute("add-fd", {"fdset-id": _LENT_FDSET}, descriptors=(fd,))
                 lent[key] = answer["fd"]
             yield lent
