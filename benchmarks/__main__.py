@@ -7,8 +7,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,7 +35,7 @@ GATEWAY_TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
     "restore": restore.measure,
 }
 # Those that have nothing to do with gateways; each has a table of its own.
-OWN_TOPICS: dict[str, Callable[[Bench], Awaitable[list[Line]]]] = {
+OWN_TOPICS: dict[str, Callable[[Bench], AsyncGenerator[list[Line], None]]] = {
     "state": state.measure,
     "fork": fork.measure,
     "sdk": sdk.measure,
@@ -118,27 +118,42 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
     lines: list[Line] = []
     state_dir = await build_state_dir(options.cache_dir, options.state_dir, scikit_learn="state" in names, say=_say)
     bench = Bench(state_dir=state_dir, cache_dir=options.cache_dir, quick=options.quick, say=_say)
-    async with AsyncExitStack() as stack:
-        setup = await _set_up(options, bench, stack) if compared else None
-        for name in compared:
-            assert setup is not None
-            _say(f"{name} ...")
-            rows += await GATEWAY_TOPICS[name](setup)
-    for name in OWN_TOPICS:
-        if name in names:
-            _say(f"{name} ...")
-            lines += await OWN_TOPICS[name](bench)
-    report = Report(
+    try:
+        async with AsyncExitStack() as stack:
+            setup = await _set_up(options, bench, stack) if compared else None
+            for name in compared:
+                assert setup is not None
+                _say(f"{name} ...")
+                rows += await GATEWAY_TOPICS[name](setup)
+        for name in OWN_TOPICS:
+            if name in names:
+                _say(f"{name} ...")
+                async with aclosing(OWN_TOPICS[name](bench)) as found:
+                    async for some in found:
+                        lines += some
+    except BaseException:
+        if rows or lines:
+            _say(f"What was measured until then: {_write(_report(options, state_dir, rows, lines))}")
+        raise
+    report = _report(options, state_dir, rows, lines)
+    return report, _write(report)
+
+
+def _report(options: argparse.Namespace, state_dir: Path, rows: Sequence[Row], lines: Sequence[Line]) -> Report:
+    return Report(
         taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=options.quick,
         host=describe_host(vmm_sentence(template_snapshot(state_dir))),
         rows=tuple(rows),
         lines=tuple(lines),
     )
+
+
+def _write(report: Report) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json"
     path.write_text(to_json(report))
-    return report, path
+    return path
 
 
 async def _set_up(options: argparse.Namespace, bench: Bench, stack: AsyncExitStack) -> Setup:

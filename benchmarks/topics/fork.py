@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from statistics import median
@@ -31,16 +31,15 @@ REST_S = 1.0
 IDLE_S = 5.0
 
 
-async def measure(bench: Bench) -> list[Line]:
+async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
     python = await build_venv(bench.cache_dir, say=bench.say)
     async with open_lab(bench.state_dir, names=(DEFAULT_RECIPE,)) as lab:
         bench.say("one child, and sixteen ...")
-        lines = await _of_large_kernels(bench, lab)
+        yield await _of_large_kernels(bench, lab)
         bench.say("generations ...")
-        lines += await _generations(bench, lab)
+        yield await _generations(bench, lab)
         bench.say("beside other ways ...")
-        lines += await _beside(bench, lab, python)
-    return lines
+        yield await _beside(bench, lab, python)
 
 
 def _own(title: str, unit: str, samples: Sequence[float], *, target: float | None = None) -> Line:

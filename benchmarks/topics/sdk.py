@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -27,16 +27,15 @@ PIECE_BYTES = 1 << 20
 MANY = 50
 
 
-async def measure(bench: Bench) -> list[Line]:
-    lines = await _imports(bench)
+async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
+    yield await _imports(bench)
     async with hypercell(name="hypercell", source_dir=bench.state_dir, pool_size=1) as peer:
         bench.say("round trips ...")
-        lines += await _round_trips(bench, peer)
+        yield await _round_trips(bench, peer)
         bench.say("files of 200 MB ...")
-        lines += await _files(bench, peer)
+        yield await _files(bench, peer)
         bench.say("fifty sandboxes ...")
-        lines += await _many(bench, peer)
-    return lines
+        yield await _many(bench, peer)
 
 
 def _line(title: str, unit: str, samples: Sequence[float], *, target: float | None = None) -> Line:

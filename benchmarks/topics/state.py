@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +54,8 @@ class Outcome:
     restored_anew: str = ""
 
 
-async def measure(bench: Bench) -> list[Line]:
+async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
     python = await build_venv(bench.cache_dir, say=bench.say)
-    lines: list[Line] = []
     async with open_lab(bench.state_dir, names=(SCIKIT_LEARN,)) as lab:
         savers: dict[str, OpenSaver] = {
             OURS: lambda _: hypercell_saver(lab, SCIKIT_LEARN),
@@ -66,17 +65,16 @@ async def measure(bench: Bench) -> list[Line]:
         for notebook in (FRAME, MODEL, *LIVE):
             bench.say(f"{notebook.title} ...")
             outcomes = {name: await _outcome(bench, notebook, opened) for name, opened in savers.items()}
-            lines += _comparison(notebook, outcomes)
+            yield _comparison(notebook, outcomes)
     async with open_lab(bench.state_dir, names=(DEFAULT_RECIPE,)) as lab:
         bench.say("pauses ...")
-        lines += await _pauses(bench, lab)
+        yield await _pauses(bench, lab)
         bench.say("wakes ...")
-        lines += await _wakes(bench, lab)
+        yield await _wakes(bench, lab)
         bench.say("rounds of sleep and wake ...")
-        lines += await _rounds(bench, lab)
+        yield await _rounds(bench, lab)
     bench.say("sleeping sandboxes ...")
-    lines.append(await _many_asleep(bench))
-    return lines
+    yield [await _many_asleep(bench)]
 
 
 # -- beside Kishu and dill ----------------------------------------------------------------------------------------

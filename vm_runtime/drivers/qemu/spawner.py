@@ -69,13 +69,20 @@ class Spawner:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except ConnectionError:
+            pass  # the gateway was killed just before it was told something
+        finally:
+            self._end_unkept()
+
+    def _serve(self) -> None:
         for fd in (self._channel.fileno(), self._wakeup):
             self._poll.register(fd, select.POLLIN)
         while True:
             for fd, _ in self._poll.poll():
                 if fd == self._channel.fileno():
                     if not self._receive():
-                        self._end_unkept()
                         return
                 elif fd == self._wakeup:
                     os.read(fd, 4096)

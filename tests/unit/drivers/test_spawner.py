@@ -1,0 +1,98 @@
+"""The helper that starts VMMs: none of them outlives it that no later gateway could find."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import vm_runtime
+from vm_runtime.drivers.qemu.confinement import Walls
+
+_ROOT = str(Path(vm_runtime.__path__[0]).parent)
+_HELPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from vm_runtime.drivers.qemu.spawner import main; main()"
+_WALLS = Walls(uid=None, new_root=False, new_proc=False, read_only=(), devices=(), rlimits=())
+PROGRAM_S = 300
+
+
+@contextlib.contextmanager
+def helper() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-I", "-S", "-c", _HELPER, str(theirs.fileno())]
+    with ours, subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as process:
+        theirs.close()
+        yield ours, process
+
+
+def spawn(channel: socket.socket, marker: str) -> None:
+    request = {
+        "id": 1,
+        "argv": ["/bin/sh", "-c", f"sleep {PROGRAM_S}; : {marker}"],
+        "env": {},
+        "walls": asdict(_WALLS),
+        "namespaces": 0,
+        "user_namespace": False,
+        "cgroups": [],
+    }
+    null = os.open(os.devnull, os.O_WRONLY)
+    socket.send_fds(channel, [json.dumps(request).encode()], [null])
+    os.close(null)
+
+
+def living(marker: str) -> list[int]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in (directory / "cmdline").read_bytes() and int(directory.name) != os.getpid():
+                found.append(int(directory.name))
+    return found
+
+
+@pytest.mark.parametrize("delay_ms", [0, 1, 2, 3, 4, 6, 8, 12, 20, 50])
+def test_a_gateway_that_is_killed_while_a_program_starts_leaves_none(delay_ms: int) -> None:
+    for attempt in range(5):
+        marker = f"hypercell-test-{os.getpid()}-{delay_ms}-{attempt}"
+        with helper() as (channel, process):
+            spawn(channel, marker)
+            time.sleep(delay_ms / 1000)
+            channel.close()  # as a kill does
+            process.wait(timeout=30)
+        assert living(marker) == []
+
+
+def test_what_it_can_no_longer_tell_does_not_keep_it_from_ending_the_program() -> None:
+    """The program is being started when the gateway dies, in the order in which its end is seen last."""
+    marker = f"hypercell-test-{os.getpid()}-told"
+    with helper() as (channel, process):
+        process.send_signal(19)  # SIGSTOP: both wait for it when it goes on
+        spawn(channel, marker)
+        channel.shutdown(socket.SHUT_RD)
+        process.send_signal(18)
+        process.wait(timeout=30)
+    assert living(marker) == []
+
+
+def test_a_program_that_is_kept_goes_on() -> None:
+    marker = f"hypercell-test-{os.getpid()}-kept"
+    with helper() as (channel, process):
+        spawn(channel, marker)
+        assert select.select([channel], [], [], 30)[0]
+        data, fds, _, _ = socket.recv_fds(channel, 65536, 1)
+        pid = json.loads(data)["pid"]
+        channel.send(json.dumps({"keep": pid}).encode())
+        channel.close()
+        process.wait(timeout=30)
+    assert pid in living(marker)
+    for each in living(marker):
+        os.kill(each, 9)
+    os.close(fds[0])
