@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,8 +68,9 @@ def qemu(saved: SavedMachine) -> QemuMachine:
     return saved.machine
 
 
-async def disk_io(saved: SavedMachine, command: str) -> str:
-    """Read or write the machine's disk behind the guest's back; answers what qemu-io prints."""
+async def disk_io(saved: SavedMachine, command: str, *, printed: bool = True) -> str:
+    """Read or write the machine's disk behind the guest's back; answers what qemu-io prints, which is not to be seen
+    of a machine that was adopted."""
     machine = qemu(saved)
     # The writable disk is the last device on the command line.
     devices = [block["qdev"] for block in await machine._execute("query-block")]
@@ -76,10 +78,12 @@ async def disk_io(saved: SavedMachine, command: str) -> str:
     line = f'qemu-io -d {devices[-1]} "{command}"'
     answer = str(await machine._execute("human-monitor-command", {"command-line": line}))
     assert answer == "", answer
+    if not printed:
+        return ""
     async with asyncio.timeout(10):
-        while not (printed := machine._stderr.data()[before:].decode()).endswith("ops/sec)\n"):
+        while not (text := machine._stderr.data()[before:].decode()).endswith("ops/sec)\n"):
             await machine._stderr.wait_more(machine._watcher)
-    return printed
+    return text
 
 
 async def assert_disk(saved: SavedMachine, byte: int, offset: str) -> None:
@@ -314,6 +318,59 @@ async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> Non
         with pytest.raises(MachineGoneError):
             await later.adopt(place.bench.place("first"))
         assert place.store.pins() == {}
+    finally:
+        await later.close()
+
+
+# The command of a disk's freeze that the VMM had just done when the gateway was killed.
+@pytest.mark.parametrize("done", [[], ["add-fd"], ["blockdev-add"], ["blockdev-snapshot"]], ids=str)
+async def test_a_machine_whose_gateway_was_killed_while_it_froze_the_disk_is_adopted_whole(
+    place: Place, done: list[str]
+) -> None:
+    machine = await place.restore(await place.template(), "first")
+    await disk_io(machine, "write -P 0x11 1M 64k")
+    left = qemu(machine)
+    execute, killed = left._execute, asyncio.Event()
+
+    async def until_killed(command: str, arguments: Any = None, *, descriptors: Any = ()) -> Any:
+        answer = await execute(command, arguments, descriptors=descriptors) if done else None
+        if not done or command in done:
+            killed.set()
+            await asyncio.Event().wait()
+        return answer
+
+    left._execute = until_killed  # type: ignore[method-assign]
+    freezing = asyncio.create_task(left.freeze_disk(place.bench.place("first").disk_dir / "disk-new.qcow2"))
+    waiting = asyncio.create_task(killed.wait())
+    await asyncio.wait([freezing, waiting], return_when=asyncio.FIRST_COMPLETED)
+    # Nothing of the killed gateway runs on: not even what it would clean up.
+    record = (place.bench.place("first").run_dir / "machine.json").read_bytes()
+    overlay, kept = (place.bench.place("first").disk_dir / name for name in ("disk-new.qcow2", "kept"))
+    kept.hardlink_to(overlay)
+    left._execute = execute  # type: ignore[method-assign]
+    freezing.cancel()
+    waiting.cancel()
+    await asyncio.gather(freezing, waiting, return_exceptions=True)
+    (place.bench.place("first").run_dir / "machine.json").write_bytes(record)
+    overlay.unlink(missing_ok=True)
+    kept.rename(overlay)
+    await machine.detach()
+    await place.saver.close()
+
+    later = Saver(store=place.store, driver=place.bench.driver, image_files=lambda digest: place.bench.spec.image)
+    try:
+        adopted = await later.adopt(place.bench.place("first"))
+        await disk_io(adopted, "write -P 0x22 2M 64k", printed=False)
+        await adopted.take(describe(), then=Then.RESUME)
+        await disk_io(adopted, "write -P 0x33 3M 64k", printed=False)
+        taken = await adopted.take(describe(), then=Then.STOP)
+        await adopted.kill()
+        woken = await later.restore(taken.manifest, place=place.bench.place("second"))
+        for byte, offset in ((0x11, "1M"), (0x22, "2M"), (0x33, "3M")):
+            await assert_disk(woken, byte, offset)
+        await woken.kill()
+        assert place.store.pins() == {}
+        assert not place.bench.place("first").disk_dir.exists()
     finally:
         await later.close()
 

@@ -244,6 +244,7 @@ class QemuDriver(Driver):
             if status["status"] in ("inmigrate", "prelaunch"):
                 raise MachineStartError(f"Machine {place.id} had not been started completely; it was ended.")
             machine.adopted(running=bool(status["running"]))
+            await machine.settle_disk()
         return machine
 
     def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:

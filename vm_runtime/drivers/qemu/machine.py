@@ -264,21 +264,44 @@ class QemuMachine(Machine):
         require(self._state, RunState.RUNNING, RunState.PAUSED)
         async with self._disk_lock:
             record = self._record
-            number = int(record.disk_node.removeprefix("disk")) + 1
-            node, fdset = f"disk{number}", _FIRST_OVERLAY_FDSET + number
+            node, fdset = _next_node(record)
             qcow2.create_overlay(new_overlay, virtual_bytes=self.spec.shape.disk_mib << 20)
+            self._set_record(next_overlay=new_overlay)
             try:
                 await self.add_disk_descriptors(fdset, new_overlay, writable=True)
                 overlay = overlay_node(node, DiskFile(fdset=fdset, format="qcow2"))
                 await self._execute("blockdev-add", overlay)
                 await self._execute("blockdev-snapshot", {"node": record.disk_node, "overlay": node})
             except BaseException:
+                self._set_record(next_overlay=None)
                 os.unlink(new_overlay)  # noqa: PTH108 - as in device_state
                 raise
-            chain = (*record.disk_chain, new_overlay)
-            self._record = record.model_copy(update={"disk_chain": chain, "disk_node": node, "overlay": new_overlay})
-            self._record.write(self.place.run_dir)
+            self._set_record(
+                disk_chain=(*record.disk_chain, new_overlay), disk_node=node, overlay=new_overlay, next_overlay=None
+            )
             return record.disk_chain[-1]
+
+    async def settle_disk(self) -> None:
+        """Finish or undo a freeze of the disk in which an earlier gateway was killed. After `adopted`."""
+        record = self._record
+        new_overlay = record.next_overlay
+        if new_overlay is None:
+            return
+        node, fdset = _next_node(record)
+        if any(each.get("inserted", {}).get("node-name") == node for each in await self._execute("query-block")):
+            self._set_record(
+                disk_chain=(*record.disk_chain, new_overlay), disk_node=node, overlay=new_overlay, next_overlay=None
+            )
+            return
+        with contextlib.suppress(VmmCommandError):  # it had not come so far
+            await self._execute("blockdev-del", {"node-name": node})
+        await self._remove_descriptors({fdset})
+        self._set_record(next_overlay=None)
+        new_overlay.unlink(missing_ok=True)
+
+    def _set_record(self, **changes: Any) -> None:
+        self._record = self._record.model_copy(update=changes)
+        self._record.write(self.place.run_dir)
 
     async def shorten_disk(self) -> None:
         require(self._state, RunState.RUNNING, RunState.PAUSED)
@@ -299,9 +322,7 @@ class QemuMachine(Machine):
                 raise MachineGoneError((await self.wait_dead()).reason)
             if self._stream_error is not None:
                 raise MachineError(f"The disk of machine {self.id} could not be shortened: {self._stream_error}")
-            chain = (record.disk_chain[0], record.disk_chain[-1])
-            self._record = record.model_copy(update={"disk_chain": chain})
-            self._record.write(self.place.run_dir)
+            self._set_record(disk_chain=(record.disk_chain[0], record.disk_chain[-1]))
             used = _FIRST_OVERLAY_FDSET + int(record.disk_node.removeprefix("disk"))
             fdsets = {each["fdset-id"] for each in await self._execute("query-fdsets")}
             await self._remove_descriptors({fdset for fdset in fdsets if _FIRST_OVERLAY_FDSET < fdset < used})
@@ -482,6 +503,12 @@ def remove_leftovers(place: MachinePlace, record: MachineRecord) -> None:
         record.overlay.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             place.disk_dir.rmdir()
+
+
+def _next_node(record: MachineRecord) -> tuple[str, int]:
+    """Name and descriptor set of the overlay after the one that is being written."""
+    number = int(record.disk_node.removeprefix("disk")) + 1
+    return f"disk{number}", _FIRST_OVERLAY_FDSET + number
 
 
 async def _drain(connection: socket.socket, tail: Tail) -> None:
