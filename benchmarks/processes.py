@@ -33,6 +33,19 @@ def memory_of(pid: int) -> Memory:
     return Memory(unique_mib=(private + kib["Swap"]) / 1024, shared_mib=(kib["Rss"] - private) / 1024)
 
 
+def shared_files_mib(pids: Iterable[int], name: str) -> float:
+    """What memory files of this name take that any of the processes have mapped, each counted once. Errors: OSError."""
+    found: dict[int, int] = {}
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            span, _, _, _, inode, *path = line.split(None, 5)
+            if path and path[0].startswith(f"/memfd:{name}") and int(inode) not in found:
+                start, stop = (int(part, 16) for part in span.split("-"))
+                file = Path(f"/proc/{pid}/map_files/{start:x}-{stop:x}")
+                found[int(inode)] = file.stat().st_blocks * 512
+    return sum(found.values()) / 2**20
+
+
 def rss_mib(pid: int) -> float:
     """Resident memory; cheap enough to be asked many times a second."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])

@@ -115,7 +115,7 @@ _KISHU_ENVIRONMENT = {"ENV_KISHU_TEST_MODE": "1"}
 
 
 class _LocalSaver(StateSaver):
-    """A local kernel, which `begin` starts anew."""
+    """A local kernel, which `begin` starts."""
 
     def __init__(self, python: Path, home: Path, stack: AsyncExitStack) -> None:
         self._python, self._home, self._outer = python, home, stack
@@ -128,14 +128,14 @@ class _LocalSaver(StateSaver):
         return self._client
 
     async def begin(self) -> None:
-        """Ends the kernel that there is and starts one."""
         if self._kernel is None:
             self._kernel = await self._outer.enter_async_context(AsyncExitStack())
-        await self._kernel.aclose()
         kernel = await self._kernel.enter_async_context(local_kernel(self._python, self._home, _KISHU_ENVIRONMENT))
         self._client = kernel.client
 
     async def restore_anew(self) -> float:
+        if self._kernel is not None:
+            await self._kernel.aclose()
         began = perf_counter()
         await self.begin()
         started_ms = 1000 * (perf_counter() - began)

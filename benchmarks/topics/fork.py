@@ -15,10 +15,11 @@ from benchmarks.copies import Copy, by_os_fork, by_pickle, by_replay, by_sandbox
 from benchmarks.lab import Lab, Split, open_lab
 from benchmarks.local_kernels import build_venv
 from benchmarks.notebooks import BUFFER_CELL, FRAME_CELL, WRITE_CELL
-from benchmarks.processes import memory_of
+from benchmarks.processes import memory_of, shared_files_mib
 from benchmarks.results import Cell, Line
 from benchmarks.setup import Bench
 from vm_runtime.images.recipe import DEFAULT_RECIPE
+from vm_runtime.snapshots.pages import PAGES_NAME
 
 TOPIC = "fork"
 OURS = "Hypercell"
@@ -89,7 +90,9 @@ async def _of_large_kernels(bench: Bench, lab: Lab) -> list[Line]:
             children = await lab.children_of(sandbox_id, count=FAMILY)
             sixteen_handed_ms.append(1000 * (perf_counter() - began))
             await asyncio.sleep(IDLE_S)
-            memory.append(sum(memory_of(lab.pid(child.id)).unique_mib for child in children))
+            pids = [lab.pid(child.id) for child in children]
+            own_mib = sum(memory_of(pid).unique_mib for pid in pids)
+            memory.append(own_mib + shared_files_mib(pids, PAGES_NAME))
             for child in children:
                 await lab.delete(child.id)
     data_mib = FRAME_MB * 1e6 / 2**20

@@ -54,6 +54,8 @@ _PAGEMAP_CHUNK_BYTES = 1 << 20
 _ANONYMOUS_BYTES = bytes((byte & 0xC0 != 0) and (byte & 0x20 == 0) for byte in range(256))
 _ANONYMOUS_RUN = re.compile(rb"\x01+")
 
+# Memory files in which pages lie that clones map; for people who look at a VMM's mappings.
+PAGES_NAME = "hypercell-pages"
 # <asm-generic/mman-common.h>, Linux 5.14.
 _MADV_POPULATE_WRITE = 23
 # <linux/fcntl.h>: seal, shrink, grow, future write (Linux 5.1): mappings that are there may be written on.
@@ -246,7 +248,7 @@ class PageBuffer:
         size_bytes = self.capacity_pages * PAGE_SIZE
         self._fd = -1
         if shared:
-            self._fd = os.memfd_create("hypercell-pages", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self._fd = os.memfd_create(PAGES_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             weakref.finalize(self, os.close, self._fd)
             os.ftruncate(self._fd, size_bytes)
         self.memory = mmap.mmap(self._fd, size_bytes)
