@@ -15,9 +15,9 @@ from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.pages import PageBuffer, Run, count_pages, union
 from vm_runtime.snapshots.sharing import Piece, SharedPages
 
-# What surrounds a single page is copied once for all clones, and mapped by them: 64 KiB, so that some hundred regions
+# What surrounds a single page is copied once for all clones, and mapped by them: 32 KiB, so that some hundred regions
 # hold what lies in some thousand runs.
-_REGION_PAGES = 16
+_REGION_PAGES = 8
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -298,6 +299,11 @@ class SnapshotStore:
         drafts = list((self.directory / "drafts").iterdir())
         for draft in drafts:
             shutil.rmtree(draft)
+        # Whoever wrote one of these was killed: who writes holds the lock that excludes ours.
+        for half_written in itertools.chain.from_iterable(
+            (self.directory / name).glob(".*") for name in ("manifests", "pins")
+        ):
+            half_written.unlink()
         return Collected(parts=len(removed), drafts=len(drafts), freed_bytes=freed_bytes)
 
     def _reconcile(self) -> None:

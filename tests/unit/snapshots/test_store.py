@@ -139,6 +139,19 @@ def test_collection_removes_rubbish_and_waits_for_drafts(store: SnapshotStore, f
     assert store.verify(manifest.id) == []
 
 
+def test_collection_removes_what_a_killed_writer_left(store: SnapshotStore, fill: Fill) -> None:
+    with store.begin() as draft:
+        manifest = draft.publish(fill(draft))
+    store.pin("sandbox-1", Pin(snapshots=(manifest.id,)))
+    left = [store.directory / "manifests" / f".{manifest.id}.json.0011aabb", store.directory / "pins/.x.json.0011aabb"]
+    for path in left:
+        path.write_text("{")
+    store.gc()
+    assert not [path for path in left if path.exists()]
+    assert store.get(manifest.id) == manifest
+    assert list(store.pins()) == ["sandbox-1"]
+
+
 def test_nothing_is_collected_while_a_manifest_cannot_be_read(store: SnapshotStore, fill: Fill) -> None:
     manifest = _publish(store, fill)
     path = store.manifest_path(manifest.id)
