@@ -26,6 +26,8 @@ from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
 
 # So many children map what a family shares: it costs some 50 ms to lay out, and saves each 10 ms and 10 MiB.
 _FAMILY = 4
+# Fewer children get copies of a capture that is smaller (32 MiB): that takes no longer.
+_SHARED_CAPTURE_PAGES = 8192
 
 # Starts a VMM on a base, with these disk files over those of the parent's ground.
 Prepare = Callable[[BaseMemory, MachinePlace, Sequence[Path]], Awaitable[PreparedMachine]]
@@ -153,8 +155,6 @@ class Child:
 class Children(Beside):
     """The children of one fork, on their way beside the parent's snapshot."""
 
-    shares_pages = True
-
     def __init__(
         self,
         parent: SavedMachine,
@@ -170,6 +170,7 @@ class Children(Beside):
         self._disks: tuple[Path, ...] = ()
         self._ground: Awaitable[MemoryImage] | None = None
         self._as_family = len(children) >= _FAMILY and can_inject()
+        self.share_from_pages = 0 if self._as_family else _SHARED_CAPTURE_PAGES
 
     @property
     def _under(self) -> Awaitable[MemoryImage] | None:

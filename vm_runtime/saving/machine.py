@@ -64,10 +64,10 @@ class Captured:
 class Beside:
     """What a fork does while the snapshot is taken; each step does nothing here.
 
-    shares_pages: whether clones are to map the captured pages.
+    share_from_pages: as of `DirtyTracker.prepare`.
     """
 
-    shares_pages = False
+    share_from_pages: int | None = None
 
     async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
         """Beside the preparation; the pause comes after both. ground: what the capture will lie on. It stays open, and
@@ -154,7 +154,7 @@ class SavedMachine:
                 async with open_draft(self._store) as draft:
                     opening = asyncio.ensure_future(asyncio.to_thread(self._open_ground))
                     try:
-                        preparing = asyncio.to_thread(tracker.prepare, shared=beside.shares_pages)
+                        preparing = asyncio.to_thread(tracker.prepare, share_from_pages=beside.share_from_pages)
                         await _all(preparing, beside.before_capture(opening), opening)
                         captured, pause_ms = await self._capture(tracker, draft.path("device"), then, before_resume)
                         with _kept_readable(captured) as kept:

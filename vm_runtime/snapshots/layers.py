@@ -41,7 +41,7 @@ from vm_runtime.snapshots.memory import (
     write_all,
 )
 from vm_runtime.snapshots.pages import PageBuffer, Run, append_run, count_pages, mapped_address
-from vm_runtime.snapshots.sharing import Piece, SharedPages, place_pages
+from vm_runtime.snapshots.sharing import LONG_RUN_PAGES, Piece, SharedPages, place_pages
 
 LAYER_VERSION = 1
 _MAGIC = b"HCLAYER\n"
@@ -52,6 +52,8 @@ _ZERO_PAGE = bytes(PAGE_SIZE)
 _CHUNK_PAGES = CHUNK_BYTES // PAGE_SIZE
 # Copied by one system call, which cannot be interrupted: some 10 ms.
 _COPY_BYTES = 16 << 20
+# To lend a VMM a file takes as long as to copy so many pages (1 MiB).
+_MAPPED_PAGES = 256
 
 
 class Segment(NamedTuple):
@@ -133,6 +135,11 @@ class Layer:
     @property
     def payload_bytes(self) -> int:
         return count_pages(self.data_runs) * PAGE_SIZE
+
+    @property
+    def long_pages(self) -> int:
+        """Pages in runs that are long enough to be mapped."""
+        return sum(count for _, count in self.data_runs if count >= LONG_RUN_PAGES)
 
     def segments(self, source: int) -> list[Segment]:
         """Where this layer's pages lie, as the source of that number; positions count pages of the file."""
@@ -251,8 +258,8 @@ class MemoryImage:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def files(self) -> dict[int, int]:
-        """Descriptors of what the pages can be mapped from, for `restore_into`, by layer."""
-        return {source: layer.fd for source, layer in enumerate(self.layers)}
+        """Descriptors of what the pages can be mapped from, for `restore_into`, by layer: of those where it pays."""
+        return {source: layer.fd for source, layer in enumerate(self.layers) if layer.long_pages >= _MAPPED_PAGES}
 
     def restore_into(self, pid: int, address: int, *, lent: Mapping[int, int] | None = None) -> None:
         """Put the layers' pages into a process that maps the base privately at `address`, before it runs.

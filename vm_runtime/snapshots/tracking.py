@@ -36,10 +36,10 @@ class DirtyTracker(Protocol):
     def incremental(self) -> bool:
         """Whether a capture holds what was written since the last commit only (else: since the machine started)."""
 
-    def prepare(self, *, shared: bool = False) -> None:
+    def prepare(self, *, share_from_pages: int | None = None) -> None:
         """Do what can be done while the machine runs, so that the pause is short. May be left out.
 
-        shared: what is copied now is to be mapped by clones."""
+        share_from_pages: if so many are copied now, clones will map them; None: they will not."""
 
     def capture(self) -> CapturedPages:
         """Copy the pages; the machine must be paused, from before this call until after it."""
@@ -62,9 +62,10 @@ class CumulativeTracker:
         self._size_bytes = size_bytes
         self._buffer: PageBuffer | None = None
 
-    def prepare(self, *, shared: bool = False) -> None:
+    def prepare(self, *, share_from_pages: int | None = None) -> None:
         """Reserve the memory that the copy will need."""
         pages = count_pages(written_pages(self._pid, self._address, self._size_bytes))
+        shared = share_from_pages is not None and pages >= share_from_pages
         self._buffer = PageBuffer(pages + pages // 4 + _SLACK_PAGES, shared=shared)
 
     def capture(self) -> CapturedPages:

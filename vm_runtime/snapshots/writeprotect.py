@@ -114,12 +114,12 @@ class WriteProtectTracker:
             stack.pop_all()
         return tracker
 
-    def prepare(self, *, shared: bool = False) -> None:
+    def prepare(self, *, share_from_pages: int | None = None) -> None:
         """Reserve memory, and if much was written, copy it while the machine runs."""
         self._pending = union(self._pending, self._protect())
         pages = count_pages(self._pending)
         if pages >= _COPY_AHEAD_PAGES:
-            ahead = PageBuffer(pages, shared=shared)
+            ahead = PageBuffer(pages, shared=share_from_pages is not None and pages >= share_from_pages)
             read_pages(self._pid, self._address, self._pending, ahead)
             self._ahead = (list(self._pending), ahead)
             pages = 0

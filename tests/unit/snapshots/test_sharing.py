@@ -53,7 +53,7 @@ def _write(process: Any, writes: list[tuple[int, int, int]]) -> None:
 
 
 def _captured(process: Any, tracker: Any) -> CapturedPages:
-    tracker.prepare(shared=True)
+    tracker.prepare(share_from_pages=0)
     captured: CapturedPages = tracker.capture()
     return captured
 
