@@ -36,7 +36,7 @@ _NO_SYSCALL = 2**64 - 1
 # A thread stops within microseconds unless it sleeps uninterruptibly in a driver.
 _STOP_TIMEOUT_S = 1.0
 _POLL_S = 0.0001
-# A system call that was stepped into has ended by then, nearly always: some 20 microseconds.
+# Before it sleeps between its looks: a system call that was stepped into has often ended by then.
 _EAGER_POLLS = 20
 
 # (number, *arguments) -> result
@@ -74,7 +74,7 @@ def call_in_process(pid: int, number: int, *arguments: int) -> int:
 
 @contextlib.contextmanager
 def calls_in_process(pid: int) -> Iterator[Call]:
-    """Stop the main thread of a process, to make any number of system calls in it: some 10 microseconds each.
+    """Stop the main thread of a process, to make any number of system calls in it: some 0.1 milliseconds each.
 
     Use it in the thread that entered it. Errors as of `call_in_process`, on entering and of each call; after the error
     of a call that began no other is possible.
