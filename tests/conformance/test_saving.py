@@ -25,8 +25,10 @@ from vm_runtime.saving.machine import LONG_DISK_CHAIN, SavedMachine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.values import Description, Then
 from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError, StoreFullError
+from vm_runtime.snapshots.injection import can_inject
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.manifest import Manifest, PartKind
+from vm_runtime.snapshots.pages import PAGES_NAME
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.states import RunState
 
@@ -66,6 +68,10 @@ def describe(sandbox_id: str | None = "s1", *, name: str | None = None) -> Descr
 def qemu(saved: SavedMachine) -> QemuMachine:
     assert isinstance(saved.machine, QemuMachine)
     return saved.machine
+
+
+def maps_shared_pages(saved: SavedMachine) -> bool:
+    return PAGES_NAME in Path(f"/proc/{saved.machine.pid}/maps").read_text()
 
 
 async def disk_io(saved: SavedMachine, command: str, *, printed: bool = True) -> str:
@@ -175,6 +181,7 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Plac
             await beat(qemu(child))
             await assert_disk(child, 0x11, "1M")
             assert child.snapshot == forked.taken.manifest
+            assert maps_shared_pages(child) == (count == 5 and can_inject())
         # A child is a machine like any other: of the second generation, with a disk of its own.
         await disk_io(children[0], "write -P 0x33 1M 64k")
         again = await place.saver.fork(children[0], describe("s2"), places=[place.bench.place("second")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -131,6 +132,33 @@ async def test_a_paused_sandbox_is_taken_back_too(state_gateway: RunningGateway,
         await api.do(sandbox_id, "goto", {"target": "one"})
         assert len(vmm_pids(state_gateway.run_dir)) == machines, "the machine that was left has ended"
         assert await notebook.value("x") == 1
+    await api.delete(sandbox_id)
+
+
+async def test_a_sandbox_that_cannot_go_back_goes_on(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create()
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run("x = 1")
+        await api.do(sandbox_id, "checkpoints", {"name": "one"}, status=201)
+        await notebook.run("x = 2; numbers = iter(range(10)); next(numbers)")
+        (checkpoint,) = await api.checkpoints(sandbox_id)
+        snapshots = state_gateway.state_dir / "snapshots"
+        manifest = json.loads((snapshots / "manifests" / f"{checkpoint['id']}.json").read_text())
+        (snapshots / "parts/device" / manifest["device"]["digest"]).write_bytes(b"not what was saved")
+        machines = vmm_pids(state_gateway.run_dir)
+        refused = await api.do(sandbox_id, "goto", {"target": "one"}, status=502)
+        assert "could not be restored" in refused["message"]
+        assert vmm_pids(state_gateway.run_dir) == machines, "the same machine, and no other"
+        assert await notebook.value("x, next(numbers)") == (2, 1)
+    await api.delete(sandbox_id)
+
+
+async def test_a_guest_moves_no_pages_by_itself(state_gateway: RunningGateway, api: Api) -> None:
+    """What a machine shares with its clones it must not copy into huge pages when nobody looks."""
+    sandbox_id = await api.create()
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        interval = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs"
+        assert await notebook.value(f"int(open({interval!r}).read())") == 2**32 - 1
     await api.delete(sandbox_id)
 
 

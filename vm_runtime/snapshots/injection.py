@@ -1,8 +1,9 @@
 """Make another process execute system calls, through ptrace; for those that nobody can make on its behalf.
 
 userfaultfd(2) and mmap(2) act on the address space of their caller and do not survive execve(2), so the VMM must make
-them. x86-64 only. The thread is stopped for about half a millisecond, its registers are put back as they were, and
-Linux restarts the system call it may have been in. If this process is killed in that time, the other one crashes.
+them. x86-64 only. The thread is stopped for half a millisecond and 0.1 for each call, its registers are put back as
+they were, and Linux restarts the system call it may have been in. If this process is killed in that time, the other one
+crashes.
 
 Knows nothing of memory or snapshots. Source: ptrace(2), `struct user_regs_struct` in <sys/user.h>.
 """

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from vm_runtime.drivers.qemu.confinement import Walls
 _ROOT = str(Path(vm_runtime.__path__[0]).parent)
 _HELPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from vm_runtime.drivers.qemu.spawner import main; main()"
 _WALLS = Walls(uid=None, new_root=False, new_proc=False, read_only=(), devices=(), rlimits=())
-PROGRAM_S = 300
 
 
 @contextlib.contextmanager
@@ -34,10 +34,15 @@ def helper() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
         yield ours, process
 
 
+def new_marker(number: int = 0) -> str:
+    """How long a program sleeps: no other process of this host sleeps for just as long."""
+    return f"300.{os.getpid()}{number:04}"
+
+
 def spawn(channel: socket.socket, marker: str) -> None:
     request = {
         "id": 1,
-        "argv": ["/bin/sh", "-c", f"sleep {PROGRAM_S}; : {marker}"],
+        "argv": ["/bin/sleep", marker],
         "env": {},
         "walls": asdict(_WALLS),
         "namespaces": 0,
@@ -61,7 +66,7 @@ def living(marker: str) -> list[int]:
 @pytest.mark.parametrize("delay_ms", [0, 1, 2, 3, 4, 6, 8, 12, 20, 50])
 def test_a_gateway_that_is_killed_while_a_program_starts_leaves_none(delay_ms: int) -> None:
     for attempt in range(5):
-        marker = f"hypercell-test-{os.getpid()}-{delay_ms}-{attempt}"
+        marker = new_marker(10 * delay_ms + attempt)
         with helper() as (channel, process):
             spawn(channel, marker)
             time.sleep(delay_ms / 1000)
@@ -72,18 +77,18 @@ def test_a_gateway_that_is_killed_while_a_program_starts_leaves_none(delay_ms: i
 
 def test_what_it_can_no_longer_tell_does_not_keep_it_from_ending_the_program() -> None:
     """The program is being started when the gateway dies, in the order in which its end is seen last."""
-    marker = f"hypercell-test-{os.getpid()}-told"
+    marker = new_marker()
     with helper() as (channel, process):
-        process.send_signal(19)  # SIGSTOP: both wait for it when it goes on
+        process.send_signal(signal.SIGSTOP)
         spawn(channel, marker)
         channel.shutdown(socket.SHUT_RD)
-        process.send_signal(18)
+        process.send_signal(signal.SIGCONT)
         process.wait(timeout=30)
     assert living(marker) == []
 
 
 def test_a_program_that_is_kept_goes_on() -> None:
-    marker = f"hypercell-test-{os.getpid()}-kept"
+    marker = new_marker()
     with helper() as (channel, process):
         spawn(channel, marker)
         assert select.select([channel], [], [], 30)[0]
@@ -94,5 +99,5 @@ def test_a_program_that_is_kept_goes_on() -> None:
         process.wait(timeout=30)
     assert pid in living(marker)
     for each in living(marker):
-        os.kill(each, 9)
+        os.kill(each, signal.SIGKILL)
     os.close(fds[0])

@@ -58,6 +58,11 @@ def _captured(process: Any, tracker: Any) -> CapturedPages:
     return captured
 
 
+def _share(captured: CapturedPages, child: Any) -> None:
+    shared = captured.shared()
+    place_pages(child.pid, child.address, shared.pieces, lent=child.lend(shared.files))
+
+
 def _own(process: Any) -> int:
     return count_pages(written_pages(process.pid, process.address, SIZE_BYTES))
 
@@ -78,9 +83,7 @@ def test_long_runs_are_mapped_and_short_ones_copied(mapper: Start, base: BaseMem
     with _track(parent) as tracker:
         parent.write(0, 1000, 1)
         seen = parent.write(1500, 2, 2)
-        captured = _captured(parent, tracker)
-        shared = captured.shared()
-        place_pages(child.pid, child.address, shared.pieces, lent=child.lend(shared.files))
+        _share(_captured(parent, tracker), child)
         assert child.touch() == seen
         assert _own(child) == 2
         # It is found again although pages of another file lie over its beginning.
@@ -112,9 +115,7 @@ def test_where_nothing_can_be_mapped_all_is_copied(mapper: Start, monkeypatch: p
     monkeypatch.setattr(sharing, "calls_in_process", refuse)
     with _track(parent) as tracker:
         seen = parent.write(0, 1000, 1)
-        captured = _captured(parent, tracker)
-        shared = captured.shared()
-        place_pages(child.pid, child.address, shared.pieces, lent=child.lend(shared.files))
+        _share(_captured(parent, tracker), child)
         assert child.touch() == seen
         assert _own(child) == 1000
 
