@@ -26,7 +26,7 @@ async def test_the_parent_gets_a_handle(host: SandboxHost) -> None:
 async def test_the_child_gets_none_and_knows_itself(host: SandboxHost) -> None:
     async with client(host) as jupyter:
         jupyter.execute(
-            "import sandbox, tempfile, uuid, random; random.seed(1); tempfile.mkstemp()\n"
+            "import sandbox, tempfile, uuid, random; random.seed(1); tempfile.TemporaryDirectory().cleanup()\n"
             "before = get_ipython().history_manager.session_number\n"
             "child = sandbox.fork(3)\n"
             "try:\n    input()\nexcept EOFError as error:\n    asked = error\n"
