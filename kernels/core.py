@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from kernels.boundary import CellBoundary
 from kernels.capacity import Capacity
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, SandboxStateError
@@ -20,15 +21,14 @@ from kernels.events import EventBus
 from kernels.index import Index, SandboxRecord
 from kernels.launcher import Launcher, identity_of
 from kernels.live import LiveSandbox
-from kernels.models import EventKind, Sandbox, SandboxState
+from kernels.models import CheckpointPolicy, EventKind, Sandbox, SandboxState
 from kernels.registry import Registry
 from kernels.session import CallHandler, Greeting
 from kernels.settings import ServiceSettings
 from kernels.warm import WarmMachine
 from vm_runtime.drivers.base import Driver
 from vm_runtime.images.store import ImageStore
-from vm_runtime.saving.machine import BeforeResume
-from vm_runtime.saving.values import Description, Then
+from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
@@ -176,10 +176,18 @@ class Core:
         return identity_of(sandbox.id, parent_id=sandbox.parent_id, index=sandbox.index, name=sandbox.name)
 
     async def restore(
-        self, sandbox_id: str, snapshot: Manifest, *, keep_random: bool, extra: dict[str, Any] | None = None
+        self,
+        sandbox_id: str,
+        snapshot: Manifest,
+        *,
+        keep_random: bool,
+        drop_requests: bool,
+        extra: dict[str, Any] | None = None,
     ) -> LiveSandbox:
-        """The sandbox, which has no machine, in the state of a snapshot. Errors: as `Launcher.restore`."""
-        warm = await self.restore_beside(sandbox_id, snapshot, keep_random=keep_random, extra=extra)
+        """The sandbox, which has no machine, in the state of a snapshot. drop_requests, errors: as `restore_beside`."""
+        warm = await self.restore_beside(
+            sandbox_id, snapshot, keep_random=keep_random, drop_requests=drop_requests, extra=extra
+        )
         return await self.go_live(sandbox_id, warm, configure=False, snapshot=snapshot)
 
     async def restore_beside(
@@ -188,11 +196,17 @@ class Core:
         snapshot: Manifest,
         *,
         keep_random: bool,
+        drop_requests: bool,
         extra: dict[str, Any] | None = None,
         on_running: Callable[[], None] = lambda: None,
     ) -> WarmMachine:
         """A machine in the state of a snapshot that knows itself as this sandbox, for `go_live`; the one that the
-        sandbox has stays what it is. on_running, errors: as `Launcher.restore`."""
+        sandbox has stays what it is.
+
+        drop_requests: cells that waited in the kernel to be run are not, since they ran after the snapshot, or were
+        asked of the state that is left; else they run now, as they would have. on_running, errors: as
+        `Launcher.restore`.
+        """
         record = self.registry.record(sandbox_id)
         greeting = Greeting(
             marker=snapshot.wire_marker,
@@ -200,7 +214,7 @@ class Core:
             key=record.key,
             restored=True,
             keep_random=keep_random,
-            extra=extra or {},
+            extra={**(extra or {}), "drop_requests": drop_requests},
         )
         return await self.launcher.restore(snapshot, greeting, on_running=on_running)
 
@@ -293,14 +307,23 @@ class Core:
         )
 
     async def take(
-        self, sandbox_id: str, description: Description, *, then: Then, before_storing: BeforeResume | None = None
-    ) -> Manifest:
-        """A snapshot of a running sandbox, kept for it from now on. before_storing: as `SavedMachine.take`'s hook.
-        Errors: SnapshotError, VmRuntimeError; the machine runs on then."""
+        self,
+        sandbox_id: str,
+        *,
+        then: Then,
+        name: str | None = None,
+        strict: bool = False,
+        before_resume: Callable[[], Awaitable[object]] | None = None,
+    ) -> Taken:
+        """A snapshot of a running sandbox, kept for it from now on. strict, before_resume: as of `CellBoundary`.
+        Errors: SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on then."""
         live = self.running(sandbox_id)
-        taken = await live.saved.take(description, then=then, before_resume=before_storing)
+        description = self.description(sandbox_id, name=name)
+        waits = self.get(sandbox_id).checkpoints == CheckpointPolicy.CELL
+        beside = CellBoundary(live, then=then, strict=strict, waits=waits, before_resume=before_resume)
+        taken = await live.saved.take(description, then=then, beside=beside)
         await self.keep(sandbox_id, taken.manifest)
-        return taken.manifest
+        return taken
 
     async def keep(self, sandbox_id: str, snapshot: Manifest) -> None:
         """From now on the sandbox wakes from this snapshot, so it must stay."""

@@ -12,6 +12,7 @@ KernelsError
 |   +-- GuestRefusedError         the guest's own system would not do it (no such file, disk full); `code` says what
 +-- CapacityError             the host's: no memory, disk or slot left now; try later
 +-- MachineFailedError        the machine died or did not start
++-- CellRunsError             nobody's: the kernel is not between two cells
 +-- TemplateError             the template could not be built
 """
 
@@ -77,6 +78,10 @@ class CapacityError(KernelsError):
 
 class MachineFailedError(KernelsError):
     """The machine of a sandbox died or did not start; the message holds the reason and the end of its serial log."""
+
+
+class CellRunsError(KernelsError):
+    """The kernel is not, or not surely, between two cells."""
 
 
 class TemplateError(KernelsError):

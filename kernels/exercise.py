@@ -47,6 +47,9 @@ async def exercise(warm: WarmMachine, run_dir: Path, identity: Mapping[str, str]
             raise MachineFailedError(f"A spare machine's kernel did not answer: {error}") from error
         finally:
             client.stop_channels()
+        # What a checkpoint after a cell says to the kernel.
+        await warm.session.hold_cells(limit_s=0.0)
+        await warm.session.call("kernel.release", {"waits": True})
     finally:
         await endpoints.close()
     warm.greeted = await _greet(warm)

@@ -228,7 +228,7 @@ class Forks:
             core.registry.move(parent_id, SandboxState.ASLEEP)
             extra = {"calls": {offer.call_id: {"result": {"became": parent_id}}}}
             try:
-                await core.restore(parent_id, snapshot, keep_random=True, extra=extra)
+                await core.restore(parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra)
             except (SnapshotError, VmRuntimeError) as error:
                 raise MachineFailedError(f"The child's state could not be restored: {error}") from error
             await core.forget(child_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,7 +19,12 @@ from kernels.session import GuestEvent, KernelExited, KernelStatus
 from kernels.warm import WarmMachine
 from vm_runtime.wire.stream import Stream
 
+log = logging.getLogger(__name__)
+
 RESTART_TIMEOUT_S = 60.0
+# Of a guest that hangs: what waits for it here (a snapshot that is to be stored) waits no longer than this.
+RELEASE_TIMEOUT_S = 2.0
+CATCH_UP_S = 2.0
 # Between the wire's end and the VMM process's own end when both come from the same death.
 DYING_S = 1.0
 
@@ -42,7 +48,8 @@ class LiveSandbox:
     """Owns a machine and the session with its guest from construction on, until `close()` or `detach()`.
 
     `await run()` supervises. endpoints: the sandbox's own, which outlive the machine; attached by `start`.
-    cell: the execution count of the last cell that ended, None while that is unknown.
+    cell: the number of the last cell that ended, None while that is unknown. next_waits: whether the kernel waits with
+    the next one for `release_cells`.
     restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead.
     """
 
@@ -59,6 +66,8 @@ class LiveSandbox:
         self.session = warm.session
         self.key = warm.key
         self.cell: int | None = None
+        self.next_waits = False
+        self._cell_ended = asyncio.Event()
         self._endpoints = endpoints
         self._identity = warm.identity
         self._greeted = warm.greeted
@@ -94,6 +103,27 @@ class LiveSandbox:
     async def _start(self, env: Mapping[str, str], cwd: str | None) -> None:
         await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
 
+    async def release_cells(self, *, waits: bool) -> None:
+        """The next cell may begin. waits: whether the kernel pauses after it again. One that cannot be told goes on by
+        itself after a moment."""
+        try:
+            await self.session.call("kernel.release", {"waits": waits}, timeout_s=RELEASE_TIMEOUT_S)
+            self.next_waits = waits
+        except MachineFailedError as error:
+            log.info("A kernel was not told that its next cell may begin: %s", error)
+
+    async def catch_up(self) -> None:
+        """Waits until the guest's word of the last cell that has ended by now has come: clients may hear of its end
+        before we do. What follows from it has begun then."""
+        try:
+            async with asyncio.timeout(CATCH_UP_S):
+                last = await self.session.hold_cells(limit_s=0.0)
+                while last.held and last.cell != self.cell:
+                    self._cell_ended.clear()
+                    await self._cell_ended.wait()
+        except (TimeoutError, MachineFailedError) as error:
+            log.info("A kernel does not say which cell ended last: %s", error or "timed out")
+
     async def interrupt(self) -> None:
         await self.session.call("kernel.interrupt")
 
@@ -116,9 +146,11 @@ class LiveSandbox:
         """The guest's events come in here."""
         match event:
             case KernelStatus():
+                self.next_waits = event.next_waits
                 if event.state == "idle":
                     self.cell = event.cell
                 self._notices.execution_state(event.state)
+                self._cell_ended.set()
             case KernelExited():
                 self._exits.put_nowait(event)
 

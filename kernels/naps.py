@@ -49,7 +49,7 @@ class Naps:
         await live.let_go()
         was_running = live.saved.machine.state is RunState.RUNNING
         try:
-            await core.take(sandbox_id, core.description(sandbox_id, name=None), then=Then.STOP)
+            await core.take(sandbox_id, then=Then.STOP)
         except Exception as error:
             # Also where the snapshot is there but could not be noted down (a full disk): what runs must not be lost.
             if was_running and live.saved.machine.state is RunState.PAUSED:
@@ -79,7 +79,8 @@ class Naps:
         try:
             snapshot = await asyncio.to_thread(core.store.get, sandbox.snapshot_id)
             # The same sandbox goes on, so its user-level random numbers do, too; the system's are renewed in any case.
-            await core.restore(sandbox_id, snapshot, keep_random=True)
+            # One that lost its machine went back to a checkpoint; one that was put to sleep does what it was asked.
+            await core.restore(sandbox_id, snapshot, keep_random=True, drop_requests=sandbox.reason is not None)
         except (SnapshotError, VmRuntimeError, KernelsError) as error:
             raise MachineFailedError(f"The sandbox could not be woken: {error}") from error
         core.registry.touch(sandbox_id)

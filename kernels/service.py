@@ -205,7 +205,7 @@ class SandboxService:
         return self.get(sandbox_id)
 
     async def _bring_back(self, sandbox_id: str, snapshot: Manifest) -> None:
-        live = await self._core.restore(sandbox_id, snapshot, keep_random=False)
+        live = await self._core.restore(sandbox_id, snapshot, keep_random=False, drop_requests=True)
         record = self._core.registry.record(sandbox_id)
         # It falls back on it until it has a checkpoint of its own.
         await self._core.keep(sandbox_id, snapshot)

@@ -38,10 +38,20 @@ MAX_EVENT_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class KernelStatus:
-    """The guest says that its kernel is `busy`, `idle` or `starting`. cell: its execution count, if it said so."""
+    """The guest says that its kernel is `busy`, `idle` or `starting`. cell: the number of the last cell that ended, if
+    it said so. next_waits: whether the next one waits until the host lets it begin."""
 
     state: str
     cell: int | None = None
+    next_waits: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastCell:
+    """The guest's answer to `hold_cells`. held: no cell runs, and none begins. cell: the last that ended, if said."""
+
+    held: bool
+    cell: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +153,12 @@ class GuestSession:
         except WireError as error:
             raise MachineFailedError(f"{kind} failed in the guest: {error}") from error
 
+    async def hold_cells(self, *, limit_s: float, timeout_s: float = CALL_TIMEOUT_S) -> LastCell:
+        """Asks the kernel to let no cell begin until `kernel.release`, at most for `limit_s` (0: it is only asked what
+        it does). Errors: as `call`."""
+        answer = await self.call("kernel.hold", {"limit_s": limit_s}, timeout_s=timeout_s)
+        return LastCell(held=answer.get("held") is True, cell=_cell(answer))
+
     async def open_channel(self, name: str) -> Stream:
         """A stream to one of the kernel's ZMQ sockets. Errors: WireError."""
         return await self._link.open("kernel.channel", {"channel": name})
@@ -199,8 +215,7 @@ def parse_event(line: bytes) -> GuestEvent | None:
         return None
     match value:
         case {"event": "kernel.status", "state": "busy" | "idle" | "starting" as state}:
-            cell = value.get("execution_count")
-            return KernelStatus(state=state, cell=cell if isinstance(cell, int) and cell >= 0 else None)
+            return KernelStatus(state=state, cell=_cell(value), next_waits=value.get("next_waits") is True)
         case {"event": "kernel.exited", "pid": int(pid)}:
             match value:
                 case {"signal": int(number)}:
@@ -212,3 +227,8 @@ def parse_event(line: bytes) -> GuestEvent | None:
             return KernelExited(pid=pid, reason=reason)
         case _:
             return None
+
+
+def _cell(value: Mapping[str, Any]) -> int | None:
+    count = value.get("execution_count")
+    return count if isinstance(count, int) and count >= 0 else None

@@ -11,16 +11,15 @@ import contextlib
 import logging
 import statistics
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 from kernels.core import LEFT_AT, Core, is_automatic, utc_now
-from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
+from kernels.errors import CellRunsError, KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
 from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
-from vm_runtime.saving.machine import BeforeResume
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError
 from vm_runtime.snapshots.errors import UnknownSnapshotError as UnknownStoredSnapshotError
@@ -83,22 +82,26 @@ class TimeLine:
         *,
         name: str | None,
         then: Then = Then.RESUME,
-        before_storing: BeforeResume | None = None,
+        before_resume: Callable[[], Awaitable[object]] | None = None,
     ) -> Manifest:
         core = self._core
         try:
-            description = core.description(sandbox_id, name=name)
-            manifest = await core.take(sandbox_id, description, then=then, before_storing=before_storing)
+            manifest = (await core.take(sandbox_id, name=name, then=then, before_resume=before_resume)).manifest
         except (SnapshotError, VmRuntimeError) as error:
             raise MachineFailedError(f"No checkpoint could be taken; the sandbox runs on. {error}") from error
         core.registry.notify(sandbox_id, EventKind.CHECKPOINT, manifest.id)
         return manifest
 
     def on_idle(self, sandbox_id: str) -> None:
-        """A cell has ended."""
-        if self._core.get(sandbox_id).checkpoints == CheckpointPolicy.CELL and sandbox_id not in self._waiting:
+        """A cell has ended; its kernel waits with the next one, as long as it is not told not to."""
+        core = self._core
+        if core.get(sandbox_id).checkpoints != CheckpointPolicy.CELL:
+            live = core.live.get(sandbox_id)
+            if live is not None and live.next_waits:
+                core.spawn(live.release_cells(waits=False))
+        elif sandbox_id not in self._waiting:
             self._waiting.add(sandbox_id)
-            self._core.spawn(self._after_cell(sandbox_id))
+            core.spawn(self._after_cell(sandbox_id))
 
     async def _after_cell(self, sandbox_id: str) -> None:
         core = self._core
@@ -110,10 +113,13 @@ class TimeLine:
                 return
             now = asyncio.get_running_loop().time()
             if now < self._slow_until.get(sandbox_id, 0.0):
+                await live.release_cells(waits=False)
                 return
             try:
-                taken = await live.saved.take(core.description(sandbox_id, name=None), then=Then.RESUME)
-                await core.keep(sandbox_id, taken.manifest)
+                taken = await core.take(sandbox_id, then=Then.RESUME, strict=True)
+            except CellRunsError as error:
+                log.info("No checkpoint of sandbox %s after this cell: %s", sandbox_id, error)
+                return
             except (SnapshotError, VmRuntimeError) as error:
                 log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
                 return
@@ -165,15 +171,23 @@ class TimeLine:
 
         reply_to: the cell that asked for it from inside (docs/sandbox_calls.md). RequestError, MachineFailedError.
         """
+        await self._catch_up(sandbox_id)
         async with self._core.lock(sandbox_id):
             manifest = await asyncio.to_thread(self._find, sandbox_id, target)
             return await self._goto(sandbox_id, manifest, reply_to)
 
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
+        await self._catch_up(sandbox_id)
         async with self._core.lock(sandbox_id):
             manifest = await asyncio.to_thread(self._before, sandbox_id)
             return await self._goto(sandbox_id, manifest, reply_to)
+
+    async def _catch_up(self, sandbox_id: str) -> None:
+        """Has the checkpoint after a cell whose end its client knows already come before what it asks now."""
+        live = self._core.live.get(sandbox_id)
+        if live is not None and self._core.get(sandbox_id).state is SandboxState.RUNNING:
+            await live.catch_up()
 
     def _before(self, sandbox_id: str) -> Manifest:
         """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
@@ -199,12 +213,14 @@ class TimeLine:
         # It starts while the state that is left is saved; until both are there, nothing is given up.
         running = asyncio.Event()
         restoring = asyncio.create_task(
-            core.restore_beside(sandbox_id, manifest, keep_random=True, extra=extra, on_running=running.set)
+            core.restore_beside(
+                sandbox_id, manifest, keep_random=True, drop_requests=True, extra=extra, on_running=running.set
+            )
         )
         restoring.add_done_callback(lambda _: running.set())
         try:
             # Storing can wait for the start, and the greeting keeps the guest busy, not us.
-            async with self._leaving(sandbox_id, before_storing=running.wait):
+            async with self._leaving(sandbox_id, before_resume=running.wait):
                 try:
                     warm = await restoring
                 except (SnapshotError, VmRuntimeError, KernelsError) as error:
@@ -220,7 +236,7 @@ class TimeLine:
         return core.get(sandbox_id)
 
     @asynccontextmanager
-    async def _leaving(self, sandbox_id: str, *, before_storing: BeforeResume) -> AsyncIterator[None]:
+    async def _leaving(self, sandbox_id: str, *, before_resume: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
         """Stores the state of a sandbox and stops it; takes its machine down if the block succeeds, else it goes on."""
         core = self._core
         state = core.get(sandbox_id).state
@@ -230,7 +246,7 @@ class TimeLine:
         machine = core.running(sandbox_id).saved.machine
         # To the millisecond: one goes back and forth more than once in a second.
         name = f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
-        await self._take(sandbox_id, name=name, then=Then.STOP, before_storing=before_storing)
+        await self._take(sandbox_id, name=name, then=Then.STOP, before_resume=before_resume)
         try:
             yield
         except BaseException:
@@ -265,7 +281,10 @@ def timer_minutes(policy: str) -> int | None:
 
 
 def _cell_of(manifest: Manifest) -> int | None:
-    return manifest.kernel.execution_count if manifest.kernel is not None else None
+    """The cell after which it was taken; None if one was running."""
+    if manifest.kernel is None or manifest.kernel.state != "idle":
+        return None
+    return manifest.kernel.execution_count
 
 
 def _own_bytes(manifest: Manifest) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
+import signal
 
 import pytest
 
 from tests.gateways import RunningGateway
-from tests.state.sandboxes import Api, Notebook, vmm_pids
+from tests.state.sandboxes import Api, Notebook, vmm_of, vmm_pids
 from tests.unit.gateway.client import stream_text
 
 
@@ -112,12 +113,83 @@ async def test_cells_are_checkpointed_by_themselves(state_gateway: RunningGatewa
         await notebook.run("x = 1")
         (first,) = await api.checkpoints(sandbox_id, count=1)
         assert (first["cell"], first["name"]) == (1, None)
-        # Cells that wait for each other are not held up by checkpoints.
-        await asyncio.gather(*(notebook.client.execute(f"x = {count}") for count in range(10)))
-        assert await notebook.value("x") == 9
         await api.call("PATCH", f"/api/sandboxes/{sandbox_id}", {"checkpoints": "off"})
+        for count in range(2, 5):
+            await notebook.run(f"x = {count}")
+        assert len(await api.checkpoints(sandbox_id)) == 1
         await api.do(sandbox_id, "undo")
-        assert await notebook.value("x") in range(10)
+        assert await notebook.value("x") == 1
+    await api.delete(sandbox_id)
+
+
+async def test_a_program_s_cells_are_told_apart(state_gateway: RunningGateway, api: Api) -> None:
+    """Nobody is slow enough: the next cell is there before the checkpoint after the last."""
+    sandbox_id = await api.create(checkpoints="cell")
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        for count in range(1, 5):
+            await notebook.run(f"x = {count}")
+        await api.do(sandbox_id, "undo")
+        assert await notebook.value("x") == 3
+        await api.do(sandbox_id, "goto", {"target": "1"})
+        assert await notebook.value("x") == 1
+        # The same from inside: the cell that asks is the one that is taken back.
+        await notebook.run("x = 'second'")
+        assert "Went back" in stream_text(await notebook.client.run("%sandbox undo"))
+        assert await notebook.value("x") == 1
+    await api.delete(sandbox_id)
+
+
+async def test_cells_that_wait_for_each_other_are_told_apart(state_gateway: RunningGateway, api: Api) -> None:
+    """Run All: all cells are in the kernel from the beginning, and so in each checkpoint; none is run by going back."""
+    sandbox_id = await api.create(checkpoints="cell")
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        for count in range(1, 7):
+            await notebook.client.execute(f"x = {count}; ran = [*globals().get('ran', []), {count}]")
+        assert await notebook.value("x") == 6
+        line = {each["cell"]: each["id"] for each in await api.checkpoints(sandbox_id, count=2)}
+        for cell in sorted({1, *line} & set(range(1, 7))):
+            await api.do(sandbox_id, "goto", {"target": line[cell]})
+            assert await notebook.value("x, ran") == (cell, list(range(1, cell + 1)))
+    await api.delete(sandbox_id)
+
+
+async def test_an_error_still_ends_the_cells_behind_it(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create(checkpoints="cell")
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        for code in ("x = 1", "1 / 0", "x = 2"):
+            last = await notebook.client.execute(code)
+        statuses = [m["content"].get("status") for m in await notebook.rest(last) if m["channel"] == "shell"]
+        assert statuses == ["aborted"]
+        assert await notebook.value("x") == 1
+        await api.do(sandbox_id, "undo")
+        assert await notebook.value("x") == 1
+    await api.delete(sandbox_id)
+
+
+async def test_a_cell_that_waits_can_be_interrupted(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create(checkpoints="cell")
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        for _ in range(5):
+            await notebook.run("x = 1")
+            asked = await notebook.client.execute("x = 2; import time; time.sleep(600)")
+            await notebook.client.until("status")
+            await api.call("POST", f"/api/kernels/{sandbox_id}/interrupt", status=204)
+            errors = [m["content"]["ename"] for m in await notebook.rest(asked) if m["header"]["msg_type"] == "error"]
+            assert errors == ["KeyboardInterrupt"]
+    await api.delete(sandbox_id)
+
+
+async def test_a_lost_machine_s_checkpoint_runs_no_cell_again(state_gateway: RunningGateway, api: Api) -> None:
+    sandbox_id = await api.create(checkpoints="cell")
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run("x = 1")
+        # It waits in the kernel when the checkpoint after the first cell is taken, so it is in it.
+        await notebook.client.execute("print('here', flush=True); x = 2; import time; time.sleep(600)")
+        await notebook.client.until("stream")
+        await api.checkpoints(sandbox_id, count=1)
+        os.kill(vmm_of(state_gateway, sandbox_id), signal.SIGKILL)
+        await api.until_state(sandbox_id, "asleep")
+        assert await notebook.value("x") == 1
     await api.delete(sandbox_id)
 
 

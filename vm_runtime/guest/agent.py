@@ -98,7 +98,12 @@ class Agent:
                 problems.append(f"The machine could not be renewed: {error}")
         if hello.restored or hello.kernel_key is not None:
             try:
-                await self._keeper.renew(key=hello.kernel_key, reseed=hello.restored, keep_random=hello.keep_random)
+                await self._keeper.renew(
+                    key=hello.kernel_key,
+                    restored=hello.restored,
+                    keep_random=hello.keep_random,
+                    drop_requests=hello.extra.get("drop_requests") is True,
+                )
             except KernelError as error:
                 problems.append(str(error))
         if (answer := _cell_answer(hello)) is not None:

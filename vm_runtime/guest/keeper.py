@@ -113,8 +113,7 @@ class KernelKeeper:
             self._env.update(env)
             self._cwd = cwd if cwd is not None else self._cwd
             if key is not None and key != self._key:
-                self._key = key
-                await self._renew_key()
+                await self.renew(key=key)
             if self._kernel is None:
                 return await self._fork()
             await self._ask_kernel("configure", env=dict(env), cwd=cwd)
@@ -136,12 +135,26 @@ class KernelKeeper:
         """SIGINT to the kernel's process group. Raises KernelError if there is no kernel."""
         _kill_group(self._running().pid, signal.SIGINT)
 
-    async def renew(self, *, key: str | None, reseed: bool, keep_random: bool) -> None:
-        """A new key for the kernel (None keeps the old one) and, after a restore, new random numbers in its process."""
+    async def renew(
+        self, *, key: str | None, restored: bool = False, keep_random: bool = False, drop_requests: bool = False
+    ) -> None:
+        """A new key for the kernel (None keeps the old one) and, after a restore, new random numbers in its process.
+        drop_requests: cells that waited in it to be run when it was saved are aborted."""
         if key is not None:
             self._key = key
         if self._kernel is not None:
-            await self._ask_kernel("renew", key=key, reseed=reseed, keep_random=keep_random)
+            await self._ask_kernel(
+                "renew", key=key, restored=restored, keep_random=keep_random, drop_requests=drop_requests
+            )
+
+    async def hold(self, *, limit_s: float) -> dict[str, Any]:
+        """Let no cell begin until `release`, or for `limit_s`. The answer says whether one runs, so that nothing was
+        done (`held`: false), and how many have ended (`execution_count`)."""
+        return await self._ask_kernel("hold", hold_s=limit_s)
+
+    async def release(self, *, waits: bool) -> None:
+        """Let cells begin. waits: whether there is to be a pause after each from now on."""
+        await self._ask_kernel("release", waits=waits)
 
     async def prepare(self, *, warmup: str) -> int:
         """Run the recipe's warm-up in the zygote, start a kernel if none runs, warm it. Returns its pid."""
@@ -169,10 +182,6 @@ class KernelKeeper:
         if self._kernel is None:
             raise KernelError("no_kernel", "No kernel runs in this machine; start one with kernel.start.")
         return self._kernel
-
-    async def _renew_key(self) -> None:
-        if self._kernel is not None:
-            await self._ask_kernel("renew", key=self._key, reseed=False, keep_random=True)
 
     async def _ask_kernel(self, op: str, *, limit_s: float = RENEW_LIMIT_S, **fields: Any) -> dict[str, Any]:
         try:

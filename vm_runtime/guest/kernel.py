@@ -13,7 +13,6 @@ import socket
 import struct
 import sys
 import tempfile
-import threading
 import traceback
 import uuid
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ import zmq
 from ipykernel import kernelapp
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
+from ipykernel.subshell_manager import UnknownSubshellError
 from jupyter_client.session import Session
 from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
+from vm_runtime.guest.cells import Cells
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
 from vm_runtime.guest.replies import ReplyStream, answer_for
@@ -53,22 +54,25 @@ class KernelSettings:
 
 
 class HypercellKernel(IPythonKernel):
-    """IPythonKernel that tells the agent when it runs cells."""
+    """IPythonKernel that tells the agent when it runs cells, and pauses between them for checkpoints."""
 
     side: SideChannel
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._executing: set[object] = set()
-        self._executing_lock = threading.Lock()
+        self.cells = Cells(self._cells_change)
+        self.ended_cell = 0  # the number of the last one that ended
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
         """Run a cell. Only this counts as busy: idle limits must not be moved by completions or kernel_info."""
-        token = object()
+        cell = object()
         try:
-            # Inside the try: an interrupt may come the moment the agent has heard of the cell.
-            self._executes(token, True)
-            await super().execute_request(stream, ident, parent)
+            # Inside the try: an interrupt may come the moment the agent has heard of the cell, or while it waits. It
+            # waits with all of its thread, as for any cell.
+            if self.cells.begin(cell):
+                await super().execute_request(stream, ident, parent)
+            else:
+                self._send_abort_reply(stream, parent, ident)
         except KeyboardInterrupt:
             # Interrupted before the cell's code or after it: ipykernel would log it and never answer.
             content = {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["KeyboardInterrupt"]}
@@ -77,24 +81,40 @@ class HypercellKernel(IPythonKernel):
             if self.session is not None:
                 self.session.send(stream, "execute_reply", reply, parent, ident=ident)
         finally:
-            self._executes(token, False)
+            self.cells.end(cell)
 
     async def do_shutdown(self, restart: bool) -> Any:
         self.iopub_thread.outbox.release()
         return await super().do_shutdown(restart)
 
-    def _executes(self, token: object, begins: bool) -> None:
-        """A cell begins or has ended (both may be said twice)."""
-        with self._executing_lock:  # subshells run cells in threads of their own
-            before = bool(self._executing)
-            if begins:
-                self._executing.add(token)
-            else:
-                self._executing.discard(token)
-            if before != bool(self._executing):
-                # IPython counts up to the number of the next cell.
-                state = "busy" if self._executing else "idle"
-                self.side.notify("status", state=state, execution_count=max(0, self.execution_count - 1))
+    def abort_requests(self) -> None:
+        """Answer the cells that wait here to be run with "aborted", as after an error. From any thread.
+
+        The dummy message behind them is ipykernel's own way to end that (`dispatch_shell`); what comes later is run.
+        """
+        stream, thread = self.shell_stream, self.shell_channel_thread
+        if stream is None or thread is None:
+            self.io_loop.add_callback(self._abort_queues)
+            return
+        self._aborting = True
+        subshells = thread.manager.list_subshell()
+        for subshell in subshells:
+            thread.manager.set_subshell_aborting(subshell, True)
+
+        async def end_behind_them() -> None:
+            stream.flush(zmq.POLLIN)
+            async with thread.asyncio_lock:  # behind the handlers of those that were just read
+                for subshell in (None, *subshells):
+                    with contextlib.suppress(UnknownSubshellError):  # it has ended meanwhile
+                        self._post_dummy_stop_aborting_message(subshell)
+
+        thread.io_loop.add_callback(end_behind_them)
+
+    def _cells_change(self, busy: bool, waits: bool) -> None:
+        # While no cell runs, IPython's count is that of the next one.
+        self.ended_cell = max(0, int(self.execution_count) - 1)
+        state = "busy" if busy else "idle"
+        self.side.notify("status", state=state, execution_count=self.ended_cell, next_waits=waits)
 
 
 class HypercellKernelApp(IPKernelApp):
@@ -219,7 +239,7 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
     session: Session = app.session
 
     def renew(request: dict[str, Any]) -> None:
-        """After a restore: a new HMAC key (None keeps the old one) and new random numbers."""
+        """A new HMAC key (None keeps the old one); after a restore new random numbers, and what waited runs or not."""
         if request["key"] is not None:
             # One Session signs everything in the process (kernel, displayhook, streams, comms, subshells).
             session.key = request["key"].encode()
@@ -227,8 +247,11 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
             app.iopub_thread.outbox.resign(session.sign)
             for stream in (app.kernel.shell_stream, app.kernel.control_stream):
                 stream.resign(session.sign)
-        if request["reseed"]:
+        if request["restored"]:
             reseed(keep_random=request["keep_random"])
+            if request["drop_requests"]:
+                app.kernel.abort_requests()
+            app.kernel.cells.restored(drop=request["drop_requests"])
 
     def configure(request: dict[str, Any]) -> dict[str, Any]:
         """Environment and directory of a kernel that was started before anyone knew for whom."""
@@ -239,7 +262,9 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
         return {"cwd": str(Path.cwd())}
 
     def warm(request: dict[str, Any]) -> dict[str, Any]:
+        app.kernel.cells.release(waits=False)  # its cells are none that a host would keep
         error = warm_up(app, request["code"])
+        app.kernel.cells.release(waits=True)
         trim_memory()
         gc.freeze()  # see the zygote's: here it is the kernel's own objects
         return {"error": error, "modules": [name for name in sys.modules if name not in inherited]}
@@ -247,4 +272,14 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
     def answer(request: dict[str, Any]) -> None:
         answer_for(app, reply_to=request["reply_to"], text=request["text"])
 
-    return {"renew": renew, "configure": configure, "warm": warm, "answer": answer}
+    def hold(request: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint is about to be taken: no cell begins, unless one runs."""
+        held = app.kernel.cells.hold(request["hold_s"])
+        return {"held": held, "execution_count": app.kernel.ended_cell}
+
+    def release(request: dict[str, Any]) -> None:
+        app.kernel.cells.release(waits=request["waits"])
+
+    return {
+        "renew": renew, "configure": configure, "warm": warm, "answer": answer, "hold": hold, "release": release,
+    }  # fmt: skip

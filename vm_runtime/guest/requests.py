@@ -75,6 +75,16 @@ async def _kernel_interrupt(guest: Guest, incoming: Incoming) -> None:
     await incoming.answer()
 
 
+async def _kernel_hold(guest: Guest, incoming: Incoming) -> None:
+    limit_s = float(param(incoming.params, "limit_s", (int, float)))
+    await incoming.answer(await guest.keeper.hold(limit_s=limit_s))
+
+
+async def _kernel_release(guest: Guest, incoming: Incoming) -> None:
+    await guest.keeper.release(waits=param(incoming.params, "waits", bool))
+    await incoming.answer()
+
+
 async def _kernel_channel(guest: Guest, incoming: Incoming) -> None:
     port = CHANNEL_PORTS.get(param(incoming.params, "channel", str))
     if port is None:
@@ -131,6 +141,8 @@ HANDLERS: dict[str, Handle] = {
     "kernel.restart": _kernel_restart,
     "kernel.stop": _kernel_stop,
     "kernel.interrupt": _kernel_interrupt,
+    "kernel.hold": _kernel_hold,
+    "kernel.release": _kernel_release,
     "kernel.channel": _kernel_channel,
     "sandbox.identify": _sandbox_identify,
     "template.prepare": _template_prepare,

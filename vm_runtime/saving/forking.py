@@ -156,6 +156,8 @@ class Child:
 class Children(Beside):
     """The children of one fork, on their way beside the parent's snapshot."""
 
+    needs_ground = True
+
     def __init__(
         self,
         parent: SavedMachine,

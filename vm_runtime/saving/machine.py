@@ -20,7 +20,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +47,6 @@ _PIN_PREFIX = "machine-"
 # the one being written, so the next snapshot holds what all of them had once more.
 LONG_DISK_CHAIN = 24
 
-# Called while the machine is paused, after its state was captured: short, it lengthens the pause.
-BeforeResume = Callable[[], Awaitable[object]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
@@ -62,19 +59,32 @@ class Captured:
 
 
 class Beside:
-    """What a fork does while the snapshot is taken; each step does nothing here.
+    """What else happens while a snapshot is taken, in this order; each step does nothing here.
 
-    share_from_pages: as of `DirtyTracker.prepare`.
+    Until the machine runs again, what a step raises ends the attempt: nothing is stored, and the machine goes on.
+    share_from_pages: as of `DirtyTracker.prepare`. needs_ground: open what the capture will lie on before the pause,
+    and not when the capture is stored: with many layers that takes longer than the rest of the preparation.
     """
 
     share_from_pages: int | None = None
+    needs_ground = False
 
     async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
-        """Beside the preparation; the pause comes after both. ground: what the capture will lie on. It stays open, and
-        the machine's `ground` the same, until the last step has ended."""
+        """Beside the preparation; the pause comes after both. ground: what the capture will lie on, opened when first
+        awaited. It stays open, and the machine's `ground` the same, until the last step has ended."""
+
+    async def before_pause(self) -> None:
+        """Everything is prepared; the pause comes right after this."""
+
+    async def before_resume(self) -> None:
+        """The state is captured and the machine still stands: short, it lengthens the pause."""
 
     async def when_captured(self, captured: Captured) -> None:
         """The machine runs again; storing begins after this, so that it does not slow this down."""
+
+    def described(self, description: Description) -> Description:
+        """How the snapshot is described, by what is known of it now."""
+        return description
 
     async def while_stored(self) -> None:
         """Beside the storing."""
@@ -124,47 +134,41 @@ class SavedMachine:
         self._tracker = tracker
         self._lock = asyncio.Lock()
 
-    async def take(self, description: Description, *, then: Then, before_resume: BeforeResume | None = None) -> Taken:
-        """Take a snapshot. RUNNING or PAUSED.
+    async def take(self, description: Description, *, then: Then, beside: Beside | None = None) -> Taken:
+        """Take a snapshot. RUNNING or PAUSED. beside: what happens at the same time.
 
-        Raises StoreFullError, SnapshotError, MachineError, and what the hook raises: then nothing is stored, and the
-        machine goes on as before. When cancelled it is finished first, and a machine that was to stop goes on.
+        Raises StoreFullError, SnapshotError, MachineError, and what the steps beside it raise: then nothing is stored,
+        and the machine goes on as before. When cancelled it is finished first, and a machine that was to stop goes on.
         """
         try:
-            return await uncancelled(self.take_with(description, then=then, before_resume=before_resume))
+            return await uncancelled(self.take_uncancelled(description, then=then, beside=beside or Beside()))
         except asyncio.CancelledError:
             if then is Then.STOP and not self.machine.is_dead:
                 await self.machine.resume()
             raise
 
-    async def take_with(
-        self,
-        description: Description,
-        *,
-        then: Then,
-        before_resume: BeforeResume | None = None,
-        beside: Beside | None = None,
-    ) -> Taken:
-        """As `take`, for forks too; must not be cancelled. beside: what happens at the same time."""
-        beside = beside or Beside()
+    async def take_uncancelled(self, description: Description, *, then: Then, beside: Beside) -> Taken:
+        """As `take`; must not be cancelled."""
         async with self._lock, self._going_on_after_failure(then):
             started = time.perf_counter()
             with self._surroundings.quiet():
                 tracker = await self._running_tracker()
                 async with open_draft(self._store) as draft:
-                    opening = asyncio.ensure_future(asyncio.to_thread(self._open_ground))
+                    under = _Opening(self._open_ground)
                     try:
                         preparing = asyncio.to_thread(tracker.prepare, share_from_pages=beside.share_from_pages)
-                        await _all(preparing, beside.before_capture(opening), opening)
-                        captured, pause_ms = await self._capture(tracker, draft.path("device"), then, before_resume)
+                        await _all(preparing, beside.before_capture(under), *([under] if beside.needs_ground else []))
+                        await beside.before_pause()
+                        captured, pause_ms = await self._capture(tracker, draft.path("device"), then, beside)
                         with _kept_readable(captured) as kept:
                             await beside.when_captured(kept)
+                            description = beside.described(description)
                             (manifest, ground, layer_bytes), _ = await _all(
-                                asyncio.to_thread(self._publish, draft, captured, opening.result(), description),
+                                asyncio.to_thread(self._publish, draft, captured, await under, description),
                                 beside.while_stored(),
                             )
                     finally:
-                        await _close_layers(opening)
+                        await under.close()
                 tracker.commit()
                 self.snapshot, self.ground = manifest, ground
                 await asyncio.to_thread(self._settle)
@@ -241,9 +245,7 @@ class SavedMachine:
             )
         return self._tracker
 
-    async def _capture(
-        self, tracker: DirtyTracker, device: Path, then: Then, before_resume: BeforeResume | None
-    ) -> tuple[Captured, float]:
+    async def _capture(self, tracker: DirtyTracker, device: Path, then: Then, beside: Beside) -> tuple[Captured, float]:
         machine = self.machine
         was_running = machine.state is RunState.RUNNING
         started = time.perf_counter()
@@ -253,8 +255,7 @@ class SavedMachine:
             _, frozen_disk, pages = await _all(
                 machine.device_state(device), self._freeze_disk(), asyncio.to_thread(tracker.capture)
             )
-            if before_resume is not None:
-                await before_resume()
+            await beside.before_resume()
         except BaseException:
             if was_running and not machine.is_dead:
                 await machine.resume()
@@ -388,11 +389,24 @@ async def _all(*work: Awaitable[Any]) -> list[Any]:
     return results
 
 
-async def _close_layers(opening: asyncio.Future[MemoryImage]) -> None:
-    (image,) = await asyncio.gather(opening, return_exceptions=True)
-    if isinstance(image, MemoryImage):
-        for layer in image.layers:
-            layer.close()
+class _Opening:
+    """A memory image that is opened in a thread when it is first awaited. `await close()` in any case."""
+
+    def __init__(self, open_image: Callable[[], MemoryImage]) -> None:
+        self._open_image = open_image
+        self._opening: asyncio.Future[MemoryImage] | None = None
+
+    def __await__(self) -> Generator[Any, None, MemoryImage]:
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_image))
+        return self._opening.__await__()
+
+    async def close(self) -> None:
+        if self._opening is not None:
+            (image,) = await asyncio.gather(self._opening, return_exceptions=True)
+            if isinstance(image, MemoryImage):
+                for layer in image.layers:
+                    layer.close()
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from vm_runtime.saving.bases import Bases
 from vm_runtime.saving.flattening import Flattener, Shortened, rebased
 from vm_runtime.saving.forking import Child, Children, Forked, OnRunning
 from vm_runtime.saving.machine import (
-    BeforeResume,
     SavedMachine,
     forget_machine,
     pin_machine,
@@ -114,7 +113,6 @@ class Saver:
         description: Description,
         *,
         places: Sequence[MachinePlace],
-        before_resume: BeforeResume | None = None,
         on_running: OnRunning | None = None,
     ) -> Forked:
         """Take a snapshot of a running machine and restore it at every place, faster than one after the other.
@@ -124,7 +122,7 @@ class Saver:
         Raises what `SavedMachine.take` raises; there is no child then, and the parent goes on. When cancelled it is
         finished first, and the children are ended.
         """
-        forking = asyncio.ensure_future(self._fork(parent, description, places, before_resume, on_running))
+        forking = asyncio.ensure_future(self._fork(parent, description, places, on_running))
         try:
             return await uncancelled(forking)
         except asyncio.CancelledError:
@@ -243,7 +241,6 @@ class Saver:
         parent: SavedMachine,
         description: Description,
         places: Sequence[MachinePlace],
-        before_resume: BeforeResume | None,
         on_running: OnRunning | None,
     ) -> Forked:
         # The image, shape and disks of the children's VMMs are the parent's, as they are under its lock.
@@ -257,7 +254,7 @@ class Saver:
         beside = Children(parent, children, acquire_base=acquire_base, on_running=on_running)
         handed_out: set[Child] = set()
         try:
-            taken = await parent.take_with(description, then=Then.RESUME, before_resume=before_resume, beside=beside)
+            taken = await parent.take_uncancelled(description, then=Then.RESUME, beside=beside)
             results = await asyncio.gather(*(self._hand_out(child, taken.manifest) for child in children))
             handed_out = {
                 child for child, result in zip(children, results, strict=True) if isinstance(result, SavedMachine)

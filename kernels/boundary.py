@@ -1,0 +1,89 @@
+"""A snapshot's place between two cells: the kernel lets none begin from just before the capture until just after it.
+
+So a snapshot that says which cell it comes after holds that cell whole and nothing of the next. The kernel itself
+pauses after a cell until it hears of that (`vm_runtime/guest/cells.py`). Knows nothing of records and of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from kernels.errors import CellRunsError, MachineFailedError
+from kernels.live import LiveSandbox
+from vm_runtime.saving.machine import Beside, Captured
+from vm_runtime.saving.values import Description, Then
+from vm_runtime.states import RunState
+
+log = logging.getLogger(__name__)
+
+# From the guest's answer until the state is captured: everything is prepared by then, so milliseconds. Also how long
+# the next cell waits in vain if the snapshot fails just then, or this process dies.
+HOLD_S = 2.0
+
+
+async def _nothing() -> None:
+    pass
+
+
+class CellBoundary(Beside):
+    """For one snapshot of a live sandbox.
+
+    strict: raise CellRunsError rather than take a snapshot of a cell that runs. waits: whether the kernel is to pause
+    after the next cell, too. before_resume: runs in the pause.
+    """
+
+    def __init__(
+        self,
+        live: LiveSandbox,
+        *,
+        then: Then,
+        strict: bool,
+        waits: bool,
+        before_resume: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        self._live = live
+        self._then = then
+        self._strict = strict
+        self._waits = waits
+        self._before_resume = before_resume or _nothing
+        # The state that the snapshot is described with; None while it is not known better than by its owner.
+        self._between: bool | None = None
+        self._cell: int | None = None
+        self._held_until = 0.0
+
+    async def before_pause(self) -> None:
+        if self._live.saved.machine.state is not RunState.RUNNING:
+            return  # it stands still, so its kernel can be neither asked nor ahead of what it said
+        # From before it is asked: the guest counts its limit from later on.
+        self._held_until = asyncio.get_running_loop().time() + HOLD_S
+        try:
+            last = await self._live.session.hold_cells(limit_s=HOLD_S, timeout_s=HOLD_S)
+        except MachineFailedError as error:
+            if self._strict:
+                raise CellRunsError(f"The kernel does not say whether a cell runs: {error}") from error
+            return
+        self._between, self._cell = last.held, last.cell
+        if self._strict and not self._between:
+            raise CellRunsError("A cell runs.")
+
+    async def before_resume(self) -> None:
+        if self._between and asyncio.get_running_loop().time() >= self._held_until:
+            self._between = False
+            if self._strict:
+                raise CellRunsError("The kernel has waited long enough with the next cell.")
+        await self._before_resume()
+
+    async def when_captured(self, captured: Captured) -> None:
+        if self._between and self._then is Then.RESUME:
+            await self._live.release_cells(waits=self._waits)
+
+    def described(self, description: Description) -> Description:
+        if self._between is None or description.kernel is None:
+            return description
+        state = "idle" if self._between else "busy"
+        return replace(
+            description, kernel=description.kernel.model_copy(update={"state": state, "execution_count": self._cell})
+        )

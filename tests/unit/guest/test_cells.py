@@ -1,0 +1,143 @@
+"""The moment between two cells: who waits for whom, and what a restored state does with cells that waited."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client.asynchronous import AsyncKernelClient
+
+from tests.unit.guest.conftest import KEY, Host, client, run
+from vm_runtime.guest.cells import UNASKED_S, Cells
+from vm_runtime.wire.errors import OpenRejectedError
+
+# Longer than a kernel waits unasked, so that only `hold` can be the reason.
+LONGER_S = 2 * UNASKED_S
+
+
+async def start(host: Host) -> None:
+    await host.call("kernel.start", key=KEY, env={}, cwd="/tmp")
+
+
+async def reply_to(jupyter: AsyncKernelClient, msg_id: str, *, limit_s: float = 30) -> dict[str, Any]:
+    """The content of the reply to a request. Raises TimeoutError."""
+    async with asyncio.timeout(limit_s):
+        while True:
+            message = await jupyter.get_shell_msg()
+            if message["parent_header"].get("msg_id") == msg_id:
+                content: dict[str, Any] = message["content"]
+                return content
+
+
+async def test_the_next_cell_waits_while_it_is_held(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "x = 1")
+        assert await host.call("kernel.hold", limit_s=5.0) == {"held": True, "execution_count": 1}
+        waiting = jupyter.execute("x = 2")
+        with pytest.raises(TimeoutError):
+            await reply_to(jupyter, waiting, limit_s=LONGER_S)
+        # It has not begun, so it can still be held.
+        assert await host.call("kernel.hold", limit_s=0.0) == {"held": True, "execution_count": 1}
+        await host.call("kernel.release", waits=True)
+        assert (await reply_to(jupyter, waiting))["status"] == "ok"
+        assert (await run(jupyter, "print(x)"))[0] == "2\n"
+
+
+async def test_a_kernel_that_hears_nothing_goes_on(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        for _ in range(2):
+            assert (await run(jupyter, "x = 1"))[1]["status"] == "ok"
+        await host.call("kernel.hold", limit_s=LONGER_S)
+        assert (await run(jupyter, "x = 2"))[1]["status"] == "ok"
+
+
+async def test_a_cell_that_runs_cannot_be_held(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        running = jupyter.execute("import time\nwhile not globals().get('enough'): time.sleep(0.01)")
+        await host.wait_event(b'"busy"')
+        assert await host.call("kernel.hold", limit_s=5.0) == {"held": False, "execution_count": 0}
+        await host.call("kernel.interrupt")
+        assert (await reply_to(jupyter, running))["status"] == "error"
+
+
+async def test_the_host_is_told_whether_the_next_cell_waits_for_it(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "1")
+        assert b'"next_waits": true' in await host.wait_event(b'"execution_count": 1')
+        await host.call("kernel.release", waits=False)
+        await run(jupyter, "2")
+        assert b'"next_waits": false' in await host.wait_event(b'"execution_count": 2')
+
+
+@pytest.mark.parametrize("drop", [True, False])
+async def test_cells_that_wait_in_a_restored_state_run_or_not(host: Host, drop: bool) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "x = []")
+        await host.call("kernel.hold", limit_s=5.0)
+        asked = [jupyter.execute(f"x.append({number})") for number in range(3)]
+        with pytest.raises(TimeoutError):  # the first waits in the kernel, the others behind it
+            await reply_to(jupyter, asked[0], limit_s=LONGER_S)
+        await host.hello(restored=True, extra={"drop_requests": drop})
+        statuses = [(await reply_to(jupyter, msg_id))["status"] for msg_id in asked]
+        assert statuses == (["aborted"] * 3 if drop else ["ok"] * 3)
+        assert (await run(jupyter, "print(x)"))[0] == ("[]\n" if drop else "[0, 1, 2]\n")
+
+
+async def test_cells_behind_a_running_one_are_dropped_and_it_goes_on(host: Host, tmp_path: Path) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        go = tmp_path / "go"
+        running = jupyter.execute(
+            f"import time, os\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\nx = 'whole'"
+        )
+        await host.wait_event(b'"busy"')
+        behind = jupyter.execute("x = 'behind'")
+        await host.hello(restored=True, extra={"drop_requests": True})
+        later = jupyter.execute("assert x == 'whole'")
+        go.touch()
+        assert (await reply_to(jupyter, running))["status"] == "ok"
+        assert (await reply_to(jupyter, behind))["status"] == "aborted"
+        assert (await reply_to(jupyter, later))["status"] == "ok"
+
+
+@pytest.mark.parametrize("params", [{}, {"limit_s": "long"}, {"limit_s": True}])
+async def test_bad_holds_are_refused(host: Host, params: dict[str, Any]) -> None:
+    await start(host)
+    with pytest.raises(OpenRejectedError) as caught:
+        await host.call("kernel.hold", **params)
+    assert caught.value.code == "bad_params"
+
+
+async def test_without_a_kernel_there_is_nothing_to_hold(host: Host) -> None:
+    with pytest.raises(OpenRejectedError) as caught:
+        await host.call("kernel.hold", limit_s=1.0)
+    assert caught.value.code == "no_kernel"
+
+
+def test_cells_of_subshells_run_beside_each_other() -> None:
+    changes: list[tuple[bool, bool]] = []
+    cells = Cells(lambda busy, waits: changes.append((busy, waits)))
+    assert cells.begin("first")
+    assert cells.begin("beside"), "one that runs is not waited for"
+    cells.end("first")
+    assert not cells.hold(1.0)
+    cells.end("beside")
+    cells.end("beside")
+    assert changes == [(True, True), (False, True)]
+    assert cells.hold(5.0)
+    began: list[bool] = []
+    waiting = [threading.Thread(target=lambda name=name: began.append(cells.begin(name))) for name in ("a", "b")]
+    for thread in waiting:
+        thread.start()
+    cells.restored(drop=True)
+    for thread in waiting:
+        thread.join()
+    assert cells.begin("later")
