@@ -10,8 +10,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError
@@ -112,17 +112,20 @@ class LiveSandbox:
         except MachineFailedError as error:
             log.info("A kernel was not told that its next cell may begin: %s", error)
 
-    async def catch_up(self) -> None:
+    async def catch_up(self) -> Sequence[Mapping[str, Any]]:
         """Waits until the guest's word of the last cell that has ended by now has come: clients may hear of its end
-        before we do. What follows from it has begun then."""
+        before we do. What follows from it has begun then. Answers the requests that wait for an answer."""
+        unanswered: Sequence[Mapping[str, Any]] = ()
         try:
             async with asyncio.timeout(CATCH_UP_S):
-                last = await self.session.hold_cells(limit_s=0.0)
+                last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
+                unanswered = last.unanswered
                 while last.held and last.cell != self.cell:
                     self._cell_ended.clear()
                     await self._cell_ended.wait()
         except (TimeoutError, MachineFailedError) as error:
             log.info("A kernel does not say which cell ended last: %s", error or "timed out")
+        return unanswered
 
     async def interrupt(self) -> None:
         await self.session.call("kernel.interrupt")

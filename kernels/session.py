@@ -32,6 +32,8 @@ CALL_TIMEOUT_S = 60.0
 # told again while that took longer than this, a few times.
 CLOCK_LATE_S = 0.25
 CLOCK_TRIES = 5
+# Of requests that another state is told of: with the rest of its HELLO it has 32 KiB. A guest names 16 KiB of them.
+MAX_UNANSWERED_BYTES = 20 << 10
 # One line of the guest's event stream; ours are under 200 bytes.
 MAX_EVENT_BYTES = 4096
 
@@ -48,10 +50,12 @@ class KernelStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class LastCell:
-    """The guest's answer to `hold_cells`. held: no cell runs, and none begins. cell: the last that ended, if said."""
+    """The guest's answer to `hold_cells`. held: no cell runs, and none begins. cell: the last that ended, if said.
+    unanswered: the requests of cells that run or wait, if asked for ({"idents": [base64], "header": {...}})."""
 
     held: bool
     cell: int | None
+    unanswered: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +157,17 @@ class GuestSession:
         except WireError as error:
             raise MachineFailedError(f"{kind} failed in the guest: {error}") from error
 
-    async def hold_cells(self, *, limit_s: float, timeout_s: float = CALL_TIMEOUT_S) -> LastCell:
+    async def hold_cells(
+        self, *, limit_s: float, unanswered: bool = False, timeout_s: float = CALL_TIMEOUT_S
+    ) -> LastCell:
         """Asks the kernel to let no cell begin until `kernel.release`, at most for `limit_s` (0: it is only asked what
         it does). Errors: as `call`."""
-        answer = await self.call("kernel.hold", {"limit_s": limit_s}, timeout_s=timeout_s)
-        return LastCell(held=answer.get("held") is True, cell=_cell(answer))
+        answer = await self.call("kernel.hold", {"limit_s": limit_s, "unanswered": unanswered}, timeout_s=timeout_s)
+        requests = answer.get("unanswered")
+        known = [each for each in requests if isinstance(each, dict)] if isinstance(requests, list) else []
+        if len(json.dumps(known)) > MAX_UNANSWERED_BYTES:
+            known = []
+        return LastCell(held=answer.get("held") is True, cell=_cell(answer), unanswered=tuple(known))
 
     async def open_channel(self, name: str) -> Stream:
         """A stream to one of the kernel's ZMQ sockets. Errors: WireError."""

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import statistics
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -171,23 +171,25 @@ class TimeLine:
 
         reply_to: the cell that asked for it from inside (docs/sandbox_calls.md). RequestError, MachineFailedError.
         """
-        await self._catch_up(sandbox_id)
+        unanswered = await self._catch_up(sandbox_id)
         async with self._core.lock(sandbox_id):
             manifest = await asyncio.to_thread(self._find, sandbox_id, target)
-            return await self._goto(sandbox_id, manifest, reply_to)
+            return await self._goto(sandbox_id, manifest, reply_to, unanswered)
 
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
-        await self._catch_up(sandbox_id)
+        unanswered = await self._catch_up(sandbox_id)
         async with self._core.lock(sandbox_id):
             manifest = await asyncio.to_thread(self._before, sandbox_id)
-            return await self._goto(sandbox_id, manifest, reply_to)
+            return await self._goto(sandbox_id, manifest, reply_to, unanswered)
 
-    async def _catch_up(self, sandbox_id: str) -> None:
-        """Has the checkpoint after a cell whose end its client knows already come before what it asks now."""
+    async def _catch_up(self, sandbox_id: str) -> Sequence[Mapping[str, Any]]:
+        """Has the checkpoint after a cell whose end its client knows already come before what it asks now. Answers the
+        requests of cells that run or wait."""
         live = self._core.live.get(sandbox_id)
         if live is not None and self._core.get(sandbox_id).state is SandboxState.RUNNING:
-            await live.catch_up()
+            return await live.catch_up()
+        return ()
 
     def _before(self, sandbox_id: str) -> Manifest:
         """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
@@ -204,12 +206,21 @@ class TimeLine:
             found = by_id.get(found.parents[0]) if found.parents else None
         raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
 
-    async def _goto(self, sandbox_id: str, manifest: Manifest, reply_to: dict[str, Any] | None) -> Sandbox:
+    async def _goto(
+        self,
+        sandbox_id: str,
+        manifest: Manifest,
+        reply_to: dict[str, Any] | None,
+        unanswered: Sequence[Mapping[str, Any]],
+    ) -> Sandbox:
+        """unanswered: requests of the state that is left; whoever sent them is told that they are not run."""
         core = self._core
         when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
         cell = _cell_of(manifest)
         text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")
-        extra = {"answer": {"reply_to": reply_to, "text": text}} if reply_to is not None else {}
+        extra: dict[str, Any] = {"aborted": [each for each in unanswered if not _is_same(each, reply_to)]}
+        if reply_to is not None:
+            extra["answer"] = {"reply_to": reply_to, "text": text}
         # It starts while the state that is left is saved; until both are there, nothing is given up.
         running = asyncio.Event()
         restoring = asyncio.create_task(
@@ -278,6 +289,15 @@ def timer_minutes(policy: str) -> int | None:
     if kind != "timer" or not minutes.isdecimal() or int(minutes) == 0:
         raise RequestError(f"checkpoints must be off, cell or timer:<minutes>, not {policy!r}.")
     return int(minutes)
+
+
+def _is_same(request: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether both are the same request, as far as what a guest says is what it should be."""
+    match request, other:
+        case {"header": {"msg_id": one}}, {"header": {"msg_id": two}}:
+            return bool(one == two)
+        case _:
+            return False
 
 
 def _cell_of(manifest: Manifest) -> int | None:

@@ -153,6 +153,39 @@ async def test_cells_that_wait_for_each_other_are_told_apart(state_gateway: Runn
     await api.delete(sandbox_id)
 
 
+async def replies(notebook: Notebook, asked: list[str]) -> list[str]:
+    """The first answer that each of these cells gets."""
+    statuses: dict[str, str] = {}
+    while not statuses.keys() >= set(asked):
+        message = await notebook.client.receive()
+        assert message is not None, "the gateway closed the connection"
+        if message["header"]["msg_type"] == "execute_reply":
+            statuses.setdefault(message["parent_header"]["msg_id"], message["content"]["status"])
+    return [statuses[each] for each in asked]
+
+
+async def test_who_asked_the_state_that_is_left_hears_that_it_does_not_run(
+    state_gateway: RunningGateway, api: Api
+) -> None:
+    sandbox_id = await api.create(checkpoints="cell")
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run("x = 1")
+        await api.checkpoints(sandbox_id, count=1)
+        await notebook.run("x = 2")
+        await api.checkpoints(sandbox_id, count=2)
+        # From inside, with cells behind the one that asks.
+        asked = [await notebook.client.execute(code) for code in ("%sandbox undo", "x = 3", "x = 4")]
+        assert await replies(notebook, asked) == ["ok", "aborted", "aborted"]
+        assert await notebook.value("x") == 1
+        # From outside, while a cell runs and another waits.
+        asked = [await notebook.client.execute(code) for code in ("import time; time.sleep(600)", "x = 5")]
+        await notebook.client.until("execute_input")
+        await api.do(sandbox_id, "goto", {"target": "2"})
+        assert await replies(notebook, asked) == ["aborted", "aborted"]
+        assert await notebook.value("x") == 2
+    await api.delete(sandbox_id)
+
+
 async def test_an_error_still_ends_the_cells_behind_it(state_gateway: RunningGateway, api: Api) -> None:
     sandbox_id = await api.create(checkpoints="cell")
     async with Notebook.open(state_gateway, sandbox_id) as notebook:

@@ -14,7 +14,7 @@ from typing import Any
 from vm_runtime.guest.commands import Commands
 from vm_runtime.guest.files import Files
 from vm_runtime.guest.host_calls import HostCalls
-from vm_runtime.guest.keeper import KernelError, KernelKeeper, User
+from vm_runtime.guest.keeper import Answers, KernelError, KernelKeeper, User
 from vm_runtime.guest.notices import Notices
 from vm_runtime.guest.paths import Paths
 from vm_runtime.guest.port import HangUpWatch, find_port, open_port
@@ -106,9 +106,9 @@ class Agent:
                 )
             except KernelError as error:
                 problems.append(str(error))
-        if (answer := _cell_answer(hello)) is not None:
+        if (answers := _answers(hello)) != Answers():
             try:
-                await self._keeper.answer(**answer)
+                await self._keeper.answer(answers)
             except KernelError as error:
                 problems.append(str(error))
         self._notices.forget()
@@ -130,11 +130,23 @@ class Agent:
         await handle(self._guest, incoming)
 
 
-def _cell_answer(hello: Hello) -> dict[str, Any] | None:
-    """HELLO's `extra.answer`: what the cell that asked for a return to this state is told (docs/sandbox_calls.md)."""
+def _answers(hello: Hello) -> Answers:
+    """HELLO's `extra.answer` and `extra.aborted`: what cells of the state that was left are told
+    (docs/sandbox_calls.md)."""
+    aborted = hello.extra.get("aborted")
+    rest = [_request(each) for each in aborted] if isinstance(aborted, list) else []
+    known = [each for each in rest if each is not None]
     match hello.extra.get("answer"):
-        case {"reply_to": {"idents": list(idents), "header": dict(header)}, "text": str(text)}:
-            return {"reply_to": {"idents": idents, "header": header}, "text": text}
+        case {"reply_to": reply_to, "text": str(text)}:
+            return Answers(reply_to=_request(reply_to), text=text, aborted=known)
+        case _:
+            return Answers(aborted=known)
+
+
+def _request(value: Any) -> dict[str, Any] | None:
+    match value:
+        case {"idents": list(idents), "header": dict(header)}:
+            return {"idents": idents, "header": header}
         case _:
             return None
 

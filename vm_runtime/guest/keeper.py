@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,16 @@ class User:
     uid: int
     gid: int
     name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """To cells of another state. reply_to: the one that asked for this state, which is told `text`; None if none did.
+    aborted: those that are not run. Each is {"idents": [base64], "header": {...}} of its request."""
+
+    reply_to: Mapping[str, Any] | None = None
+    text: str = ""
+    aborted: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(kw_only=True)
@@ -147,10 +157,10 @@ class KernelKeeper:
                 "renew", key=key, restored=restored, keep_random=keep_random, drop_requests=drop_requests
             )
 
-    async def hold(self, *, limit_s: float) -> dict[str, Any]:
+    async def hold(self, *, limit_s: float, unanswered: bool) -> dict[str, Any]:
         """Let no cell begin until `release`, or for `limit_s`. The answer says whether one runs, so that nothing was
-        done (`held`: false), and how many have ended (`execution_count`)."""
-        return await self._ask_kernel("hold", hold_s=limit_s)
+        done (`held`: false), how many have ended (`execution_count`) and, if asked, which requests are `unanswered`."""
+        return await self._ask_kernel("hold", hold_s=limit_s, unanswered=unanswered)
 
     async def release(self, *, waits: bool) -> None:
         """Let cells begin. waits: whether there is to be a pause after each from now on."""
@@ -174,9 +184,9 @@ class KernelKeeper:
             os.sync()
             return pid
 
-    async def answer(self, *, reply_to: Mapping[str, Any], text: str) -> None:
-        """Have the kernel answer a cell that another state of it was asked to run (docs/sandbox_calls.md)."""
-        await self._ask_kernel("answer", reply_to=reply_to, text=text)
+    async def answer(self, answers: Answers) -> None:
+        """Have the kernel answer cells that another state of it was asked to run (docs/sandbox_calls.md)."""
+        await self._ask_kernel("answer", reply_to=answers.reply_to, text=answers.text, aborted=answers.aborted)
 
     def _running(self) -> _Kernel:
         if self._kernel is None:

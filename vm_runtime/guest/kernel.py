@@ -31,10 +31,11 @@ from zmq.eventloop.zmqstream import ZMQStream
 from vm_runtime.guest.cells import Cells
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
-from vm_runtime.guest.replies import ReplyStream, answer_for
+from vm_runtime.guest.replies import ReplyStream, abort_for, answer_for
 from vm_runtime.guest.replies import prepare_socket as prepare_reply_socket
 from vm_runtime.guest.sandbox.notebook import load
 from vm_runtime.guest.side import TRACEBACK_CHARS_MAX, SideChannel
+from vm_runtime.guest.unanswered import Unanswered
 from vm_runtime.guest.warm import warm_up
 
 # What OpenSSL's generator asks for itself: the strength of its 256-bit state and half of that again as nonce.
@@ -62,6 +63,19 @@ class HypercellKernel(IPythonKernel):
         super().__init__(**kwargs)
         self.cells = Cells(self._cells_change)
         self.ended_cell = 0  # the number of the last one that ended
+        self.unanswered = Unanswered()
+
+    async def shell_channel_thread_main(self, msg: Any) -> None:
+        """A request comes in."""
+        self.unanswered.add(msg)
+        await super().shell_channel_thread_main(msg)
+
+    async def dispatch_shell(self, msg: Any, /, *args: Any, **kwargs: Any) -> None:
+        """A request is handled."""
+        try:
+            await super().dispatch_shell(msg, *args, **kwargs)
+        finally:
+            self.unanswered.remove(msg)
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
         """Run a cell. Only this counts as busy: idle limits must not be moved by completions or kernel_info."""
@@ -270,12 +284,16 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
         return {"error": error, "modules": [name for name in sys.modules if name not in inherited]}
 
     def answer(request: dict[str, Any]) -> None:
-        answer_for(app, reply_to=request["reply_to"], text=request["text"])
+        if request["reply_to"] is not None:
+            answer_for(app, reply_to=request["reply_to"], text=request["text"])
+        for reply_to in request["aborted"]:
+            abort_for(app, reply_to=reply_to)
 
     def hold(request: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint is about to be taken: no cell begins, unless one runs."""
         held = app.kernel.cells.hold(request["hold_s"])
-        return {"held": held, "execution_count": app.kernel.ended_cell}
+        answer = {"held": held, "execution_count": app.kernel.ended_cell}
+        return {**answer, "unanswered": app.kernel.unanswered.list()} if request["unanswered"] else answer
 
     def release(request: dict[str, Any]) -> None:
         app.kernel.cells.release(waits=request["waits"])

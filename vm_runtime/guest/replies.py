@@ -144,7 +144,18 @@ def answer_for(app: Any, *, reply_to: Mapping[str, Any], text: str) -> None:
         "user_expressions": {},
         "payload": [],
     }
-    reply = session.msg("execute_reply", content, parent=parent)
+    _reply(app, reply_to, content)
+
+
+def abort_for(app: Any, *, reply_to: Mapping[str, Any]) -> None:
+    """Tell the client of a cell that this kernel has never heard of that it is not run, as after an error."""
+    _reply(app, reply_to, {"status": "aborted"})
+
+
+def _reply(app: Any, reply_to: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    kernel, session = app.kernel, app.session
+    parent = {"header": dict(reply_to["header"])}
+    reply = session.msg("execute_reply", dict(content), parent=parent)
     idents = [base64.b64decode(ident) for ident in reply_to["idents"]]
     kernel.shell_stream.send_later([bytes(frame) for frame in session.serialize(reply, idents)])
     session.send(kernel.iopub_socket, "status", {"execution_state": "idle"}, parent, ident=b"status")

@@ -77,7 +77,8 @@ async def _kernel_interrupt(guest: Guest, incoming: Incoming) -> None:
 
 async def _kernel_hold(guest: Guest, incoming: Incoming) -> None:
     limit_s = float(param(incoming.params, "limit_s", (int, float)))
-    await incoming.answer(await guest.keeper.hold(limit_s=limit_s))
+    unanswered = param(incoming.params, "unanswered", bool, False)
+    await incoming.answer(await guest.keeper.hold(limit_s=limit_s, unanswered=unanswered))
 
 
 async def _kernel_release(guest: Guest, incoming: Incoming) -> None:

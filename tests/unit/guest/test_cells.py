@@ -108,6 +108,28 @@ async def test_cells_behind_a_running_one_are_dropped_and_it_goes_on(host: Host,
         assert (await reply_to(jupyter, later))["status"] == "ok"
 
 
+async def test_requests_without_an_answer_are_named_and_another_state_aborts_them(host: Host, tmp_path: Path) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        go = tmp_path / "go"
+        running = jupyter.execute(f"import time, os\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)")
+        await host.wait_event(b'"busy"')
+        waiting = jupyter.execute("x = 1")
+        jupyter.kernel_info()
+        while len(unanswered := (await host.call("kernel.hold", limit_s=0.0, unanswered=True))["unanswered"]) < 2:
+            pass
+        assert [request["header"]["msg_id"] for request in unanswered] == [running, waiting]
+        go.touch()
+        for msg_id in (running, waiting):
+            assert (await reply_to(jupyter, msg_id))["status"] == "ok"
+        assert (await host.call("kernel.hold", limit_s=0.0, unanswered=True))["unanswered"] == []
+        # As if they had been asked of another state.
+        await host.hello(restored=True, extra={"aborted": [*unanswered, "nonsense", {"idents": 1}]})
+        for msg_id in (running, waiting):
+            assert (await reply_to(jupyter, msg_id))["status"] == "aborted"
+        assert (await run(jupyter, "print(x)"))[0] == "1\n"
+
+
 @pytest.mark.parametrize("params", [{}, {"limit_s": "long"}, {"limit_s": True}])
 async def test_bad_holds_are_refused(host: Host, params: dict[str, Any]) -> None:
     await start(host)

@@ -1,0 +1,72 @@
+"""The cells that a kernel was asked to run and has not answered: those that wait, and those that run.
+
+Their clients wait for an answer, also when the machine goes back to a state that knows nothing of them. Knows nothing
+of ipykernel and of what follows.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from vm_runtime.guest.replies import DELIMITER
+
+# A notebook that is run as a whole; what is beyond is not remembered.
+REQUESTS_MAX = 500
+
+# What `list` answers at most, as JSON: it travels in a HELLO, which has 32 KiB. Some 40 requests.
+LISTED_BYTES_MAX = 16 << 10
+
+
+class Unanswered:
+    """From all threads. frames: a request as it came from a ROUTER socket (zmq frames)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: dict[bytes, Sequence[Any]] = {}
+
+    def add(self, frames: Sequence[Any]) -> None:
+        """It has come in."""
+        signature = _signature(frames)
+        with self._lock:
+            if signature and len(self._requests) < REQUESTS_MAX:
+                self._requests[signature] = frames
+
+    def remove(self, frames: Sequence[Any]) -> None:
+        """It was answered."""
+        with self._lock:
+            self._requests.pop(_signature(frames), None)
+
+    def list(self) -> list[dict[str, Any]]:
+        """{"idents": [base64], "header": {...}} of each execute request, in the order in which they came."""
+        with self._lock:
+            requests = list(self._requests.values())
+        found: list[dict[str, Any]] = []
+        left = LISTED_BYTES_MAX
+        for frames in requests:
+            at = _delimiter(frames)
+            header = json.loads(frames[at + 2].bytes)
+            if header.get("msg_type") != "execute_request":
+                continue
+            request = {
+                "idents": [base64.b64encode(frame.bytes).decode() for frame in frames[:at]],
+                "header": header,
+            }
+            left -= len(json.dumps(request))
+            if left < 0:
+                break
+            found.append(request)
+        return found
+
+
+def _delimiter(frames: Sequence[Any]) -> int:
+    return next((at for at, frame in enumerate(frames) if frame.bytes == DELIMITER), -1)
+
+
+def _signature(frames: Sequence[Any]) -> bytes:
+    """Each message has another (its header has an id): empty for what is no message."""
+    at = _delimiter(frames)
+    return bytes(frames[at + 1].bytes) if at >= 0 and len(frames) > at + 2 else b""
