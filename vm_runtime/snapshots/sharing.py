@@ -1,7 +1,7 @@
 """Puts pages into a process that does not run yet: long runs as mappings of the files that have them, so that all who
 map them share them; the others as copies.
 
-A copy takes some 2 microseconds and 4 KiB of memory for each page, a mapping 0.1 milliseconds for a whole run and no
+A copy takes some 2 microseconds and 4 KiB of memory for each page, a mapping 10 microseconds for a whole run and no
 memory until it is written. Knows neither snapshots nor VMMs; blocking.
 """
 
@@ -76,7 +76,10 @@ def _to_map(pieces: list[Piece], lent: Mapping[int, int]) -> list[Piece]:
 
 
 def _map_runs(pid: int, address: int, pieces: list[Piece], lent: Mapping[int, int]) -> None:
-    with calls_in_process(pid) as call:
-        for first, pages, _, source, position in pieces:
-            start, length, offset = address + first * PAGE_SIZE, pages * PAGE_SIZE, position * PAGE_SIZE
-            call(_NR_MMAP, start, length, mmap.PROT_READ | mmap.PROT_WRITE, _FLAGS, lent[source], offset)
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    calls = [
+        (address + first * PAGE_SIZE, pages * PAGE_SIZE, access, _FLAGS, lent[source], position * PAGE_SIZE)
+        for first, pages, _, source, position in pieces
+    ]
+    with calls_in_process(pid) as thread:
+        thread.call_each(_NR_MMAP, calls)

@@ -25,7 +25,7 @@ from vm_runtime.snapshots.tracking import start_tracker
 
 SIZE_BYTES = 8 << 20
 PAGES = SIZE_BYTES // PAGE_SIZE
-NR_GETPID = 39
+NR_GETPID, NR_MMAP, NR_MUNMAP = 39, 9, 11
 
 Start = Callable[[], Any]
 
@@ -70,11 +70,33 @@ def _own(process: Any) -> int:
 def test_many_calls_are_made_in_a_process_that_is_stopped_once(mapper: Start) -> None:
     process = mapper()
     seen = process.touch()
-    with calls_in_process(process.pid) as call:
-        assert {call(NR_GETPID) for _ in range(500)} == {process.pid}
+    with calls_in_process(process.pid) as thread:
+        assert {thread.call(NR_GETPID) for _ in range(500)} == {process.pid}
         with pytest.raises(ProcessMemoryError, match=os.strerror(errno.EBADF)):
-            call(9, 0, PAGE_SIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, 1 << 30, 0)
-        assert call(NR_GETPID) == process.pid  # one that failed was a whole call
+            thread.call(NR_MMAP, 0, PAGE_SIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, 1 << 30, 0)
+        assert thread.call(NR_GETPID) == process.pid  # one that failed was a whole call
+    assert process.touch() == seen
+
+
+def test_a_row_of_calls_ends_at_the_first_that_fails_and_leaves_nothing(mapper: Start) -> None:
+    process = mapper()
+    seen = process.touch()
+    maps = Path(f"/proc/{process.pid}/maps")
+    before = maps.read_text()
+    access, flags = mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x100000  # MAP_FIXED_NOREPLACE
+    free = 1 << 40
+    at = [free + number * 2 * PAGE_SIZE for number in range(1000)]
+    with calls_in_process(process.pid) as thread:
+        thread.call_each(NR_MMAP, [])
+        thread.call_each(NR_MMAP, [(address, PAGE_SIZE, access, flags, 2**64 - 1, 0) for address in at])
+        assert (
+            sum(line.startswith(tuple(f"{address:x}-" for address in at)) for line in maps.read_text().splitlines())
+            == 1000
+        )
+        with pytest.raises(ProcessMemoryError, match=os.strerror(errno.EINVAL)):
+            thread.call_each(NR_MUNMAP, [*((each, PAGE_SIZE, 0, 0, 0, 0) for each in at), (1, 1, 0, 0, 0, 0)])
+        assert thread.call(NR_GETPID) == process.pid
+    assert maps.read_text() == before
     assert process.touch() == seen
 
 
