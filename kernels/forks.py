@@ -191,7 +191,10 @@ class Forks:
         core = self._core
         sandbox = child.sandbox
         me = {"index": sandbox.index, "id": sandbox.id, "parent_id": sandbox.parent_id}
-        extra: dict[str, Any] = {"calls": {call_id: {"result": {"child": me}}}} if call_id is not None else {}
+        # What waits to be run was asked of the parent. But a child that forked itself may become its parent again.
+        extra: dict[str, Any] = {"drop_requests": True}
+        if call_id is not None:
+            extra = {"calls": {call_id: {"result": {"child": me}}}}
         try:
             if isinstance(machine, Exception):
                 raise machine

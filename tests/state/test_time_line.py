@@ -172,7 +172,7 @@ async def test_who_asked_the_state_that_is_left_hears_that_it_does_not_run(
         await notebook.run("x = 1")
         await api.checkpoints(sandbox_id, count=1)
         await notebook.run("x = 2")
-        await api.checkpoints(sandbox_id, count=2)
+        _, second = await api.checkpoints(sandbox_id, count=2)
         # From inside, with cells behind the one that asks.
         asked = [await notebook.client.execute(code) for code in ("%sandbox undo", "x = 3", "x = 4")]
         assert await replies(notebook, asked) == ["ok", "aborted", "aborted"]
@@ -180,7 +180,7 @@ async def test_who_asked_the_state_that_is_left_hears_that_it_does_not_run(
         # From outside, while a cell runs and another waits.
         asked = [await notebook.client.execute(code) for code in ("import time; time.sleep(600)", "x = 5")]
         await notebook.client.until("execute_input")
-        await api.do(sandbox_id, "goto", {"target": "2"})
+        await api.do(sandbox_id, "goto", {"target": second["id"]})
         assert await replies(notebook, asked) == ["aborted", "aborted"]
         assert await notebook.value("x") == 2
     await api.delete(sandbox_id)

@@ -135,7 +135,7 @@ def _answers(hello: Hello) -> Answers:
     (docs/sandbox_calls.md)."""
     aborted = hello.extra.get("aborted")
     rest = [_request(each) for each in aborted] if isinstance(aborted, list) else []
-    known = [each for each in rest if each is not None]
+    known = tuple(each for each in rest if each is not None)
     match hello.extra.get("answer"):
         case {"reply_to": reply_to, "text": str(text)}:
             return Answers(reply_to=_request(reply_to), text=text, aborted=known)
