@@ -263,9 +263,10 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
                 stream.resign(session.sign)
         if request["restored"]:
             reseed(keep_random=request["keep_random"])
-            if request["drop_requests"]:
+            drop = request["drop_requests"] and bool(app.kernel.unanswered)
+            if drop:  # else 2 MiB of the kernel's memory would be written to for nothing, in every clone
                 app.kernel.abort_requests()
-            app.kernel.cells.restored(drop=request["drop_requests"])
+            app.kernel.cells.restored(drop=drop)
 
     def configure(request: dict[str, Any]) -> dict[str, Any]:
         """Environment and directory of a kernel that was started before anyone knew for whom."""

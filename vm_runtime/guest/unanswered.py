@@ -40,6 +40,10 @@ class Unanswered:
         with self._lock:
             self._requests.pop(_signature(frames), None)
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._requests)
+
     def list(self) -> list[dict[str, Any]]:
         """{"idents": [base64], "header": {...}} of each execute request, in the order in which they came."""
         with self._lock:
