@@ -72,26 +72,32 @@ ZERO_SOURCE = -1
 def overlay(lower: Sequence[Segment], upper: Sequence[Segment]) -> list[Segment]:
     """What is seen when `upper` lies over `lower`; both ascending and disjoint, and so is the result."""
     result: list[Segment] = []
-    index = 0
+    append, make = result.append, Segment._make  # tens of thousands of them, on the way of each restore
+    above = iter(upper)
+    over = next(above, None)
     for segment in lower:
         first, count, source, position = segment
         end = first + count
-        while index < len(upper) and upper[index].first + upper[index].pages <= first:
-            result.append(upper[index])
-            index += 1
-        cursor, at = first, index
-        while at < len(upper) and upper[at].first < end:
-            if upper[at].first > cursor:
-                result.append(Segment(cursor, upper[at].first - cursor, source, position + cursor - first))
-            cursor = upper[at].first + upper[at].pages
+        while over is not None and over[0] + over[1] <= first:
+            append(over)
+            over = next(above, None)
+        if over is None or over[0] >= end:
+            append(segment)
+            continue
+        cursor = first
+        while over is not None and over[0] < end:
+            if over[0] > cursor:
+                append(make((cursor, over[0] - cursor, source, position + cursor - first)))
+            cursor = over[0] + over[1]
             if cursor > end:
                 break  # it goes on over the next lower segment, which adds it
-            result.append(upper[at])
-            at += 1
-        index = at
+            append(over)
+            over = next(above, None)
         if cursor < end:
-            result.append(Segment(cursor, end - cursor, source, position + cursor - first))
-    result.extend(upper[index:])
+            append(make((cursor, end - cursor, source, position + cursor - first)))
+    if over is not None:
+        append(over)
+        result.extend(above)
     return result
 
 
