@@ -43,10 +43,7 @@ class Lab(SandboxService):
         """A checkpoint, with its times."""
         core = self._core
         async with core.lock(sandbox_id):
-            saved = core.running(sandbox_id).saved
-            taken = await saved.take(core.description(sandbox_id, name=None), then=Then.RESUME)
-            await core.keep(sandbox_id, taken.manifest)
-            return taken
+            return await core.take(sandbox_id, then=Then.RESUME)
 
     async def settled(self) -> None:
         """Waits until nothing is rewritten in the background."""

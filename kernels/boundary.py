@@ -35,6 +35,8 @@ class CellBoundary(Beside):
     after the next cell, too. before_resume: runs in the pause.
     """
 
+    asks_guest = True
+
     def __init__(
         self,
         live: LiveSandbox,

@@ -23,6 +23,7 @@ from benchmarks.results import Cell, Line
 from benchmarks.savers import DillSaver, KishuSaver, Saved, StateSaver, hypercell_saver, local_saver
 from benchmarks.setup import Bench
 from benchmarks.state_dirs import SCIKIT_LEARN, template_snapshot
+from kernels.models import CheckpointPolicy
 from vm_runtime.images.recipe import DEFAULT_RECIPE
 from vm_runtime.snapshots.manifest import Manifest
 
@@ -36,6 +37,7 @@ MAX_REASON_CHARACTERS = 70
 # something in between.
 SPAN = 10
 ROUNDS_PER_CELL = 10
+CELLS_IN_A_ROW = 15
 # Children that run before they are put to sleep; more would only wait for each other.
 FORKS_AT_ONCE = 8
 
@@ -69,6 +71,8 @@ async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
     async with open_lab(bench.state_dir, names=(DEFAULT_RECIPE,)) as lab:
         bench.say("pauses ...")
         yield await _pauses(bench, lab)
+        bench.say("cells with a checkpoint after each ...")
+        yield await _cells(bench, lab)
         bench.say("wakes ...")
         yield await _wakes(bench, lab)
         bench.say("rounds of sleep and wake ...")
@@ -213,6 +217,27 @@ async def _pauses(bench: Bench, lab: Lab) -> list[Line]:
         _own(f"the same until it is stored, {small_name}", "ms", totals[small_name]),
         _own(f"the same until it is stored, {large_name}", "ms", totals[large_name]),
     ]
+
+
+async def _cells(bench: Bench, lab: Lab) -> list[Line]:
+    """What checkpoints after cells cost who runs cells: a program, each right after the one before, and a person. In
+    turns with a kernel that has no checkpoints."""
+    async with lab.sandbox(DEFAULT_RECIPE) as without, lab.sandbox(DEFAULT_RECIPE) as each:
+        kernels = {"no checkpoints": without, "a checkpoint after each": each}
+        lab.configure(each[0], checkpoints=CheckpointPolicy.CELL)
+        lines = []
+        for title, rest_s in (("a cell right after another", 0.0), ("a cell half a second after another", REST_S)):
+            times: dict[str, list[float]] = {name: [] for name in kernels}
+            for _ in range(bench.times(4, quick=1)):
+                for name, (_, kernel) in kernels.items():
+                    for _ in range(CELLS_IN_A_ROW):
+                        began = perf_counter()
+                        await kernel.execute("x = 1")
+                        times[name].append(1000 * (perf_counter() - began))
+                        await asyncio.sleep(rest_s)
+                    await asyncio.sleep(REST_S)
+            lines += [_own(f"{title}, {name}", "ms", samples) for name, samples in times.items()]
+        return lines
 
 
 async def _wakes(bench: Bench, lab: Lab) -> list[Line]:

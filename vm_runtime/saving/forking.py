@@ -24,8 +24,7 @@ from vm_runtime.snapshots.memory import BaseMemory
 from vm_runtime.snapshots.sharing import SharedPages, place_pages
 from vm_runtime.snapshots.tracking import DirtyTracker, start_tracker
 
-# So many children map what a family shares. That saves each 10 MiB and more, and takes time: 50 ms to lay out, and
-# some 50 for the mappings of each.
+# So many children map what a family shares. That saves each 10 MiB and more, and takes time: 50 ms to lay out.
 _FAMILY = 4
 # Fewer children get copies of a capture that is smaller (32 MiB): that takes no longer.
 _SHARED_CAPTURE_PAGES = 8192

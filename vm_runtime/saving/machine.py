@@ -3,7 +3,7 @@
 Knows no VMM and does not start machines (saver.py does). A snapshot goes through these steps; only those between the
 lines stop the guest:
 
-    prepare     the tracker reserves memory, and copies what was written so far
+    prepare     the tracker reserves memory, and copies what was written so far; what is beside it has its last word
     ---------   pause
     capture     device state; the disk's overlay is frozen, if anything was written to it; the pages written since
     ---------   resume
@@ -64,10 +64,12 @@ class Beside:
     Until the machine runs again, what a step raises ends the attempt: nothing is stored, and the machine goes on.
     share_from_pages: as of `DirtyTracker.prepare`. needs_ground: open what the capture will lie on before the pause,
     and not when the capture is stored: with many layers that takes longer than the rest of the preparation.
+    asks_guest: `before_pause` has the guest do something, which writes to its memory.
     """
 
     share_from_pages: int | None = None
     needs_ground = False
+    asks_guest = False
 
     async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
         """Beside the preparation; the pause comes after both. ground: what the capture will lie on, opened when first
@@ -159,6 +161,8 @@ class SavedMachine:
                         preparing = asyncio.to_thread(tracker.prepare, share_from_pages=beside.share_from_pages)
                         await _all(preparing, beside.before_capture(under), *([under] if beside.needs_ground else []))
                         await beside.before_pause()
+                        if beside.asks_guest:
+                            await asyncio.to_thread(tracker.catch_up)
                         captured, pause_ms = await self._capture(tracker, draft.path("device"), then, beside)
                         with _kept_readable(captured) as kept:
                             await beside.when_captured(kept)

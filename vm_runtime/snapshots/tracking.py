@@ -41,6 +41,10 @@ class DirtyTracker(Protocol):
 
         share_from_pages: if so many are copied now, clones will map them; None: they will not."""
 
+    def catch_up(self) -> None:
+        """The same for what was written since `prepare`: to be called right before the pause if that was much. May be
+        left out."""
+
     def capture(self) -> CapturedPages:
         """Copy the pages; the machine must be paused, from before this call until after it."""
 
@@ -67,6 +71,9 @@ class CumulativeTracker:
         pages = count_pages(written_pages(self._pid, self._address, self._size_bytes))
         shared = share_from_pages is not None and pages >= share_from_pages
         self._buffer = PageBuffer(pages + pages // 4 + _SLACK_PAGES, shared=shared)
+
+    def catch_up(self) -> None:
+        """Nothing to do: every capture is complete, and its memory reserved with some to spare."""
 
     def capture(self) -> CapturedPages:
         buffer, self._buffer = self._buffer, None

@@ -79,7 +79,8 @@ class WriteProtectTracker:
         self._pagemap = pagemap
         # Written since the last commit as far as scans have seen it; protected again, so no later scan finds them.
         self._pending: list[Run] = []
-        self._ahead: tuple[list[Run], PageBuffer] | None = None
+        # Copied ahead of the pause; later parts lie over earlier ones.
+        self._ahead: list[tuple[tuple[Run, ...], PageBuffer]] = []
         self._buffer: PageBuffer | None = None
 
     @classmethod
@@ -117,32 +118,36 @@ class WriteProtectTracker:
     def prepare(self, *, share_from_pages: int | None = None) -> None:
         """Reserve memory, and if much was written, copy it while the machine runs."""
         self._pending = union(self._pending, self._protect())
+        self._ahead = []
         pages = count_pages(self._pending)
         if pages >= _COPY_AHEAD_PAGES:
-            ahead = PageBuffer(pages, shared=share_from_pages is not None and pages >= share_from_pages)
-            read_pages(self._pid, self._address, self._pending, ahead)
-            self._ahead = (list(self._pending), ahead)
+            self._copy_ahead(self._pending, shared=share_from_pages is not None and pages >= share_from_pages)
             pages = 0
         self._buffer = PageBuffer(pages + _SLACK_PAGES)
 
+    def catch_up(self) -> None:
+        fresh = self._protect()
+        self._pending = union(self._pending, fresh)
+        if self._ahead and fresh:
+            self._copy_ahead(fresh, shared=False)
+
     def capture(self) -> CapturedPages:
         fresh = self._protect()
-        ahead, self._ahead = self._ahead, None
+        ahead, self._ahead = self._ahead, []
         runs = fresh if ahead else union(self._pending, fresh)
         self._pending = union(self._pending, fresh)
         buffer, self._buffer = self._buffer, None
         if buffer is None or buffer.capacity_pages < count_pages(runs):
             buffer = PageBuffer(count_pages(runs))
         read_pages(self._pid, self._address, runs, buffer)
-        parts = [(tuple(ahead[0]), ahead[1])] if ahead else []
-        return CapturedPages(size_bytes=self._size_bytes, parts=(*parts, (tuple(runs), buffer)))
+        return CapturedPages(size_bytes=self._size_bytes, parts=(*ahead, (tuple(runs), buffer)))
 
     def commit(self) -> None:
         self._pending = []
 
     def close(self) -> None:
         """Give the descriptors back. The VMM keeps its own: protection ends with the VMM."""
-        self._ahead = self._buffer = None
+        self._ahead, self._buffer = [], None
         for fd in (self._userfaultfd, self._pagemap):
             if fd >= 0:
                 os.close(fd)
@@ -153,6 +158,11 @@ class WriteProtectTracker:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _copy_ahead(self, runs: Sequence[Run], *, shared: bool) -> None:
+        buffer = PageBuffer(count_pages(runs), shared=shared)
+        read_pages(self._pid, self._address, runs, buffer)
+        self._ahead.append((tuple(runs), buffer))
 
     def _protect(self) -> list[Run]:
         """The machine's own pages that were not protected, and now are."""

@@ -92,6 +92,8 @@ def test_what_is_written_after_the_copy_ahead_is_in_the_capture(
     with _start(process) as tracker:
         process.write(0, 1500, 1)
         tracker.prepare()
+        process.write(690, 20, 3)
+        tracker.catch_up()
         seen = process.write(700, 10, 2)
         captured = tracker.capture()
         assert captured.page_count == 1500
@@ -103,24 +105,38 @@ def test_what_is_written_after_the_copy_ahead_is_in_the_capture(
     assert restored.touch() == seen
 
 
+class Ending(Enum):
+    """Of an attempt at a snapshot: before the pause, before it is stored, or not at all."""
+
+    GIVEN_UP = auto()
+    FAILED = auto()
+    STORED = auto()
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rounds=st.lists(st.tuples(_WRITES, _WRITES, st.booleans()), min_size=1, max_size=4))
+@given(rounds=st.lists(st.tuples(_WRITES, _WRITES, _WRITES, st.sampled_from(Ending)), min_size=1, max_size=4))
 def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
     mapper: Start, base: BaseMemory, tmp_path_factory: pytest.TempPathFactory, rounds: list[Any]
 ) -> None:
-    """Some snapshots fail (are not committed); restored processes are captured again, over the same chain."""
+    """Some snapshots fail (are not committed), or are given up before the pause; restored processes are captured again,
+    over the same chain."""
     directory = tmp_path_factory.mktemp("layers")
     process, layers = mapper(), []
     tracker = start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
     assert tracker.incremental
-    for number, (before, between, fails) in enumerate(rounds):
+    for number, (before, between, late, ending) in enumerate(rounds):
         for page, pages, byte in before:
             process.write(page, min(pages, PAGES - page), byte)
         tracker.prepare()
         for page, pages, byte in between:
             process.write(page, min(pages, PAGES - page), byte)
+        tracker.catch_up()
+        for page, pages, byte in late:
+            process.write(page, min(pages, PAGES - page), byte)
+        if ending is Ending.GIVEN_UP and number < len(rounds) - 1:
+            continue
         captured, seen = tracker.capture(), process.touch()
-        if fails and number < len(rounds) - 1:
+        if ending is Ending.FAILED and number < len(rounds) - 1:
             continue
         path = directory / str(number)
         captured.write(path, under=MemoryImage(base, layers))
