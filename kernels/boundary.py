@@ -19,9 +19,12 @@ from vm_runtime.states import RunState
 
 log = logging.getLogger(__name__)
 
-# From the guest's answer until the state is captured: everything is prepared by then, so milliseconds. Also how long
-# the next cell waits in vain if the snapshot fails just then, or this process dies.
-HOLD_S = 2.0
+# From the guest's answer until the state is captured: everything is prepared by then, so milliseconds. Also from the
+# start of a machine in this state until it is greeted, which tells it what to do with the cells that wait; and how long
+# the next cell waits in vain if this process dies just then and nobody takes its place.
+HOLD_S = 30.0
+# The guest answers within milliseconds; one that hangs is not waited for.
+ASK_TIMEOUT_S = 2.0
 
 
 async def _nothing() -> None:
@@ -53,16 +56,18 @@ class CellBoundary(Beside):
         self._before_resume = before_resume or _nothing
         # The state that the snapshot is described with; None while it is not known better than by its owner.
         self._between: bool | None = None
+        self._asked = False
         self._cell: int | None = None
         self._held_until = 0.0
 
     async def before_pause(self) -> None:
         if self._live.saved.machine.state is not RunState.RUNNING:
             return  # it stands still, so its kernel can be neither asked nor ahead of what it said
+        self._asked = True
         # From before it is asked: the guest counts its limit from later on.
         self._held_until = asyncio.get_running_loop().time() + HOLD_S
         try:
-            last = await self._live.session.hold_cells(limit_s=HOLD_S, timeout_s=HOLD_S)
+            last = await self._live.session.hold_cells(limit_s=HOLD_S, timeout_s=ASK_TIMEOUT_S)
         except MachineFailedError as error:
             if self._strict:
                 raise CellRunsError(f"The kernel does not say whether a cell runs: {error}") from error
@@ -79,7 +84,13 @@ class CellBoundary(Beside):
         await self._before_resume()
 
     async def when_captured(self, captured: Captured) -> None:
-        if self._between and self._then is Then.RESUME:
+        if self._then is Then.RESUME:
+            await self.let_go()
+
+    async def let_go(self) -> None:
+        """Cells may begin in the machine itself, if it runs. Twice is harmless."""
+        if self._asked and self._live.saved.machine.state is RunState.RUNNING:
+            self._asked = False
             await self._live.release_cells(waits=self._waits)
 
     def described(self, description: Description) -> Description:

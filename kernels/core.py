@@ -321,7 +321,11 @@ class Core:
         description = self.description(sandbox_id, name=name)
         waits = self.get(sandbox_id).checkpoints == CheckpointPolicy.CELL
         beside = CellBoundary(live, then=then, strict=strict, waits=waits, before_resume=before_resume)
-        taken = await live.saved.take(description, then=then, beside=beside)
+        try:
+            taken = await live.saved.take(description, then=then, beside=beside)
+        except BaseException:
+            await beside.let_go()
+            raise
         await self.keep(sandbox_id, taken.manifest)
         return taken
 

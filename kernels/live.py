@@ -25,6 +25,8 @@ RESTART_TIMEOUT_S = 60.0
 # Of a guest that hangs: what waits for it here (a snapshot that is to be stored) waits no longer than this.
 RELEASE_TIMEOUT_S = 2.0
 CATCH_UP_S = 2.0
+# From a cell's reply to its end.
+ENDING_S = 0.1
 # Between the wire's end and the VMM process's own end when both come from the same death.
 DYING_S = 1.0
 
@@ -112,13 +114,26 @@ class LiveSandbox:
         except MachineFailedError as error:
             log.info("A kernel was not told that its next cell may begin: %s", error)
 
-    async def catch_up(self) -> Sequence[Mapping[str, Any]]:
+    async def go_on(self) -> None:
+        """Resumes the machine whose state was saved to stop it, and its cells."""
+        await self.saved.machine.resume()
+        await self.release_cells(waits=self.next_waits)
+
+    async def catch_up(self, *, inside: bool) -> Sequence[Mapping[str, Any]]:
         """Waits until the guest's word of the last cell that has ended by now has come: clients may hear of its end
-        before we do. What follows from it has begun then. Answers the requests that wait for an answer."""
+        before we do. What follows from it has begun then. Answers the requests that wait for an answer.
+
+        inside: it is a cell that asks for this. Else one that runs may be about to end: a reply comes before that.
+        """
         unanswered: Sequence[Mapping[str, Any]] = ()
         try:
             async with asyncio.timeout(CATCH_UP_S):
+                self._cell_ended.clear()
                 last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
+                if not last.held and not inside:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._cell_ended.wait(), ENDING_S)
+                    last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
                 unanswered = last.unanswered
                 while last.held and last.cell != self.cell:
                     self._cell_ended.clear()
@@ -153,7 +168,8 @@ class LiveSandbox:
                 if event.state == "idle":
                     self.cell = event.cell
                 self._notices.execution_state(event.state)
-                self._cell_ended.set()
+                if event.state == "idle":
+                    self._cell_ended.set()
             case KernelExited():
                 self._exits.put_nowait(event)
 

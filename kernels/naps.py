@@ -53,7 +53,7 @@ class Naps:
         except Exception as error:
             # Also where the snapshot is there but could not be noted down (a full disk): what runs must not be lost.
             if was_running and live.saved.machine.state is RunState.PAUSED:
-                await live.saved.machine.resume()
+                await live.go_on()
             live.start()
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
         await core.take_down(sandbox_id)

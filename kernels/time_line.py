@@ -171,24 +171,24 @@ class TimeLine:
 
         reply_to: the cell that asked for it from inside (docs/sandbox_calls.md). RequestError, MachineFailedError.
         """
-        unanswered = await self._catch_up(sandbox_id)
+        unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
             manifest = await asyncio.to_thread(self._find, sandbox_id, target)
             return await self._goto(sandbox_id, manifest, reply_to, unanswered)
 
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
-        unanswered = await self._catch_up(sandbox_id)
+        unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
             manifest = await asyncio.to_thread(self._before, sandbox_id)
             return await self._goto(sandbox_id, manifest, reply_to, unanswered)
 
-    async def _catch_up(self, sandbox_id: str) -> Sequence[Mapping[str, Any]]:
+    async def _catch_up(self, sandbox_id: str, *, inside: bool) -> Sequence[Mapping[str, Any]]:
         """Has the checkpoint after a cell whose end its client knows already come before what it asks now. Answers the
         requests of cells that run or wait."""
         live = self._core.live.get(sandbox_id)
         if live is not None and self._core.get(sandbox_id).state is SandboxState.RUNNING:
-            return await live.catch_up()
+            return await live.catch_up(inside=inside)
         return ()
 
     def _before(self, sandbox_id: str) -> Manifest:
@@ -254,15 +254,15 @@ class TimeLine:
         if state is SandboxState.ASLEEP:
             yield
             return
-        machine = core.running(sandbox_id).saved.machine
+        live = core.running(sandbox_id)
         # To the millisecond: one goes back and forth more than once in a second.
         name = f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
         await self._take(sandbox_id, name=name, then=Then.STOP, before_resume=before_resume)
         try:
             yield
         except BaseException:
-            if state is not SandboxState.PAUSED and not machine.is_dead:
-                await machine.resume()
+            if state is not SandboxState.PAUSED and not live.saved.machine.is_dead:
+                await live.go_on()
             raise
         await core.take_down(sandbox_id)
         core.registry.move(sandbox_id, SandboxState.ASLEEP)

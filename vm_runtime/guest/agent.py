@@ -96,16 +96,15 @@ class Agent:
                 self._renewal.renew(wall_clock_ns=hello.wall_clock_ns, entropy=hello.entropy, identity=hello.identity)
             except OSError as error:
                 problems.append(f"The machine could not be renewed: {error}")
-        if hello.restored or hello.kernel_key is not None:
-            try:
-                await self._keeper.renew(
-                    key=hello.kernel_key,
-                    restored=hello.restored,
-                    keep_random=hello.keep_random,
-                    drop_requests=hello.extra.get("drop_requests") is True,
-                )
-            except KernelError as error:
-                problems.append(str(error))
+        try:
+            await self._keeper.renew(
+                key=hello.kernel_key,
+                restored=hello.restored,
+                keep_random=hello.keep_random,
+                drop_requests=hello.extra.get("drop_requests") is True,
+            )
+        except KernelError as error:
+            problems.append(str(error))
         if (answers := _answers(hello)) != Answers():
             try:
                 await self._keeper.answer(answers)

@@ -14,8 +14,9 @@ from collections.abc import Callable
 # and one that has not after this long is too busy, or stores the one before; the user's cells are not to wait for that.
 UNASKED_S = 0.3
 
-# The most that a host may ask for.
-HOLD_MAX_S = 5.0
+# The most that a host may ask for. A state that is captured while cells are held must hold them in its copies until
+# they are greeted, which takes seconds where many start at once.
+HOLD_MAX_S = 60.0
 
 
 class Cells:
@@ -51,17 +52,16 @@ class Cells:
                 return
             self._running.remove(cell)
             if not self._running:
-                self._until_s = time.monotonic() + UNASKED_S if self._waits else 0.0
+                if self._waits:
+                    self._until_s = max(self._until_s, time.monotonic() + UNASKED_S)
                 self._on_change(False, self._waits)
 
     def hold(self, limit_s: float) -> bool:
-        """Let no cell begin until `release`, at least as long as before and at most for `limit_s` if that is longer.
-        False if one runs; nothing is changed then."""
+        """Let no further cell begin until `release`, at least as long as before and at most for `limit_s` if that is
+        longer. False if one runs; it goes on."""
         with self._changed:
-            if self._running:
-                return False
             self._until_s = max(self._until_s, time.monotonic() + min(limit_s, HOLD_MAX_S))
-            return True
+            return not self._running
 
     def release(self, *, waits: bool) -> None:
         """Let cells begin. waits: whether, after the next, the one after it waits again."""
@@ -70,9 +70,8 @@ class Cells:
             self._until_s = 0.0
             self._changed.notify_all()
 
-    def restored(self, *, drop: bool) -> None:
-        """This is a copy of the state that was saved: nobody takes a checkpoint of it now. drop: cells that waited then
-        must not run here."""
+    def greeted(self, *, drop: bool) -> None:
+        """Another host, or another state: nobody takes a checkpoint of it now. drop: cells that wait must not run."""
         with self._changed:
             self._restores += drop
             self._until_s = 0.0

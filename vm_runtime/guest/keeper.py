@@ -148,8 +148,8 @@ class KernelKeeper:
     async def renew(
         self, *, key: str | None, restored: bool = False, keep_random: bool = False, drop_requests: bool = False
     ) -> None:
-        """A new key for the kernel (None keeps the old one) and, after a restore, new random numbers in its process.
-        drop_requests: cells that waited in it to be run when it was saved are aborted."""
+        """With each greeting: a new key for the kernel (None keeps the old one), and cells that were held may begin.
+        After a restore new random numbers in its process. drop_requests: cells that wait in it are aborted."""
         if key is not None:
             self._key = key
         if self._kernel is not None:

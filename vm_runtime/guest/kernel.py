@@ -15,6 +15,8 @@ import sys
 import tempfile
 import traceback
 import uuid
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,10 @@ from vm_runtime.guest.warm import warm_up
 SSL_SEED_BYTES = 48
 # The state of NumPy's global generator; as many as its position says, the next number is drawn from new ones.
 MT19937_WORDS = 624
+
+
+# The frames of the request that is being handled.
+_request: ContextVar[Sequence[Any]] = ContextVar("request", default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +78,11 @@ class HypercellKernel(IPythonKernel):
 
     async def dispatch_shell(self, msg: Any, /, *args: Any, **kwargs: Any) -> None:
         """A request is handled."""
+        token = _request.set(msg)
         try:
             await super().dispatch_shell(msg, *args, **kwargs)
         finally:
+            _request.reset(token)
             self.unanswered.remove(msg)
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
@@ -95,6 +103,8 @@ class HypercellKernel(IPythonKernel):
             if self.session is not None:
                 self.session.send(stream, "execute_reply", reply, parent, ident=ident)
         finally:
+            # Before its end is told: no cell that has ended is unanswered.
+            self.unanswered.remove(_request.get())
             self.cells.end(cell)
 
     async def do_shutdown(self, restart: bool) -> Any:
@@ -263,10 +273,10 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
                 stream.resign(session.sign)
         if request["restored"]:
             reseed(keep_random=request["keep_random"])
-            drop = request["drop_requests"] and bool(app.kernel.unanswered)
-            if drop:  # else 2 MiB of the kernel's memory would be written to for nothing, in every clone
-                app.kernel.abort_requests()
-            app.kernel.cells.restored(drop=drop)
+        drop = request["drop_requests"] and bool(app.kernel.unanswered)
+        if drop:  # else 2 MiB of the kernel's memory would be written to for nothing, in every clone
+            app.kernel.abort_requests()
+        app.kernel.cells.greeted(drop=drop)
 
     def configure(request: dict[str, Any]) -> dict[str, Any]:
         """Environment and directory of a kernel that was started before anyone knew for whom."""
