@@ -115,7 +115,7 @@ class Chaos:
     # The operations. A model changes when its operation has been answered.
 
     async def create(self) -> None:
-        sandbox_id = await self.api.create()
+        sandbox_id = await self.api.create(checkpoints=self.random.choice(("off", "cell")))
         await value_of(
             self.gateway, sandbox_id, "import os; n = 0; _ = open('/tmp/n', 'w').write('0'); data = bytes(200_000)"
         )
