@@ -111,6 +111,20 @@ class HypercellKernel(IPythonKernel):
         self.iopub_thread.outbox.release()
         return await super().do_shutdown(restart)
 
+    def finish_metadata(self, parent: Any, metadata: Any, reply_content: Any) -> Any:
+        """Called right before a reply is sent. After a failed cell ipykernel aborts those behind it once its reply is
+        sent, and with them what a program sends in answer to that reply, which comes sooner than an emulated kernel
+        gets there. So it is done before."""
+        header, content = parent["header"], parent["content"]
+        # Not for one that asks a subshell which is not there: no cell has run then.
+        failed = bool(_request.get()) and header["msg_type"] == "execute_request" and reply_content["status"] == "error"
+        if failed and not content.get("silent", False) and content.get("stop_on_error", True):
+            super()._abort_queues(header.get("subshell_id"))
+        return super().finish_metadata(parent, metadata, reply_content)
+
+    def _abort_queues(self, subshell_id: str | None = None) -> None:
+        """`finish_metadata` has done it."""
+
     def abort_requests(self) -> None:
         """Answer the cells that wait here to be run with "aborted", as after an error. From any thread.
 
@@ -118,7 +132,7 @@ class HypercellKernel(IPythonKernel):
         """
         stream, thread = self.shell_stream, self.shell_channel_thread
         if stream is None or thread is None:
-            self.io_loop.add_callback(self._abort_queues)
+            self.io_loop.add_callback(super()._abort_queues)
             return
         self._aborting = True
         subshells = thread.manager.list_subshell()

@@ -54,6 +54,23 @@ async def test_the_next_cell_waits_while_it_is_held(host: Host) -> None:
         assert (await run(jupyter, "print(x)"))[0] == "2\n"
 
 
+async def test_what_answers_a_failed_cell_s_reply_runs_and_what_waited_behind_it_does_not(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        await host.call("kernel.release", waits=False)
+        for _ in range(50):
+            failing = jupyter.execute("import time; time.sleep(0.05); 1 / 0")
+            behind = jupyter.execute("x = 'behind'")
+            assert (await reply_to(jupyter, failing))["status"] == "error"
+            answer = jupyter.execute("x = 'answer'")
+            assert (await reply_to(jupyter, behind))["status"] == "aborted"
+            assert (await reply_to(jupyter, answer))["status"] == "ok"
+            kept = jupyter.execute("1 / 0", stop_on_error=False)
+            behind = jupyter.execute("x = 'goes on'")
+            assert (await reply_to(jupyter, kept))["status"] == "error"
+            assert (await reply_to(jupyter, behind))["status"] == "ok"
+
+
 async def test_a_kernel_that_hears_nothing_goes_on(host: Host) -> None:
     await start(host)
     async with client(host) as jupyter:
