@@ -40,7 +40,7 @@ TOOLS = (
     ("mkfs.erofs", "erofs-utils", "building images"),
     ("mkfs.ext4", "e2fsprogs", "building templates"),
 )
-# The walls that cgroups make (vm_runtime/drivers/qemu/cgroups.py).
+# The walls that cgroups make (vm_runtime/confinement/cgroups.py).
 CGROUP_WALLS = ("memory limit", "cpu limit", "pids limit")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

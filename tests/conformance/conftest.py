@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance import pvh
 from vm_runtime.drivers.base import MachinePlace, MachineState
-from vm_runtime.drivers.qemu import pvh
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.machine import QemuMachine

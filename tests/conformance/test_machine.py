@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conformance import pvh
 from tests.conformance.conftest import DISK_MIB, MEMORY_MIB, Bench, beat, counted_on, read_word
+from vm_runtime.confinement.process import start_time_ticks
 from vm_runtime.drivers.base import MachineState
-from vm_runtime.drivers.qemu import pvh
 from vm_runtime.drivers.qemu.driver import QemuDriver
-from vm_runtime.drivers.qemu.process import start_time_ticks
 from vm_runtime.errors import MachineGoneError, MachineStartError, MachineStateError
 from vm_runtime.snapshots.layers import CapturedPages, Layer, MemoryImage
 from vm_runtime.snapshots.memory import PAGE_SIZE

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.conformance import pvh
 from tests.conformance.conftest import Bench, beat, read_word
 from vm_runtime.drivers.base import MachinePlace
-from vm_runtime.drivers.qemu import pvh
 from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Machine

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vm_runtime.confinement.report import ConfinementReport
 from vm_runtime.machine import Machine, MemoryMapping
 from vm_runtime.snapshots.layers import Layer
 from vm_runtime.snapshots.manifest import Vmm
@@ -49,26 +50,6 @@ class Capabilities:
     adopt: bool
     sealed_base: bool
     why_not: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfinementStep:
-    """One wall around the VMM. problem: None if it stands, else why the host does not allow it. fix: a command."""
-
-    name: str
-    problem: str | None = None
-    fix: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confinement:
-    """The walls around a VMM on this host, each with what is missing; `doctor` prints it."""
-
-    steps: tuple[ConfinementStep, ...]
-
-    @property
-    def missing(self) -> tuple[ConfinementStep, ...]:
-        return tuple(step for step in self.steps if step.problem is not None)
 
 
 class PreparedMachine(ABC):
@@ -120,8 +101,8 @@ class Driver(ABC):
         """The same for a snapshot's manifest: only an equal one can load its device state."""
 
     @abstractmethod
-    def confinement(self) -> Confinement:
-        """Which walls around the VMM this host allows."""
+    def confinement(self) -> ConfinementReport:
+        """How far this host allows a VMM to be confined."""
 
     @abstractmethod
     async def boot(

@@ -139,10 +139,6 @@ class Layer:
         )
 
     @property
-    def payload_bytes(self) -> int:
-        return count_pages(self.data_runs) * PAGE_SIZE
-
-    @property
     def long_pages(self) -> int:
         """Pages in runs that are long enough to be mapped."""
         return sum(count for _, count in self.data_runs if count >= LONG_RUN_PAGES)

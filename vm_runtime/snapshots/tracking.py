@@ -32,10 +32,6 @@ class DirtyTracker(Protocol):
     Without `commit()` (the snapshot failed) the next capture holds these pages again.
     """
 
-    @property
-    def incremental(self) -> bool:
-        """Whether a capture holds what was written since the last commit only (else: since the machine started)."""
-
     def prepare(self, *, share_from_pages: int | None = None) -> None:
         """Do what can be done while the machine runs, so that the pause is short. May be left out.
 
@@ -57,8 +53,6 @@ class DirtyTracker(Protocol):
 
 class CumulativeTracker:
     """Every page written since the machine was started (or since its layers were written into it: those count)."""
-
-    incremental = False
 
     def __init__(self, pid: int, *, address: int, size_bytes: int) -> None:
         self._pid = pid

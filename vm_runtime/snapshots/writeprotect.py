@@ -69,8 +69,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class WriteProtectTracker:
     """See `tracking.DirtyTracker`. Make it with `WriteProtectTracker.start`."""
 
-    incremental = True
-
     def __init__(self, pid: int, *, address: int, size_bytes: int, userfaultfd: int, pagemap: int) -> None:
         self._pid = pid
         self._address = address

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm_runtime.drivers.qemu import pvh, qcow2
+from tests.conformance import pvh
+from vm_runtime.confinement.host import FIRST_UID, UID_COUNT, machine_uid
+from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.death import MAX_QUOTE_CHARACTERS, Evidence, printable, reason
 from vm_runtime.drivers.qemu.machine import CONSOLE_TAIL_BYTES, Tail
 from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord
-from vm_runtime.drivers.qemu.walls import FIRST_UID, UID_COUNT, machine_uid
 from vm_runtime.errors import MachineStateError
 from vm_runtime.states import TRANSITIONS, RunState, advance, require
 

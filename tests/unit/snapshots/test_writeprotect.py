@@ -124,7 +124,7 @@ def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
     directory = tmp_path_factory.mktemp("layers")
     process, layers = mapper(), []
     tracker = start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
-    assert tracker.incremental
+    assert isinstance(tracker, WriteProtectTracker)
     for number, (before, between, late, ending) in enumerate(rounds):
         for page, pages, byte in before:
             process.write(page, min(pages, PAGES - page), byte)

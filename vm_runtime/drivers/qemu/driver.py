@@ -1,6 +1,6 @@
-"""The QEMU driver: starts VMMs behind their walls and finds them again.
+"""The QEMU driver: starts VMMs, confined, and finds them again.
 
-Assembles what its neighbours do: arguments.py (command line), process.py (spawner), cgroups.py, machine.py.
+Assembles what others do: arguments.py (command line), machine.py, and vm_runtime/confinement.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from vm_runtime.confinement.cgroups import Cgroup, CgroupRoot, Limits, find_root
+from vm_runtime.confinement.host import HostConfinement, find_confinement
+from vm_runtime.confinement.process import Process, Spawner, SpawnRequest, start_time_ticks
+from vm_runtime.confinement.report import ConfinementReport, ConfinementStep
 from vm_runtime.drivers.base import (
     Capabilities,
-    Confinement,
     Driver,
     MachinePlace,
     MachineState,
@@ -36,8 +39,6 @@ from vm_runtime.drivers.qemu.arguments import (
     Sockets,
     arguments,
 )
-from vm_runtime.drivers.qemu.cgroups import Cgroup, CgroupRoot, Limits, find_root
-from vm_runtime.drivers.qemu.confinement import Walls
 from vm_runtime.drivers.qemu.host_clock import tsc_khz
 from vm_runtime.drivers.qemu.machine import (
     QMP_SOCKET,
@@ -48,10 +49,8 @@ from vm_runtime.drivers.qemu.machine import (
     remove_runtime_files,
 )
 from vm_runtime.drivers.qemu.prepared import RESTORE_TIMEOUT_S, PreparedQemu, ending_on_error
-from vm_runtime.drivers.qemu.process import Process, Spawner, SpawnRequest, start_time_ticks
 from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
 from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord, boot_id
-from vm_runtime.drivers.qemu.walls import HostWalls, find_walls, machine_uid
 from vm_runtime.errors import MachineGoneError, MachineStartError, SpawnError
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.manifest import Vmm
@@ -86,7 +85,7 @@ class QemuDriver(Driver):
         accelerator: Accelerator,
         spawner: Spawner,
         cgroups: CgroupRoot,
-        walls: HostWalls,
+        confinement: HostConfinement,
         tsc_khz: int | None,
     ) -> None:
         self._program = program
@@ -95,17 +94,18 @@ class QemuDriver(Driver):
         self._cpu = cpu_model(accelerator)
         self._spawner = spawner
         self._cgroups = cgroups
-        self._walls = walls
+        self._confinement = confinement
         self._tsc_khz = tsc_khz
 
     @classmethod
     async def start(cls, *, accelerator: Accelerator, program: str = PROGRAM) -> Self:
-        """Find QEMU, start the spawner, find out which walls stand here. DriverUnavailableError, SpawnError."""
+        """Find QEMU, start the spawner, find out how VMMs can be confined here. DriverUnavailableError, SpawnError."""
         path, version = await find_program(program)
         spawner = Spawner()
         try:
             cgroups = await asyncio.to_thread(find_root)
-            walls = await find_walls(spawner, accelerator)
+            devices = ("/dev/kvm",) if accelerator is Accelerator.KVM else ()
+            confinement = await find_confinement(spawner, devices=devices)
             khz = await asyncio.to_thread(tsc_khz) if accelerator is Accelerator.TCG else None
         except BaseException:
             await spawner.close()
@@ -116,7 +116,7 @@ class QemuDriver(Driver):
             accelerator=accelerator,
             spawner=spawner,
             cgroups=cgroups,
-            walls=walls,
+            confinement=confinement,
             tsc_khz=khz,
         )
 
@@ -148,8 +148,10 @@ class QemuDriver(Driver):
             accelerator=self._accelerator,
         )
 
-    def confinement(self) -> Confinement:
-        return Confinement(steps=(*self._walls.steps(), *self._cgroups.steps()))
+    def confinement(self) -> ConfinementReport:
+        # QEMU has a seccomp filter of its own (-sandbox), which every host allows.
+        seccomp = ConfinementStep(name="seccomp")
+        return ConfinementReport(steps=(*self._confinement.steps(), seccomp, *self._cgroups.steps()))
 
     async def boot(
         self, spec: MachineSpec, *, place: MachinePlace, initramfs: Path, disk: Path, timeout_s: float
@@ -330,9 +332,11 @@ class QemuDriver(Driver):
                     argv=[str(self._program), *arguments(launch)],
                     env=_ENVIRONMENT,
                     descriptors=passed,
-                    walls=self._walls_for(place.id, spec.shape),
-                    namespaces=self._walls.namespaces,
-                    user_namespace=self._walls.user_namespace,
+                    confinement=self._confinement.of(
+                        place.id, read_only=self._shown_directories(), rlimits=_rlimits(spec.shape)
+                    ),
+                    namespaces=self._confinement.namespaces,
+                    user_namespace=self._confinement.user_namespace,
                     cgroups=cgroup.process_files,
                 )
                 process, _ = await self._spawner.spawn(request)
@@ -378,20 +382,9 @@ class QemuDriver(Driver):
                 raise SpawnError(f"Machine {place.id} could not be prepared: {error}") from error
             raise
 
-    def _walls_for(self, machine_id: str, shape: MachineShape) -> Walls:
-        file_bytes = max(shape.disk_mib + DISK_METADATA_MIB, shape.memory_mib) << 20
-        return Walls(
-            uid=machine_uid(machine_id) if self._walls.drop_user else None,
-            new_root=self._walls.new_root,
-            new_proc=self._walls.new_proc,
-            read_only=() if self._program.is_relative_to("/usr") else (str(self._program.parent.parent),),
-            devices=("/dev/kvm",) if self._accelerator is Accelerator.KVM else (),
-            rlimits=(
-                (resource.RLIMIT_CORE, 0),
-                (resource.RLIMIT_NOFILE, VMM_OPEN_FILES),
-                (resource.RLIMIT_FSIZE, file_bytes),
-            ),
-        )
+    def _shown_directories(self) -> tuple[str, ...]:
+        """Where QEMU and its files are, if not with the system's."""
+        return () if self._program.is_relative_to("/usr") else (str(self._program.parent.parent),)
 
     def _remove_unknown(self, place: MachinePlace) -> None:
         """A start that was interrupted before its record was written leaves sockets and perhaps empty cgroups."""
@@ -404,6 +397,14 @@ def _limits(shape: MachineShape) -> Limits:
         memory_bytes=(shape.memory_mib + VMM_OVERHEAD_MIB) << 20,
         cpus=shape.vcpus + VMM_EXTRA_CPUS,
         processes=VMM_PROCESSES + shape.vcpus,
+    )
+
+
+def _rlimits(shape: MachineShape) -> tuple[tuple[int, int], ...]:
+    return (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, VMM_OPEN_FILES),
+        (resource.RLIMIT_FSIZE, max(shape.disk_mib + DISK_METADATA_MIB, shape.memory_mib) << 20),
     )
 
 

@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vm_runtime.confinement.cgroups import Cgroup
+from vm_runtime.confinement.process import Process
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.arguments import DiskFile, overlay_node
-from vm_runtime.drivers.qemu.cgroups import Cgroup
 from vm_runtime.drivers.qemu.death import Evidence, printable, reason
 from vm_runtime.drivers.qemu.lending import may_lend
-from vm_runtime.drivers.qemu.process import Process
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import FILE_NAME, MachineRecord
 from vm_runtime.errors import MachineError, MachineGoneError, VmmCommandError, VmmProtocolError

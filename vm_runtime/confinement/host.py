@@ -1,6 +1,6 @@
-"""Finds out which walls around a VMM this host allows, and names the user behind them.
+"""Finds out how far this host allows a process to be confined, and gives each machine a user of its own.
 
-The walls themselves are put up in confinement.py, by the VMM's own process.
+namespaces.py does the confining, in the process itself.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_runtime.drivers.base import ConfinementStep
-from vm_runtime.drivers.qemu.arguments import Accelerator
-from vm_runtime.drivers.qemu.confinement import CLONE_NEWPID, CLONE_NEWUSER, NAMESPACES
-from vm_runtime.drivers.qemu.process import Spawner
+from vm_runtime.confinement.namespaces import CLONE_NEWPID, CLONE_NEWUSER, NAMESPACES, Confinement
+from vm_runtime.confinement.process import Spawner
+from vm_runtime.confinement.report import ConfinementStep
 
 # Users for VMMs where the gateway is root. No distribution hands out ids this high; systemd's dynamic users and
 # containers end below.
@@ -24,8 +23,8 @@ _USER_NAMESPACE_FIX = "sudo sysctl -w kernel.unprivileged_userns_clone=1 user.ma
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostWalls:
-    """What this host allows, found out once. errors: step -> why not."""
+class HostConfinement:
+    """What this host allows, found out once. errors: step -> why not. devices: those that each process gets."""
 
     namespaces: int
     user_namespace: bool
@@ -33,9 +32,10 @@ class HostWalls:
     new_proc: bool
     drop_user: bool
     errors: dict[str, str]
+    devices: tuple[str, ...]
 
     def steps(self) -> tuple[ConfinementStep, ...]:
-        """For `doctor`: each wall, and why it does not stand."""
+        """For `doctor`: each step, and why it is not possible."""
         names = [*NAMESPACES, "own root", "own /proc", "unprivileged user"]
         if self.user_namespace or "user namespace" in self.errors:
             names.insert(0, "user namespace")
@@ -45,13 +45,23 @@ class HostWalls:
             )
             for name in names
         ]
-        return (*found, ConfinementStep(name="seccomp"))
+        return tuple(found)
+
+    def of(self, machine_id: str, *, read_only: tuple[str, ...], rlimits: tuple[tuple[int, int], ...]) -> Confinement:
+        """The confinement of one machine's process, as far as this host allows it. Parameters: as of `Confinement`."""
+        return Confinement(
+            uid=machine_uid(machine_id) if self.drop_user else None,
+            new_root=self.new_root,
+            new_proc=self.new_proc,
+            read_only=read_only,
+            devices=self.devices,
+            rlimits=rlimits,
+        )
 
 
-async def find_walls(spawner: Spawner, accelerator: Accelerator) -> HostWalls:
+async def find_confinement(spawner: Spawner, *, devices: tuple[str, ...]) -> HostConfinement:
     """Try every namespace and a root of its own, in children that end at once."""
     user_namespace = os.geteuid() != 0
-    devices = ("/dev/kvm",) if accelerator is Accelerator.KVM else ()
     answer = await spawner.probe(user_namespace=user_namespace, devices=devices)
     errors = {str(name): f"{os.strerror(number)}." for name, number in answer["namespaces"] if number}
     namespaces = sum(flag for name, flag in NAMESPACES.items() if name not in errors)
@@ -67,13 +77,14 @@ async def find_walls(spawner: Spawner, accelerator: Accelerator) -> HostWalls:
     drop_user = not user_namespace and _is_mapped(FIRST_UID + UID_COUNT)
     if not drop_user and not user_namespace:
         errors["unprivileged user"] = "The user ids from 1,900,000,000 on are not mapped in this container."
-    return HostWalls(
+    return HostConfinement(
         namespaces=namespaces | (CLONE_NEWUSER if user_namespace and "user namespace" not in errors else 0),
         user_namespace=user_namespace and "user namespace" not in errors,
         new_root=new_root,
         new_proc=new_proc,
         drop_user=drop_user,
         errors=errors,
+        devices=devices,
     )
 
 

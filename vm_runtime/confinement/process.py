@@ -1,6 +1,6 @@
 """Processes as the gateway sees them: the client of the spawner, and a VMM's life and death through its pidfd.
 
-Knows no QEMU. A VMM that this process did not start can be watched too; only its exit status is then unknown.
+Knows no VMM. One that this process did not start can be watched too; only its exit status is then unknown.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import vm_runtime
-from vm_runtime.drivers.qemu.confinement import Walls
-from vm_runtime.drivers.qemu.spawner import MAX_PACKET_BYTES
+from vm_runtime.confinement.namespaces import Confinement
+from vm_runtime.confinement.spawner import MAX_PACKET_BYTES
 from vm_runtime.errors import SpawnError
 
 # The helper reaps a VMM in the moment its pidfd becomes readable; a busy host may take this long to run it.
 _STATUS_WAIT_S = 2.0
 _START_TIMEOUT_S = 30.0
 
-_BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from vm_runtime.drivers.qemu.spawner import main; main()"
+_BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from vm_runtime.confinement.spawner import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpawnRequest:
-    """A program to start behind walls. descriptors: the first becomes stdout and stderr, the others 3, 4, ...
+    """A program to start confined. descriptors: the first becomes stdout and stderr, the others 3, 4, ...
     namespaces: CLONE_* flags. cgroups: `cgroup.procs` files."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
     descriptors: Sequence[int]
-    walls: Walls
+    confinement: Confinement
     namespaces: int
     user_namespace: bool
     cgroups: Sequence[str]
@@ -134,7 +134,7 @@ class Spawner:
         message = {
             "argv": list(request.argv),
             "env": dict(request.env),
-            "walls": asdict(request.walls),
+            "confinement": asdict(request.confinement),
             "namespaces": request.namespaces,
             "user_namespace": request.user_namespace,
             "cgroups": list(request.cgroups),

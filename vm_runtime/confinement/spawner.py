@@ -1,9 +1,9 @@
 """The helper process that starts VMMs: single-threaded, small, so that cloning it is quick and safe.
 
-Runs as `python -I -S`, standard library only; imports nothing of this project but `confinement`. It knows no QEMU: it
+Runs as `python -I -S`, standard library only; imports nothing of this project but `namespaces`. It knows no VMM: it
 gets an argument vector. The gateway talks to it over a SOCK_SEQPACKET socket pair, one JSON object per packet:
 
-    -> {"id", "argv", "env", "walls": {...}, "namespaces", "user_namespace", "cgroups": [files]}   + descriptors:
+    -> {"id", "argv", "env", "confinement": {...}, "namespaces", "user_namespace", "cgroups": [files]}   + descriptors:
        the first becomes stdout and stderr, the others 3, 4, ... of the VMM
     <- {"id", "pid", "problems": [...]}  + a pidfd     the program has been executed
     <- {"id", "error"}                                 it has not; nothing is left
@@ -27,15 +27,15 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from vm_runtime.drivers.qemu.confinement import (
+from vm_runtime.confinement.namespaces import (
     CLONE_NEWNS,
     CLONE_NEWPID,
     CLONE_NEWUSER,
     NAMESPACES,
-    Walls,
+    Confinement,
     arrange_descriptors,
     clone,
-    put_up,
+    confine,
 )
 
 # One packet holds an argument vector (about 4 KiB) with room to spare; the socket's default buffer holds 200 KiB.
@@ -55,7 +55,7 @@ class _Starting:
     problems: list[str]
 
 
-class Spawner:
+class SpawnerLoop:
     """The helper's loop; `run()` returns when the gateway has closed its end."""
 
     def __init__(self, channel: socket.socket) -> None:
@@ -115,7 +115,7 @@ class Spawner:
         return True
 
     def _spawn(self, request: dict, descriptors: list[int]) -> None:  # type: ignore[type-arg]  # parsed JSON
-        walls = _walls(request["walls"])
+        confinement = _confinement(request["confinement"])
         status_read, status_write = os.pipe2(os.O_CLOEXEC)
         go_read, go_write = os.pipe2(os.O_CLOEXEC)
         try:
@@ -126,7 +126,7 @@ class Spawner:
             raise
         if pid == 0:
             os.close(go_write)
-            _become(request, walls, descriptors, status_write, go_read)
+            _become(request, confinement, descriptors, status_write, go_read)
         os.close(status_write)
         os.close(go_read)
         problems: list[str] = []
@@ -134,7 +134,7 @@ class Spawner:
             _map_user(pid)
         pidfd = os.pidfd_open(pid)
         os.close(go_write)
-        # While the child puts up its walls, since moving a process waits for the host's other CPUs (some ms each).
+        # While the child confines itself, since moving a process waits for the host's other CPUs (some ms each).
         for path in request["cgroups"]:
             try:
                 _write(path, str(pid))
@@ -183,8 +183,8 @@ class Spawner:
         self._channel.sendmsg([json.dumps(message).encode()], ancillary)
 
 
-def _walls(values: dict) -> Walls:  # type: ignore[type-arg]  # parsed JSON
-    return Walls(
+def _confinement(values: dict) -> Confinement:  # type: ignore[type-arg]  # parsed JSON
+    return Confinement(
         uid=values["uid"],
         new_root=values["new_root"],
         new_proc=values["new_proc"],
@@ -194,7 +194,7 @@ def _walls(values: dict) -> Walls:  # type: ignore[type-arg]  # parsed JSON
     )
 
 
-def _become(request: dict, walls: Walls, descriptors: list[int], status: int, go: int) -> None:  # type: ignore[type-arg]
+def _become(request: dict, confinement: Confinement, descriptors: list[int], status: int, go: int) -> None:  # type: ignore[type-arg]
     """The child: never returns."""
     try:
         signal.set_wakeup_fd(-1)
@@ -202,7 +202,7 @@ def _become(request: dict, walls: Walls, descriptors: list[int], status: int, go
         for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         stdio, *passed = descriptors
-        put_up(walls)
+        confine(confinement)
         status = arrange_descriptors(passed, status=status, stdio=stdio)
         os.execve(request["argv"][0], request["argv"], request["env"])
     except OSError as error:
@@ -225,15 +225,15 @@ def _probe(request: dict) -> dict[str, object]:  # type: ignore[type-arg]  # par
     answer: dict[str, object] = {"id": request["id"], "namespaces": namespaces, "root_error": None, "proc_error": None}
     if allowed & CLONE_NEWNS:
         for key, new_proc in (("proc_error", True), ("root_error", False)):
-            walls = Walls(
+            confinement = Confinement(
                 uid=None, new_root=True, new_proc=new_proc, read_only=(), devices=tuple(request["devices"]), rlimits=()
             )
-            error = _try_child(allowed if new_proc else allowed & ~CLONE_NEWPID, walls)
+            error = _try_child(allowed if new_proc else allowed & ~CLONE_NEWPID, confinement)
             answer[key] = None if error is None else error[1]
     return answer
 
 
-def _try_child(flags: int, walls: Walls | None) -> tuple[int, str] | None:
+def _try_child(flags: int, confinement: Confinement | None) -> tuple[int, str] | None:
     """(errno, text) of what went wrong in a child with these namespaces, or None."""
     read, write = os.pipe2(os.O_CLOEXEC)
     go_read, go_write = os.pipe2(os.O_CLOEXEC)
@@ -247,8 +247,8 @@ def _try_child(flags: int, walls: Walls | None) -> tuple[int, str] | None:
         os.close(go_write)
         try:
             os.read(go_read, 1)
-            if walls is not None:
-                put_up(walls)
+            if confinement is not None:
+                confine(confinement)
         except OSError as error:
             os.write(write, f"{error.errno} {error}".encode())
         os._exit(0)
@@ -289,4 +289,4 @@ def main() -> None:
     """`argv[1]` is the descriptor of the socket pair's end."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the gateway's terminal is for the gateway
-    Spawner(channel).run()
+    SpawnerLoop(channel).run()

@@ -1,6 +1,6 @@
-"""The walls around a VMM process, put up by the process itself between clone and exec.
+"""Confines a process, by the process itself, between clone and exec: namespaces, root, user, rlimits.
 
-Runs in the spawner's children, standard library only, no threads. Knows nothing of QEMU or of asyncio.
+Runs in the spawner's children, standard library only, no threads. Knows no VMM and no asyncio.
 
 The new root is a tmpfs with the system's programs and libraries (read-only), /proc of its own pid namespace and a few
 device nodes. Nothing of the state directory is in it: files come as open descriptors.
@@ -80,8 +80,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walls:
-    """What to put up. uid: the unprivileged user to become, None to stay (then a user namespace takes the rights away).
+class Confinement:
+    """How to confine. uid: the unprivileged user to become, None to stay (then a user namespace takes the rights away).
     new_root: whether the mount namespace gets a root of its own. read_only: further directories to show in it.
     rlimits: soft and hard limit by resource number, lowered to what is allowed."""
 
@@ -101,11 +101,11 @@ def clone(flags: int) -> int:
     return int(pid)
 
 
-def put_up(walls: Walls) -> None:
+def confine(confinement: Confinement) -> None:
     """Everything but descriptors and exec, in this process, for good. Raises OSError naming the step."""
-    if walls.new_root:
-        _enter_new_root(walls)
-    for number, limit in walls.rlimits:
+    if confinement.new_root:
+        _enter_new_root(confinement)
+    for number, limit in confinement.rlimits:
         _, hard = resource.getrlimit(number)
         value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(number, (value, value))
@@ -113,10 +113,10 @@ def put_up(walls: Walls) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     os.setsid()
     os.umask(0o077)
-    if walls.uid is not None:
+    if confinement.uid is not None:
         os.setgroups([])
-        os.setresgid(walls.uid, walls.uid, walls.uid)
-        os.setresuid(walls.uid, walls.uid, walls.uid)
+        os.setresgid(confinement.uid, confinement.uid, confinement.uid)
+        os.setresuid(confinement.uid, confinement.uid, confinement.uid)
     # A page that is written takes 4 KiB and not 2 MiB: sparse writes are what a clone does (measured: 28 of 59 MiB).
     _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
@@ -143,10 +143,10 @@ def _move_up(fd: int, lowest: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD, lowest)
 
 
-def _enter_new_root(walls: Walls) -> None:
+def _enter_new_root(confinement: Confinement) -> None:
     _mount("private mounts", None, "/", None, _MS_REC | _MS_PRIVATE, None)
     _mount("tmpfs for the root", "tmpfs", _NEW_ROOT, "tmpfs", _MS_NOSUID, _ROOT_TMPFS)
-    for source in (*_SYSTEM_DIRECTORIES, *walls.read_only):
+    for source in (*_SYSTEM_DIRECTORIES, *confinement.read_only):
         if os.path.islink(source):  # noqa: PTH114 - pathlib would be imported in every child for nothing
             os.symlink(os.readlink(source), _NEW_ROOT + source)  # noqa: PTH115, PTH211
         elif os.path.isdir(source):  # noqa: PTH112
@@ -158,10 +158,10 @@ def _enter_new_root(walls: Walls) -> None:
             Path(_NEW_ROOT + source).touch()
             _bind_read_only(source)
     os.mkdir(_NEW_ROOT + "/dev", mode=0o755)  # noqa: PTH102
-    for device in (*_DEVICES, *walls.devices):
+    for device in (*_DEVICES, *confinement.devices):
         _make_device(device)
     os.mkdir(_NEW_ROOT + "/proc", mode=0o555)  # noqa: PTH102
-    if walls.new_proc:
+    if confinement.new_proc:
         _mount("/proc", "proc", _NEW_ROOT + "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
     else:
         _mount("/proc of the host", "/proc", _NEW_ROOT + "/proc", None, _MS_BIND | _MS_REC, None)

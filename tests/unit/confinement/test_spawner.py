@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 import vm_runtime
-from vm_runtime.drivers.qemu.confinement import Walls
+from vm_runtime.confinement.namespaces import Confinement
 
 _ROOT = str(Path(vm_runtime.__path__[0]).parent)
-_HELPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from vm_runtime.drivers.qemu.spawner import main; main()"
-_WALLS = Walls(uid=None, new_root=False, new_proc=False, read_only=(), devices=(), rlimits=())
+_HELPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from vm_runtime.confinement.spawner import main; main()"
+_CONFINEMENT = Confinement(uid=None, new_root=False, new_proc=False, read_only=(), devices=(), rlimits=())
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def spawn(channel: socket.socket, marker: str) -> None:
         "id": 1,
         "argv": ["/bin/sleep", marker],
         "env": {},
-        "walls": asdict(_WALLS),
+        "confinement": asdict(_CONFINEMENT),
         "namespaces": 0,
         "user_namespace": False,
         "cgroups": [],

@@ -1,6 +1,6 @@
 """Memory, CPU and process limits around one VMM by cgroups, version 2 or 1, as far as this host lets us write them.
 
-Makes and removes the groups and reads why a VMM was killed; the spawner moves the process into them. Knows no QEMU.
+Makes and removes the groups and reads why a VMM was killed; the spawner moves the process into them. Knows no VMM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vm_runtime.drivers.base import ConfinementStep
+from vm_runtime.confinement.report import ConfinementStep
 
 CONTROLLERS = ("memory", "cpu", "pids")
 _PERIOD_US = 100_000
