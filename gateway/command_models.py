@@ -108,7 +108,7 @@ def signal_name(number: int | None) -> str | None:
 
 
 class ExecAnswer(Answer):
-    """How a command ended, and its output as text (bytes that are no UTF-8 become U+FFFD). exit_status or signal is
+    """How a command ended, and its output as text (bytes that are no UTF-8 become U+FFFD). exit_code or signal is
     null. truncated: there was more than max_output_bytes, of which the first are here."""
 
     command_id: str
@@ -116,7 +116,7 @@ class ExecAnswer(Answer):
     stderr: str
     stdout_truncated: bool
     stderr_truncated: bool
-    exit_status: int | None
+    exit_code: int | None
     signal: str | None
     timed_out: bool
 
@@ -133,7 +133,7 @@ class CommandAnswer(Answer):
     started_at: Timestamp
     output_bytes: int
     running: bool
-    exit_status: int | None
+    exit_code: int | None
     signal: str | None
     timed_out: bool
 
@@ -149,7 +149,7 @@ class CommandAnswer(Answer):
             started_at=timestamp(datetime.fromtimestamp(info.started_at, UTC)),
             output_bytes=info.output_bytes,
             running=info.running,
-            exit_status=info.exit_status,
+            exit_code=info.exit_code,
             signal=signal_name(info.signal),
             timed_out=info.timed_out,
         )

@@ -56,7 +56,7 @@ class _CommandSocket(SandboxSocket):
                         await self.send(
                             {
                                 "type": "exited",
-                                "exit_status": end.exit_status,
+                                "exit_code": end.exit_code,
                                 "signal": signal_name(end.signal),
                                 "timed_out": end.timed_out,
                             }

@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    AliasGenerator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from kernels.models import CreateSandbox, Kernelspec, Sandbox, SandboxState
 
@@ -57,10 +67,14 @@ class JupyterRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class SandboxRequest(BaseModel):
-    """A request of the sandbox API."""
+def _spellings(field: str) -> str | AliasChoices:
+    return AliasChoices(field, "timeout") if field == "timeout_s" else field
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class SandboxRequest(BaseModel):
+    """A request of the sandbox API. Where it has `timeout_s`, `timeout` is taken as well; both are an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=AliasGenerator(validation_alias=_spellings))
 
 
 class Answer(BaseModel):

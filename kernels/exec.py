@@ -74,7 +74,7 @@ class CommandInfo:
     started_at: float
     output_bytes: int
     running: bool
-    exit_status: int | None
+    exit_code: int | None
     signal: int | None
     timed_out: bool
 
@@ -91,7 +91,7 @@ class CommandInfo:
             started_at=time_of(value, "started_at"),
             output_bytes=number_of(value, "output_bytes"),
             running=value_of(value, "running", bool),
-            exit_status=number_of(value, "exit_status", optional=True),
+            exit_code=number_of(value, "exit_status", optional=True),
             signal=number_of(value, "signal", optional=True),
             timed_out=value_of(value, "timed_out", bool),
         )
@@ -112,9 +112,9 @@ class OutputSkipped:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandExited:
-    """exit_status or signal is None. timed_out: it was ended because its time was up."""
+    """exit_code or signal is None. timed_out: it was ended because its time was up."""
 
-    exit_status: int | None
+    exit_code: int | None
     signal: int | None
     timed_out: bool
 
@@ -248,7 +248,7 @@ def _event(kind: CommandFrame, payload: bytes) -> CommandEvent:
         case _:
             value = parse_json(payload)
             return CommandExited(
-                exit_status=number_of(value, "exit_status", optional=True),
+                exit_code=number_of(value, "exit_status", optional=True),
                 signal=number_of(value, "signal", optional=True),
                 timed_out=value_of(value, "timed_out", bool),
             )

@@ -137,9 +137,11 @@ def passed(arguments: ast.arguments) -> list[str]:
         is_callback = argument.annotation is not None and ast.unparse(argument.annotation).startswith(CALLBACK_TYPES)
         return f"here({argument.arg})" if is_callback else argument.arg
 
+    # `timeout` has become `timeout_s` (takes_timeout, which the blocking method has as well).
+    named = [argument for argument in arguments.kwonlyargs if argument.arg != "timeout"]
     positional = [one(argument) for argument in arguments.args if argument.arg not in {"self", "cls"}]
     starred = [f"*{arguments.vararg.arg}"] if arguments.vararg else []
-    return [*positional, *starred, *(f"{argument.arg}={one(argument)}" for argument in arguments.kwonlyargs)]
+    return [*positional, *starred, *(f"{argument.arg}={one(argument)}" for argument in named)]
 
 
 def docstring(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, indent: str) -> str:

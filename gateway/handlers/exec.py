@@ -63,7 +63,7 @@ async def run_command(call: Call) -> Reply:
         stderr=kept["stderr"].text(),
         stdout_truncated=kept["stdout"].truncated,
         stderr_truncated=kept["stderr"].truncated,
-        exit_status=event.exit_status,
+        exit_code=event.exit_code,
         signal=signal_name(event.signal),
         timed_out=event.timed_out,
     )

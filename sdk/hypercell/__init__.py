@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from hypercell.values import SnapshotInfo as SnapshotInfo
     from hypercell.values import TerminalSize as TerminalSize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ERRORS = (
     "CapacityError ClosedError CodeError CodeTimeoutError CommandFailedError ConnectionLostError ContentBrokenError "

@@ -138,7 +138,7 @@ class CommandFailedError(HypercellError):
     """A command run with `check=True` ended with another status than 0. result: how, and what it said."""
 
     def __init__(self, result: CommandResult) -> None:
-        how = "its time was up" if result.timed_out else result.signal or f"status {result.exit_status}"
+        how = "its time was up" if result.timed_out else result.signal or f"status {result.exit_code}"
         last = (result.stderr or result.stdout).strip().rpartition("\n")[2]
         super().__init__(f"The command ended with {how}" + (f": {last[:500]}" if last else "."))
         self.result = result

@@ -12,10 +12,12 @@ from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.aio.search import DEFAULT_CONCURRENCY, Budget, Expand, Node, Rollout, SearchResult
 from hypercell.blocking.portal import BlockingCall, iterate
 from hypercell.blocking.sandbox import Sandbox
+from hypercell.timeouts import takes_timeout
 
 __all__ = ["Budget", "Node", "Rollout", "SearchResult", "beam_search", "best_first_search", "rollouts", "take"]
 
 
+@takes_timeout
 def beam_search(
     sandbox: Sandbox,
     *,
@@ -24,6 +26,7 @@ def beam_search(
     width: int = 3,
     budget: Budget | None = None,
     timeout_s: float | None = None,
+    timeout: float | None = None,
     concurrency: int = DEFAULT_CONCURRENCY,
 ) -> SearchResult:
     """Level by level, going on with the `width` best states of each.
@@ -46,6 +49,7 @@ def beam_search(
     )
 
 
+@takes_timeout
 def best_first_search(
     sandbox: Sandbox,
     *,
@@ -54,6 +58,7 @@ def best_first_search(
     frontier: int = 16,
     budget: Budget | None = None,
     timeout_s: float | None = None,
+    timeout: float | None = None,
     concurrency: int = DEFAULT_CONCURRENCY,
 ) -> SearchResult:
     """Always goes on from the best state that has not been expanded yet.
@@ -78,12 +83,14 @@ def take(result: SearchResult) -> Sandbox:
     return Sandbox(result.best.sandbox)
 
 
+@takes_timeout
 def rollouts(
     sandbox: Sandbox,
     task: str | Callable[[Sandbox, int], Any],
     n: int,
     *,
     timeout_s: float | None = None,
+    timeout: float | None = None,
     concurrency: int = DEFAULT_CONCURRENCY,
 ) -> Iterator[Rollout]:
     """n children of one sandbox, each with the same task; their results as they come. Each child is gone afterwards.

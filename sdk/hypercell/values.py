@@ -153,19 +153,19 @@ class CommandInfo(_Parsed):
     started_at: datetime
     output_bytes: int
     running: bool
-    exit_status: int | None = None
+    exit_code: int | None = None
     signal: str | None = None
     timed_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandResult:
-    """How a command ended. exit_status is None if a signal ended it, which `signal` names then.
+    """How a command ended. exit_code is None if a signal ended it, which `signal` names then.
 
     stdout, stderr: what it said while it was followed. skipped_bytes: output that was kept no more.
     """
 
-    exit_status: int | None
+    exit_code: int | None
     signal: str | None
     timed_out: bool
     stdout: str
@@ -175,7 +175,7 @@ class CommandResult:
     @property
     def ok(self) -> bool:
         """Whether it ended with status 0."""
-        return self.exit_status == 0
+        return self.exit_code == 0
 
 
 @dataclass(frozen=True, kw_only=True)

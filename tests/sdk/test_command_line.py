@@ -62,7 +62,7 @@ def test_the_life_of_a_sandbox(made: str) -> None:
 def test_exec(made: str) -> None:
     assert hypercell("exec", "-i", made, "cat", stdin="typed") == "typed"
     assert "oops" in hypercell("exec", made, "--", "sh", "-c", "echo oops >&2; exit 7", status=7)
-    assert json.loads(hypercell("exec", "--json", made, "exit 5", status=5))["exit_status"] == 5
+    assert json.loads(hypercell("exec", "--json", made, "exit 5", status=5))["exit_code"] == 5
     hypercell("exec", "--timeout", "0.5", made, "sleep 60", status=124)
     hypercell("exec", made, "kill -9 $$", status=128 + 9)
     hypercell("exec", "-d", made, "echo begun; sleep 2; echo done")

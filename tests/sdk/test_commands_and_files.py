@@ -32,7 +32,7 @@ def test_a_command_and_how_it_ended(sandbox: Sandbox) -> None:
     result = sandbox.commands.run(
         "echo $WORD; cat; echo oops >&2; exit 3", env={"WORD": "w"}, stdin="typed\n", on_stderr=heard.append
     )
-    assert (result.stdout, result.stderr, result.exit_status, result.ok) == ("w\ntyped\n", "oops\n", 3, False)
+    assert (result.stdout, result.stderr, result.exit_code, result.ok) == ("w\ntyped\n", "oops\n", 3, False)
     assert heard == ["oops\n"]
     with pytest.raises(CommandFailedError, match="status 3: oops"):
         sandbox.commands.run("echo oops >&2; exit 3", check=True)
@@ -100,7 +100,7 @@ def test_a_terminal(sandbox: Sandbox) -> None:
     with command:
         result = command.wait()
     assert "".join(said) == result.stdout == "20 70\r\ngo on\r\n10 30\r\n"
-    assert result.exit_status == 4
+    assert result.exit_code == 4
 
 
 async def test_a_cancelled_command_is_ended(at_gateway: RunningGateway, sandbox: Sandbox) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from hypercell.chunks import HEADER, ChunkReader, ChunkWriter
 from hypercell.errors import ContentBrokenError, refused
 from hypercell.execution import Recorder
 from hypercell.kernel_messages import KernelMessage, decode, encode_request
+from hypercell.timeouts import takes_timeout
 
 PROGRAM = Path(__file__).parent / "typed_program.py"
 SDK = Path(__file__).parents[2] / "sdk"
@@ -126,3 +129,33 @@ def test_the_error_for_an_answer() -> None:
 def test_the_error_for_a_websocket_s_message(reason: str, code: str, name: str) -> None:
     error = refusal_in({"type": "error", "reason": reason, "message": "m", "code": code})
     assert (type(error).__name__, error.code) == (name, code)
+
+
+async def test_every_public_call_with_a_limit_takes_it_as_timeout_too() -> None:
+    """`timeout` is `timeout_s`, and both are an error, before anything is sent; blocking and asynchronous."""
+    modules = [
+        importlib.import_module(name) for name in (*hypercell._MODULES, "hypercell.search", "hypercell.aio.search")
+    ]
+    owners = [*modules, *(getattr(hypercell, name) for name in hypercell._MODULE_OF)]
+    limited = 0
+    for owner in owners:
+        for name, function in inspect.getmembers(owner, lambda it: inspect.isfunction(it) or inspect.ismethod(it)):
+            if name.startswith("_") or "timeout_s" not in inspect.signature(function).parameters:
+                continue
+            limited += 1
+            with pytest.raises(TypeError, match="give one of them"):
+                made = function(timeout=1, timeout_s=1)
+                assert inspect.iscoroutine(made), f"{name} takes both"
+                await made
+    assert limited == 2 * 5 + 3 * 2  # AsyncSandbox's, Commands' and their blocking twins; searches
+
+    @takes_timeout
+    async def limit(*, timeout_s: float | None = 5, timeout: float | None = None) -> float | None:  # noqa: ASYNC109
+        return timeout_s
+
+    assert [await limit(), await limit(timeout=2), await limit(timeout=None), await limit(timeout_s=3)] == [
+        5,
+        2,
+        None,
+        3,
+    ]

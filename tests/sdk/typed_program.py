@@ -14,12 +14,12 @@ def show(result: Result) -> None:
 
 
 def blocking() -> None:
-    with Sandbox.create(template="python3", memory_mib=512, timeout_s=60, env={"A": "b"}) as sandbox:
+    with Sandbox.create(template="python3", memory_mib=512, timeout=60, env={"A": "b"}) as sandbox:
         execution: Execution = sandbox.run_code("1", on_stdout=lambda text: print(text.upper()), on_result=show)
         error = execution.error
         if error is not None:
             print(error.name)
-        done: CommandResult = sandbox.commands.run(["ls"], check=True)
+        done: CommandResult = sandbox.commands.run(["ls"], check=True, timeout=10)
         entries: list[FileInfo] = sandbox.files.list(".")
         children: list[Sandbox] = sandbox.fork(2)
         infos: list[SandboxInfo] = Sandbox.list()
@@ -36,7 +36,7 @@ def blocking() -> None:
 
 async def asynchronous() -> None:
     async with await AsyncSandbox.create() as sandbox:
-        execution: Execution = await sandbox.run_code("1")
+        execution: Execution = await sandbox.run_code("1", timeout=2.5)
         print(execution.text)
         children: list[AsyncSandbox] = await sandbox.fork(2)
         async for event in sandbox.events():

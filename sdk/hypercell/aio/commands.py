@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hypercell.aio.callbacks import OnBytes, OnText, call_back
 from hypercell.aio.transport import Transport, refusal_in
 from hypercell.errors import CommandFailedError, ConnectionLostError, HypercellError, NotFoundError
+from hypercell.timeouts import takes_timeout
 from hypercell.values import CommandInfo, CommandResult, TerminalSize
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class AsyncCommand:
                 stderr.add(b"", final=True)
                 await self.close()
                 return CommandResult(
-                    exit_status=frame["exit_status"],
+                    exit_code=frame["exit_code"],
                     signal=frame["signal"],
                     timed_out=frame["timed_out"],
                     stdout=stdout.text(),
@@ -193,6 +194,7 @@ class AsyncCommands:
         self._transport = transport
         self._path = f"/api/sandboxes/{sandbox_id}"
 
+    @takes_timeout
     async def run(
         self,
         command: str | Sequence[str],
@@ -201,6 +203,7 @@ class AsyncCommands:
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
         timeout_s: float | None = None,
+        timeout: float | None = None,
         check: bool = False,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
@@ -230,6 +233,7 @@ class AsyncCommands:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
 
+    @takes_timeout
     async def start(
         self,
         command: str | Sequence[str],
@@ -240,6 +244,7 @@ class AsyncCommands:
         terminal: TerminalSize | None = None,
         background: bool = True,
         timeout_s: float | None = None,
+        timeout: float | None = None,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
         on_bytes: OnBytes | None = None,

@@ -30,6 +30,7 @@ from hypercell.errors import (
 from hypercell.execution import Execution, Recorder
 from hypercell.kernel_messages import KernelMessage
 from hypercell.locate import locate
+from hypercell.timeouts import takes_timeout
 from hypercell.values import (
     CheckpointInfo,
     ForkFailure,
@@ -62,6 +63,7 @@ class AsyncSandbox:
         self._closed = False
 
     @classmethod
+    @takes_timeout
     async def create(
         cls,
         *,
@@ -73,6 +75,7 @@ class AsyncSandbox:
         vcpus: int | None = None,
         disk_mib: int | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        timeout: float | None = None,
         idle_timeout_s: float | None = None,
         checkpoints: str | None = None,
         url: str | None = None,
@@ -163,11 +166,13 @@ class AsyncSandbox:
         """What it uses now."""
         return SandboxMetrics.parse(await self._transport.call("GET", f"{self._path}/metrics"))
 
+    @takes_timeout
     async def run_code(
         self,
         code: str,
         *,
         timeout_s: float | None = None,
+        timeout: float | None = None,
         context: str | None = None,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
@@ -308,7 +313,8 @@ class AsyncSandbox:
         self._info = SandboxInfo.parse(model)
         return self._info
 
-    async def set_timeout(self, timeout_s: float | None) -> SandboxInfo:
+    @takes_timeout
+    async def set_timeout(self, timeout_s: float | None = None, *, timeout: float | None = None) -> SandboxInfo:
         """It is deleted so long from now (None: never)."""
         return await self._patch(max_lifetime_s=timeout_s or 0)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.errors import ForkError, HypercellError
+from hypercell.timeouts import takes_timeout
 
 T = TypeVar("T")
 
@@ -180,6 +181,7 @@ class _Search:
         return SearchResult(best=best, explored=tuple(self._explored), failures=tuple(self._failures))
 
 
+@takes_timeout
 async def beam_search(
     sandbox: AsyncSandbox,
     *,
@@ -188,6 +190,7 @@ async def beam_search(
     width: int = 3,
     budget: Budget | None = None,
     timeout_s: float | None = None,
+    timeout: float | None = None,
     concurrency: int = DEFAULT_CONCURRENCY,
 ) -> SearchResult:
     """Level by level, going on with the `width` best states of each.
@@ -225,6 +228,7 @@ async def beam_search(
     return search.result(best)
 
 
+@takes_timeout
 async def best_first_search(
     sandbox: AsyncSandbox,
     *,
@@ -233,6 +237,7 @@ async def best_first_search(
     frontier: int = 16,
     budget: Budget | None = None,
     timeout_s: float | None = None,
+    timeout: float | None = None,
     concurrency: int = DEFAULT_CONCURRENCY,
 ) -> SearchResult:
     """Always goes on from the best state that has not been expanded yet.
@@ -265,12 +270,14 @@ async def best_first_search(
     return search.result(best)
 
 
+@takes_timeout
 async def rollouts(
     sandbox: AsyncSandbox,
     task: str | Callable[[AsyncSandbox, int], Awaitable[Any]],
     n: int,
     *,
     timeout_s: float | None = None,
+    timeout: float | None = None,
     concurrency: int = DEFAULT_CONCURRENCY,
 ) -> AsyncGenerator[Rollout, None]:
     """n children of one sandbox, each with the same task; their results as they come. Each child is gone afterwards.

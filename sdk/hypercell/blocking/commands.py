@@ -17,6 +17,7 @@ from hypercell.blocking.portal import (
     register,
     wrap,
 )
+from hypercell.timeouts import takes_timeout
 from hypercell.values import CommandInfo, CommandResult, TerminalSize
 
 
@@ -81,6 +82,7 @@ class Commands(Wrapper):
 
     _async: AsyncCommands
 
+    @takes_timeout
     def run(
         self,
         command: str | Sequence[str],
@@ -89,6 +91,7 @@ class Commands(Wrapper):
         env: Mapping[str, str] | None = None,
         stdin: str | bytes | None = None,
         timeout_s: float | None = None,
+        timeout: float | None = None,
         check: bool = False,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
@@ -112,6 +115,7 @@ class Commands(Wrapper):
             )
         )
 
+    @takes_timeout
     def start(
         self,
         command: str | Sequence[str],
@@ -122,6 +126,7 @@ class Commands(Wrapper):
         terminal: TerminalSize | None = None,
         background: bool = True,
         timeout_s: float | None = None,
+        timeout: float | None = None,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
         on_bytes: OnBytes | None = None,

@@ -23,6 +23,7 @@ from hypercell.blocking.portal import (
     wrap,
 )
 from hypercell.execution import Execution
+from hypercell.timeouts import takes_timeout
 from hypercell.values import (
     CheckpointInfo,
     SandboxEvent,
@@ -45,6 +46,7 @@ class Sandbox(Wrapper):
     _async: AsyncSandbox
 
     @classmethod
+    @takes_timeout
     def create(
         cls,
         *,
@@ -56,6 +58,7 @@ class Sandbox(Wrapper):
         vcpus: int | None = None,
         disk_mib: int | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        timeout: float | None = None,
         idle_timeout_s: float | None = None,
         checkpoints: str | None = None,
         url: str | None = None,
@@ -137,11 +140,13 @@ class Sandbox(Wrapper):
         """What it uses now."""
         return BlockingCall().run(self._async.metrics())
 
+    @takes_timeout
     def run_code(
         self,
         code: str,
         *,
         timeout_s: float | None = None,
+        timeout: float | None = None,
         context: str | None = None,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
@@ -241,7 +246,8 @@ class Sandbox(Wrapper):
         """Goes on after `pause`."""
         return BlockingCall().run(self._async.resume())
 
-    def set_timeout(self, timeout_s: float | None) -> SandboxInfo:
+    @takes_timeout
+    def set_timeout(self, timeout_s: float | None = None, *, timeout: float | None = None) -> SandboxInfo:
         """It is deleted so long from now (None: never)."""
         return BlockingCall().run(self._async.set_timeout(timeout_s))
 

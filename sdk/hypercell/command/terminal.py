@@ -57,15 +57,15 @@ async def run_command(options: argparse.Namespace) -> int:
                 print_json(result)
             else:
                 result = await wait_raw(running, _Passed(is_terminal=options.tty))
-            return exit_status(result)
+            return exit_code(result)
 
 
-def exit_status(result: CommandResult) -> int:
+def exit_code(result: CommandResult) -> int:
     """What the command `exec` ends with."""
     if result.timed_out:
         return EXIT_TIMED_OUT
-    if result.exit_status is not None:
-        return result.exit_status
+    if result.exit_code is not None:
+        return result.exit_code
     number = getattr(signal, result.signal or "", signal.SIGKILL)
     return EXIT_OF_SIGNAL + int(number)
 

@@ -60,7 +60,7 @@ class HypercellProvisioner(KernelProvisionerBase):
         self._sandbox_id: str | None = None
         self._links: Path | None = None
         # None while the kernel runs, then its exit status; has_process stays true until `wait` has collected it.
-        self._exit_status: int | None = EXIT_OF_A_STOPPED_KERNEL
+        self._exit_code: int | None = EXIT_OF_A_STOPPED_KERNEL
         self._collected = True
 
     @property
@@ -92,12 +92,12 @@ class HypercellProvisioner(KernelProvisionerBase):
         except BaseException:
             await self.cleanup(restart=False)
             raise
-        self._exit_status, self._collected = None, False
+        self._exit_code, self._collected = None, False
         return self.connection_info
 
     async def poll(self) -> int | None:
         """None while the kernel runs. A gateway that cannot be asked is no dead kernel: machines outlive it."""
-        if self._exit_status is None:
+        if self._exit_code is None:
             try:
                 model = await self._ask("GET", f"/api/kernels/{self._sandbox_id}")
             except NoGatewayError as error:
@@ -105,32 +105,32 @@ class HypercellProvisioner(KernelProvisionerBase):
             except GatewayRefusedError as error:
                 if error.status == HTTP_NOT_FOUND:
                     self._forget()
-                    self._exit_status = EXIT_OF_A_LOST_KERNEL
+                    self._exit_code = EXIT_OF_A_LOST_KERNEL
             else:
                 if model["execution_state"] == "dead":
                     self.log.error("Kernel %s is dead: %s", self._sandbox_id, model.get("reason") or "no reason given")
-                    self._exit_status = EXIT_OF_A_LOST_KERNEL
-        return self._exit_status
+                    self._exit_code = EXIT_OF_A_LOST_KERNEL
+        return self._exit_code
 
     async def wait(self) -> int | None:
         """Waits for the kernel's end and collects it. Callers set their own limit."""
         while await self.poll() is None:  # noqa: ASYNC110 - the end happens elsewhere; asking is all there is
             await asyncio.sleep(WAIT_INTERVAL_S)
         self._collected = True
-        return self._exit_status
+        return self._exit_code
 
     async def send_signal(self, signum: int) -> None:
         """SIGINT interrupts, SIGTERM and SIGKILL end the kernel and its machine; no other signal reaches a machine.
 
         Raises UnsupportedError for those.
         """
-        if self._exit_status is not None:
+        if self._exit_code is not None:
             return
         if signum == signal.SIGINT:
             await self._ask("POST", f"/api/kernels/{self._sandbox_id}/interrupt", body={})
         elif signum in {signal.SIGTERM, signal.SIGKILL}:
             await self._delete()
-            self._exit_status = -signum
+            self._exit_code = -signum
         elif signum != 0:
             raise UnsupportedError(
                 f"{signal.Signals(signum).name} cannot be sent to a kernel in a machine. "
@@ -168,11 +168,11 @@ class HypercellProvisioner(KernelProvisionerBase):
         self._sandbox_id = provisioner_info["sandbox_id"]
         self._gateway = locate()
         if self._sandbox_id is not None:
-            self._exit_status, self._collected = None, False
+            self._exit_code, self._collected = None, False
 
-    def _end(self, exit_status: int) -> None:
-        if self._exit_status is None:
-            self._exit_status = exit_status
+    def _end(self, exit_code: int) -> None:
+        if self._exit_code is None:
+            self._exit_code = exit_code
 
     async def _ask(
         self, method: str, path: str, *, body: dict[str, Any] | None = None, timeout_s: float | None = None

@@ -59,7 +59,7 @@ async def test_exec_to_its_end(box: Box) -> None:
         "stderr": "err\n",
         "stdout_truncated": False,
         "stderr_truncated": False,
-        "exit_status": 5,
+        "exit_code": 5,
         "signal": None,
         "timed_out": False,
     }
@@ -67,9 +67,10 @@ async def test_exec_to_its_end(box: Box) -> None:
 
 async def test_exec_limits(box: Box) -> None:
     answer = await ask(box, "POST", "/exec", {"command": "head -c 300000 /dev/zero", "max_output_bytes": 1000})
-    assert (len(answer["stdout"]), answer["stdout_truncated"], answer["exit_status"]) == (1000, True, 0)
-    answer = await ask(box, "POST", "/exec", {"command": ["sleep", "60"], "timeout_s": 0.5})
-    assert (answer["timed_out"], answer["signal"]) == (True, "SIGTERM")
+    assert (len(answer["stdout"]), answer["stdout_truncated"], answer["exit_code"]) == (1000, True, 0)
+    for limit in ("timeout_s", "timeout"):
+        answer = await ask(box, "POST", "/exec", {"command": ["sleep", "60"], limit: 0.5})
+        assert (answer["timed_out"], answer["signal"]) == (True, "SIGTERM")
 
 
 async def test_exec_refusals(box: Box) -> None:
@@ -77,6 +78,7 @@ async def test_exec_refusals(box: Box) -> None:
         ({"command": ["no-such-program"]}, "command_not_found"),
         ({"command": "true", "cwd": "nowhere"}, "bad_cwd"),
         ({"command": []}, "invalid_request"),
+        ({"command": "true", "timeout": 1, "timeout_s": 1}, "invalid_request"),
         ({"command": "true", "unknown": 1}, "invalid_request"),
         ({"command": "x" * 300_000}, "invalid_request"),
     ):
@@ -115,7 +117,7 @@ async def test_background_command(box: Box) -> None:
     await follow(again, until=b"got this\n")
     await ask(box, "POST", f"{path}/signal", {"signal": "SIGTERM"}, code=204)
     end = (await follow(again))["frames"][-1]
-    assert end == {"type": "exited", "exit_status": None, "signal": "SIGTERM", "timed_out": False}
+    assert end == {"type": "exited", "exit_code": None, "signal": "SIGTERM", "timed_out": False}
     assert not (await ask(box, "GET", path))["running"]
     await ask(box, "DELETE", path)
     assert (await ask(box, "GET", path, code=404))["code"] == "unknown_command"
@@ -152,7 +154,7 @@ async def test_terminal_over_a_socket(box: Box) -> None:
     await socket.write_message(b"stty size; echo tw''o\n", binary=True)
     assert b"10 30\r\n" in (await follow(socket, until=b"two\r\n"))["stdout"]
     await socket.write_message(b"exit 4\n", binary=True)
-    assert (await follow(socket))["frames"][-1]["exit_status"] == 4
+    assert (await follow(socket))["frames"][-1]["exit_code"] == 4
 
 
 async def test_socket_that_closes_ends_its_command(box: Box) -> None:

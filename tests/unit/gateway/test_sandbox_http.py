@@ -60,7 +60,7 @@ async def test_a_paused_machine_says_so_instead_of_not_answering(gateway: Runnin
     refused = await call(gateway, "POST", f"{sandbox}/exec", {"command": "true"}, status=409)
     assert "resume it first" in refused["message"]
     await call(gateway, "POST", f"{sandbox}/resume", {})
-    assert (await call(gateway, "POST", f"{sandbox}/exec", {"command": "true"}))["exit_status"] == 0
+    assert (await call(gateway, "POST", f"{sandbox}/exec", {"command": "true"}))["exit_code"] == 0
 
 
 async def test_a_sandbox_from_a_snapshot_has_its_size_and_a_new_environment(
