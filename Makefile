@@ -5,11 +5,12 @@ HOST ?= 127.0.0.1
 PORT ?= 8870
 state_flag = $(if $(STATE),--state-dir $(STATE))
 
-.PHONY: help setup run test check bench lock
+.PHONY: help setup run test unit check bench lock
 
 help:
 	@echo "make run     set everything up and start the gateway (HOST=, PORT=, STATE= to change where)"
 	@echo "make test    set up what the tests need and run them"
+	@echo "make unit    the tests that need no whole gateway: minutes"
 	@echo "make check   ruff, mypy --strict, import contracts"
 	@echo "make bench   the measurements of the README"
 	@echo "make setup   only the system packages and .venv"
@@ -22,10 +23,12 @@ run:
 	@.venv/bin/hypercelld image build $(state_flag)
 	@exec .venv/bin/hypercelld serve --host $(HOST) --port $(PORT) $(state_flag)
 
-# Emulated machines on a busy host are slow at odd moments: a test that failed is tried again, which the summary shows.
 test: setup check
 	@.venv/bin/hypercelld image build --state-dir .state/test
-	@.venv/bin/python -m pytest --reruns 2
+	@.venv/bin/python -m pytest
+
+unit: setup
+	@.venv/bin/python -m pytest tests/unit
 
 check:
 	@tools/setup run

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from gateway.places import run_dir_of
 from vm_runtime.snapshots.manifest import Manifest
@@ -25,6 +26,16 @@ STATE = Path(os.environ.get("HYPERCELL_TEST_STATE", ROOT / ".state" / "test"))
 # The first start builds image and template: 2 to 4 minutes on two idle CPUs.
 START_TIMEOUT_S = 1500.0
 STOP_TIMEOUT_S = 120.0
+
+
+class GatewayAddress(Protocol):
+    """Where a gateway is reached, and with which token."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def token(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)

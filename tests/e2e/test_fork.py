@@ -61,12 +61,12 @@ class PatientKernelManager(GatewayKernelManager):
     """jupyter_server's, with what its client asks for when a kernel takes over a second for its first reply."""
 
     async def _async_is_alive(self) -> bool:
-        return bool(await self.is_alive())  # type: ignore[no-untyped-call]
+        return bool(await self.is_alive())
 
 
 def outputs_after(name: str) -> list[list[Any]]:
     """Executes an example; the outputs of its code cells. Any error of a cell fails."""
-    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     NotebookClient(
         notebook, kernel_manager_class=PatientKernelManager, timeout=CELL_TIMEOUT_S, startup_timeout=CELL_TIMEOUT_S
     ).execute()

@@ -5,27 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import websocket
 from jupyter_server.gateway.gateway_client import GatewayClient
 
 from hypercell.jupyter import kernelspec
+from tests.gateways import GatewayAddress
 
 KERNELSPEC = "hypercell-test"
 
 
-class RunningGateway(Protocol):
-    """What the fixture `gateway` (tests/conftest.py) gives."""
-
-    url: str
-    token: str
-
-
 @pytest.fixture(scope="session")
 def provisioner_environment(
-    gateway: RunningGateway, tmp_path_factory: pytest.TempPathFactory
+    gateway: GatewayAddress, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """The variables with which a Jupyter application finds the kernelspec and the gateway. Also set in this process."""
     prefix = tmp_path_factory.mktemp("prefix")
@@ -51,7 +44,7 @@ def kernel_name(provisioner_environment: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="class")
-def gateway_client(gateway: RunningGateway) -> Iterator[GatewayClient]:
+def gateway_client(gateway: GatewayAddress) -> Iterator[GatewayClient]:
     """jupyter_server's client of a gateway, set up as `jupyter lab --gateway-url` does it."""
     GatewayClient.clear_instance()
     client = GatewayClient.instance(url=gateway.url, auth_token=gateway.token)

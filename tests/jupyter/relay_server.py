@@ -22,7 +22,7 @@ from jupyter_client.session import Session
 from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
 from websockets.asyncio.client import ClientConnection
 
-from tests.jupyter.conftest import RunningGateway
+from tests.gateways import GatewayAddress
 
 V1 = "v1.kernel.websocket.jupyter.org"
 START_TIMEOUT_S = 60.0
@@ -72,7 +72,7 @@ class Server:
 
 
 @contextmanager
-def running_server(gateway: RunningGateway, directory: Path, *options: str) -> Iterator[Server]:
+def running_server(gateway: GatewayAddress, directory: Path, *options: str) -> Iterator[Server]:
     """jupyter_server with the gateway's kernels, and with configuration and data of its own below `directory`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.jupyter.conftest import RunningGateway
+from tests.gateways import GatewayAddress
 from tests.jupyter.relay_server import V1, Channels, Server, running_server
 
 OUR_RELAY = "--ServerApp.kernel_websocket_connection_class=hypercell.jupyter.connection.HypercellWebSocketConnection"
@@ -21,7 +21,7 @@ OUR_RELAY = "--ServerApp.kernel_websocket_connection_class=hypercell.jupyter.con
 
 @pytest.fixture(scope="module", params=["gateway", "jupyter_server", "our relay"])
 def server(
-    request: pytest.FixtureRequest, gateway: RunningGateway, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, gateway: GatewayAddress, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     if request.param == "gateway":
         yield Server(url=gateway.url, token=gateway.token)
@@ -98,7 +98,7 @@ def _listed(server: Server, kernel_id: str) -> list[dict[str, object]]:
         ("GET", "/kernelspecs/python3/{id}.png"),
     ],
 )
-def test_what_is_not_there_is_404_as_json(gateway: RunningGateway, method: str, path: str) -> None:
+def test_what_is_not_there_is_404_as_json(gateway: GatewayAddress, method: str, path: str) -> None:
     # Only on the gateway: jupyter_server itself answers some of these with 500.
     server = Server(url=gateway.url, token=gateway.token)
     answer = server.call(method, path.format(id=uuid.uuid4()), {} if method == "POST" else None)
@@ -202,7 +202,7 @@ async def test_every_line_of_much_output_arrives(server: Server, kernel_id: str)
 
 
 @pytest.mark.parametrize("form", ["token", "Bearer", "query", "none", "wrong"])
-def test_the_token_in_its_three_forms(gateway: RunningGateway, form: str) -> None:
+def test_the_token_in_its_three_forms(gateway: GatewayAddress, form: str) -> None:
     url = f"{gateway.url}/api/kernels"
     headers = {}
     if form == "query":

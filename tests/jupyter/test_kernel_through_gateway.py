@@ -16,8 +16,9 @@ from tests.jupyter.kernel_suite import PythonKernelSuite
 class BlockingGatewayKernelClient(GatewayKernelClient):
     """The suite calls `get_shell_msg` as a plain function."""
 
-    def get_shell_msg(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return run_sync(self.shell_channel.get_msg)(*args, **kwargs)
+    def get_shell_msg(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        reply: dict[str, Any] = run_sync(self.shell_channel.get_msg)(*args, **kwargs)
+        return reply
 
 
 class TestKernelThroughGateway(PythonKernelSuite):

@@ -19,7 +19,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import AsyncKernelManager, KernelManager
 
 from hypercell.errors import NoGatewayError, UnsupportedError
-from tests.jupyter.conftest import RunningGateway
+from tests.gateways import GatewayAddress
 
 TIMEOUT_S = 300
 
@@ -55,14 +55,14 @@ def reply_to(client: BlockingKernelClient, message_id: str) -> dict[str, Any]:
             return reply
 
 
-def kernel_ids(gateway: RunningGateway) -> set[str]:
+def kernel_ids(gateway: GatewayAddress) -> set[str]:
     request = urllib.request.Request(f"{gateway.url}/api/kernels", headers={"Authorization": f"token {gateway.token}"})
     with urllib.request.urlopen(request) as answer:
         return {model["id"] for model in json.load(answer)}
 
 
 def test_a_kernel_starts_under_its_manager_s_id_and_is_gone_after_shutdown(
-    kernel_name: str, gateway: RunningGateway
+    kernel_name: str, gateway: GatewayAddress
 ) -> None:
     with running_kernel(kernel_name) as (manager, client):
         assert manager.is_alive()
@@ -81,7 +81,7 @@ def test_a_kernel_starts_under_its_manager_s_id_and_is_gone_after_shutdown(
 
 @pytest.mark.parametrize("now", [False, True])
 def test_a_restart_gives_a_new_process_in_the_same_machine(
-    kernel_name: str, gateway: RunningGateway, now: bool
+    kernel_name: str, gateway: GatewayAddress, now: bool
 ) -> None:
     with running_kernel(kernel_name) as (manager, client):
         client.execute("value = 1; open('/tmp/kept', 'w').write('on disk')", reply=True, timeout=TIMEOUT_S)
@@ -109,7 +109,7 @@ def test_an_interrupt_ends_an_endless_loop(kernel_name: str, by_signal: bool) ->
         assert value_of(client, "6 * 7") == "42"
 
 
-def test_sigkill_ends_the_kernel_and_other_signals_are_refused(kernel_name: str, gateway: RunningGateway) -> None:
+def test_sigkill_ends_the_kernel_and_other_signals_are_refused(kernel_name: str, gateway: GatewayAddress) -> None:
     with running_kernel(kernel_name) as (manager, _):
         with pytest.raises(UnsupportedError, match="SIGUSR1 cannot be sent"):
             manager.signal_kernel(signal.SIGUSR1)
@@ -120,7 +120,7 @@ def test_sigkill_ends_the_kernel_and_other_signals_are_refused(kernel_name: str,
 
 
 def test_a_kernel_deleted_behind_its_back_is_dead_and_a_restart_gives_another(
-    kernel_name: str, gateway: RunningGateway
+    kernel_name: str, gateway: GatewayAddress
 ) -> None:
     with running_kernel(kernel_name) as (manager, client):
         request = urllib.request.Request(
@@ -164,7 +164,7 @@ def test_input_is_answered(kernel_name: str) -> None:
         assert value_of(client, "answer") == "'Grace'"
 
 
-async def test_asynchronous_manager(kernel_name: str, gateway: RunningGateway) -> None:
+async def test_asynchronous_manager(kernel_name: str, gateway: GatewayAddress) -> None:
     manager = AsyncKernelManager(kernel_name=kernel_name)
     await manager.start_kernel()
     client: AsyncKernelClient = manager.client()
@@ -184,7 +184,7 @@ async def test_asynchronous_manager(kernel_name: str, gateway: RunningGateway) -
 
 
 def test_an_application_that_forgets_its_kernel_takes_it_along(
-    kernel_name: str, gateway: RunningGateway, provisioner_environment: dict[str, str]
+    kernel_name: str, gateway: GatewayAddress, provisioner_environment: dict[str, str]
 ) -> None:
     program = (
         "from jupyter_client.manager import KernelManager\n"

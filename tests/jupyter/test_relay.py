@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 import websockets
 
-from tests.jupyter.conftest import RunningGateway
+from tests.gateways import GatewayAddress
 from tests.jupyter.relay_server import V1, Channels, Server, running_server
 from tests.jupyter.test_gateway_calls import OUR_RELAY
 
@@ -26,7 +26,7 @@ class Address:
 
 
 @asynccontextmanager
-async def breakable_way_to(gateway: RunningGateway) -> AsyncIterator[tuple[Address, Callable[[], None]]]:
+async def breakable_way_to(gateway: GatewayAddress) -> AsyncIterator[tuple[Address, Callable[[], None]]]:
     """A TCP port that leads to the gateway, and a function that breaks all connections through it."""
     target = urlsplit(gateway.url)
     writers: set[asyncio.StreamWriter] = set()
@@ -62,7 +62,7 @@ async def breakable_way_to(gateway: RunningGateway) -> AsyncIterator[tuple[Addre
 
 
 @asynccontextmanager
-async def running_relay(gateway: RunningGateway, directory: Path) -> AsyncIterator[Server]:
+async def running_relay(gateway: GatewayAddress, directory: Path) -> AsyncIterator[Server]:
     """`running_server`, whose start and end must not block the event loop that carries its connections."""
     server = running_server(gateway, directory, OUR_RELAY, QUICK_RETRIES)
     running = await asyncio.to_thread(server.__enter__)
@@ -73,7 +73,7 @@ async def running_relay(gateway: RunningGateway, directory: Path) -> AsyncIterat
 
 
 async def test_a_broken_connection_is_made_anew_and_what_was_missed_arrives(
-    gateway: RunningGateway, tmp_path: Path
+    gateway: GatewayAddress, tmp_path: Path
 ) -> None:
     async with breakable_way_to(gateway) as (address, break_all), running_relay(address, tmp_path) as server:
         created = await asyncio.to_thread(server.call, "POST", "/api/kernels", {"name": "python3"})
@@ -97,7 +97,7 @@ async def test_a_broken_connection_is_made_anew_and_what_was_missed_arrives(
             await asyncio.to_thread(server.call, "DELETE", f"/api/kernels/{kernel_id}")
 
 
-async def test_a_kernel_that_is_gone_closes_the_browser_s_side(gateway: RunningGateway, tmp_path: Path) -> None:
+async def test_a_kernel_that_is_gone_closes_the_browser_s_side(gateway: GatewayAddress, tmp_path: Path) -> None:
     direct = Server(url=gateway.url, token=gateway.token)
     async with breakable_way_to(gateway) as (address, break_all), running_relay(address, tmp_path) as server:
         created = await asyncio.to_thread(server.call, "POST", "/api/kernels", {"name": "python3"})

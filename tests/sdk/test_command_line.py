@@ -31,7 +31,7 @@ def hypercell(*arguments: object, stdin: str | None = None, status: int = 0) -> 
 
 
 def cell(source: str) -> dict[str, object]:
-    return nbformat.v4.new_code_cell(source)  # type: ignore[no-any-return, no-untyped-call]
+    return nbformat.v4.new_code_cell(source)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -150,18 +150,18 @@ def test_cp_of_a_tree_that_is_deep_and_wide(made: str, tmp_path: Path) -> None:
 
 def test_run_writes_a_notebook_s_outputs_back(made: str, tmp_path: Path) -> None:
     path = tmp_path / "n.ipynb"
-    notebook = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
+    notebook = nbformat.v4.new_notebook(
         cells=[
             cell("print('hi'); value = 6"),
-            nbformat.v4.new_markdown_cell("text"),  # type: ignore[no-untyped-call]
+            nbformat.v4.new_markdown_cell("text"),
             cell("value * 7"),
             cell("1 / 0"),
             cell("'never'"),
         ]
     )
-    path.write_text(nbformat.writes(notebook))  # type: ignore[no-untyped-call]
+    path.write_text(nbformat.writes(notebook))
     assert "cell 3 failed: ZeroDivisionError" in hypercell("run", "--sandbox", made, path, status=3)
-    written = nbformat.read(path, 4)  # type: ignore[no-untyped-call]
+    written = nbformat.read(path, 4)
     nbformat.validate(written)
     outputs = [one.outputs for one in written.cells if one.cell_type == "code"]
     assert outputs[0][0].text == "hi\n"
@@ -254,7 +254,7 @@ def test_completion_scripts(shell: str) -> None:
 
 def test_the_transcript_is_as_the_page_shows_it(state_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "cli.md"
-    command = [sys.executable, ROOT / "sdk" / "make_transcript.py", target]
+    command: list[str | Path] = [sys.executable, ROOT / "sdk" / "make_transcript.py", target]
     # A gateway of its own: `hypercell ls` shows every sandbox that there is.
     with running_gateway(state_dir, "--pool-size", "0") as own:
         environment = {**os.environ, "HYPERCELL_URL": own.url, "HYPERCELL_TOKEN": own.token}

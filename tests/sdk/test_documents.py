@@ -24,14 +24,14 @@ BLOCKS = [
 def test_the_code_in_the_pages_runs(block: str, at_gateway: RunningGateway, tmp_path: Path) -> None:
     program = tmp_path / "block.py"
     program.write_text(block)
-    command = [sys.executable, "-W", "error", program]
+    command: list[str | Path] = [sys.executable, "-W", "error", program]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=400)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("maker", ["make_blocking.py", "make_reference.py"])
 def test_what_is_made_from_sources_is_current(maker: str) -> None:
-    command = [sys.executable, ROOT / "sdk" / maker, "--check"]
+    command: list[str | Path] = [sys.executable, ROOT / "sdk" / maker, "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

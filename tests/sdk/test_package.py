@@ -46,11 +46,11 @@ def test_every_name_is_there() -> None:
         assert getattr(hypercell, name).__name__ == name
         assert name in dir(hypercell)
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = hypercell.no_such_name  # type: ignore[attr-defined]
+        _ = hypercell.no_such_name
 
 
 def test_mypy_accepts_a_program() -> None:
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", PROGRAM]
+    command: list[str | Path] = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", PROGRAM]
     # An editable install is found by an import hook, which type checkers do not run.
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(SDK)})
     assert result.returncode == 0, result.stdout
@@ -63,7 +63,7 @@ def test_pyright_accepts_a_program(tmp_path: Path) -> None:
     settings = tmp_path / "pyrightconfig.json"
     value = {"include": [str(PROGRAM)], "extraPaths": [str(SDK)], "typeCheckingMode": "strict"}
     settings.write_text(json.dumps(value))
-    command = [sys.executable, "-m", "pyright", "--project", settings, "--pythonpath", sys.executable]
+    command: list[str | Path] = [sys.executable, "-m", "pyright", "--project", settings, "--pythonpath", sys.executable]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

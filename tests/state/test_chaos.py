@@ -73,7 +73,7 @@ class Chaos:
             await operation(sandbox_id)
             return
         before = self.models[sandbox_id].n
-        doing = asyncio.create_task(operation(sandbox_id))  # type: ignore[arg-type]
+        doing = asyncio.ensure_future(operation(sandbox_id))
         await asyncio.sleep(self.random.uniform(0, 0.4))
         self.gateway.kill()
         with contextlib.suppress(Exception):

@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     files: tuple[RecipeFile, ...] = ()
     # Left out of the image: what packages bring along and nobody needs (their test suites, mostly).
     remove: tuple[GuestPath, ...] = ()
-    environment: Annotated[dict[str, str], Field(default_factory=dict)]
+    environment: dict[str, str] = Field(default_factory=dict)
     warmup: str = ""
     memory_mib: Annotated[int, Field(ge=256)] = 1024
     vcpus: Annotated[int, Field(ge=1)] = 1

@@ -12,7 +12,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from gateway.frames import V1, KernelMessage, encode_legacy, encode_v1
-from tests.gateways import RunningGateway
+from tests.gateways import GatewayAddress, RunningGateway
 
 # A first cell under emulation takes seconds, on a busy machine many.
 TIMEOUT_S = 120.0
@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 
 async def request(
-    gateway: RunningGateway, method: str, path: str, body: object = None, *, headers: dict[str, str] | None = None
+    gateway: GatewayAddress, method: str, path: str, body: object = None, *, headers: dict[str, str] | None = None
 ) -> HTTPResponse:
     """One request with the gateway's token (unless `headers` are given); any status is an answer."""
     return await AsyncHTTPClient().fetch(

@@ -178,7 +178,7 @@ async def test_socket_says_what_is_wrong(box: Box) -> None:
     await socket.write_message(json.dumps({"type": "start", "command": "echo on; sleep 600"}))
     await follow(socket, until=b"on\n")
     await socket.write_message(json.dumps({"type": "resize", "rows": 1, "columns": 1}))
-    frame = json.loads(await socket.read_message())
+    frame = json.loads(await socket.read_message() or "")
     assert (frame["type"], frame["code"]) == ("refused", "no_terminal")
     await socket.write_message("nonsense")
     assert (await follow(socket))["frames"][-1]["code"] == "invalid_json"

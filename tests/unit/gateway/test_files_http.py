@@ -120,12 +120,12 @@ async def test_directories(box: Box) -> None:
 async def test_watch(box: Box) -> None:
     await ask(box, "POST", "/files/mkdir", {"path": "w"}, code=201)
     socket = await connect(box, "/files/watch?path=w&recursive=true")
-    assert json.loads(await socket.read_message()) == {"type": "watching"}
+    assert json.loads(await socket.read_message() or "") == {"type": "watching"}
     await content(box, "PUT", "w/f", b"x")
     seen: list[dict[str, Any]] = []
     async with asyncio.timeout(60):
         while not seen or seen[-1]["event"] != "renamed":
-            seen.append(json.loads(await socket.read_message()))
+            seen.append(json.loads(await socket.read_message() or ""))
     assert seen[-1]["path"] == f"{box.home}/w/f"
     await content(box, "DELETE", "w", query="&recursive=true")
     async with asyncio.timeout(60):

@@ -124,7 +124,7 @@ async def test_a_slow_client_stops_the_source_and_loses_nothing() -> None:
 async def test_what_was_not_sent_can_be_kept() -> None:
     socket = _SlowSocket()
     metrics = Metrics(states=list, pool_ready=lambda: 0)
-    outgoing = Outgoing(socket.write, legacy=True, on_full=list, on_drained=list, metrics=metrics)
+    outgoing = Outgoing(socket.write, legacy=True, on_full=lambda: None, on_drained=lambda: None, metrics=metrics)
     for _ in range(10):
         outgoing.put(make_message("iopub", "display_data", {"data": "x" * 1_000_000}))
     assert len(outgoing.close()) == 10 - len(socket.written)

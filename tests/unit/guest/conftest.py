@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.connect import KernelConnectionInfo
 
 import vm_runtime
 from vm_runtime.guest.agent import Agent, AgentSettings
@@ -96,7 +97,8 @@ async def client(host: Host, *, key: str = KEY) -> AsyncIterator[AsyncKernelClie
     jupyter = AsyncKernelClient()
     ports = {f"{channel}_port": port for channel, port in CHANNEL_PORTS.items()}
     ip = str(host.paths.kernel_dir / "k")
-    jupyter.load_connection_info({"transport": "ipc", "ip": ip, "key": key, "signature_scheme": "hmac-sha256", **ports})
+    info = {"transport": "ipc", "ip": ip, "key": key, "signature_scheme": "hmac-sha256", **ports}
+    jupyter.load_connection_info(cast(KernelConnectionInfo, info))
     jupyter.start_channels()
     try:
         await jupyter.wait_for_ready(timeout=30)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.asynchronous.client import AsyncKernelClient
 
 from tests.unit.guest.conftest import KEY, Host, client, run
 from vm_runtime.guest.cells import UNASKED_S, Cells

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
-from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.session import Session
 
 from kernels.endpoints import GREETED_CHANNELS, Endpoints, greet_ahead

@@ -348,7 +348,7 @@ def test_one_changed_byte_is_noticed(at: int) -> None:
     data[at] ^= 0x40
     reader = ChunkReader()
     with pytest.raises(ChunkError):
-        reader.feed(data)
+        reader.feed(bytes(data))
         reader.check_done()
 
 

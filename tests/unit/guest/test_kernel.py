@@ -7,12 +7,13 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import zmq
 import zmq.asyncio
-from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.session import Session
 
 from tests.unit.guest.conftest import KEY, Host, client, run
@@ -241,7 +242,8 @@ async def _first_outputs(host: Host, *, key: str, count: int, until: str = "\0")
     jupyter = AsyncKernelClient()
     ip = str(host.paths.kernel_dir / "k")
     ports = {"shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5}
-    jupyter.load_connection_info({"transport": "ipc", "ip": ip, "key": key, "signature_scheme": "hmac-sha256", **ports})
+    info = {"transport": "ipc", "ip": ip, "key": key, "signature_scheme": "hmac-sha256", **ports}
+    jupyter.load_connection_info(cast(KernelConnectionInfo, info))
     jupyter.start_channels(shell=False, stdin=False, hb=False, control=False)
     texts: list[str] = []
     try:

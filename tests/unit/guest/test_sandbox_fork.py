@@ -10,6 +10,7 @@ import pytest
 from tests.unit.guest.conftest import client, run
 from tests.unit.guest.sandbox_host import PARENT, SandboxHost, child_id, decoded, family, sandbox_host
 from vm_runtime.guest.sandbox import values
+from vm_runtime.guest.sandbox.errors import ValueRefusedError
 
 host = pytest.fixture(sandbox_host)
 
@@ -184,7 +185,7 @@ async def test_scripts_can_import_it(host: SandboxHost) -> None:
 
 def test_values_have_limits_and_say_so() -> None:
     assert values.decode(values.encode({1: (2, 3)})) == {1: (2, 3)}
-    with pytest.raises(values.ValueRefusedError, match=r"20\.0 MiB .* at most 16 MiB"):
+    with pytest.raises(ValueRefusedError, match=r"20\.0 MiB .* at most 16 MiB"):
         values.encode(bytes(20 << 20))
-    with pytest.raises(values.ValueRefusedError, match="generator cannot cross"):
+    with pytest.raises(ValueRefusedError, match="generator cannot cross"):
         values.encode(i for i in range(3))

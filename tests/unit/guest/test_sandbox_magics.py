@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.asynchronous.client import AsyncKernelClient
 
 from tests.unit.guest.conftest import client, run
 from tests.unit.guest.sandbox_host import PARENT, SandboxHost, child_id, decoded, family, sandbox_host

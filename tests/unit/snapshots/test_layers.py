@@ -73,7 +73,8 @@ def test_base_and_layers_restored_are_the_memory_that_was_captured(
     mapper: Start, base: BaseMemory, tmp_path_factory: pytest.TempPathFactory, rounds: list[list[tuple[int, int, int]]]
 ) -> None:
     directory = tmp_path_factory.mktemp("layers")
-    process, layers = mapper(), []
+    process = mapper()
+    layers: list[Layer] = []
     tracker = _tracker(process)
     seen = process.touch()
     for number, writes in enumerate(rounds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_sealed_base_may_still_be_opened_for_writing(base: BaseMemory) -> None
 
 
 @pytest.mark.parametrize("load", [BaseMemory.load_sealed, BaseMemory.open_file])
-def test_a_changed_base_is_refused(base_file: tuple[Path, str], load: type[BaseMemory]) -> None:
+def test_a_changed_base_is_refused(base_file: tuple[Path, str], load: Callable[..., BaseMemory]) -> None:
     path, digest = base_file
     with path.open("r+b") as file:
         file.seek(5 * PAGE_SIZE + 7)

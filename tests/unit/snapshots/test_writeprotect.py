@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
@@ -122,7 +123,8 @@ def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
     """Some snapshots fail (are not committed), or are given up before the pause; restored processes are captured again,
     over the same chain."""
     directory = tmp_path_factory.mktemp("layers")
-    process, layers = mapper(), []
+    process = mapper()
+    layers: list[Layer] = []
     tracker = start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
     assert isinstance(tracker, WriteProtectTracker)
     for number, (before, between, late, ending) in enumerate(rounds):
@@ -162,7 +164,9 @@ def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
 def test_a_process_out_of_reach_is_tracked_cumulatively(mapper: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     process = mapper()
-    with start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True) as tracker:
+    with contextlib.closing(
+        start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
+    ) as tracker:
         assert isinstance(tracker, CumulativeTracker)
 
 
