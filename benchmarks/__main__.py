@@ -19,7 +19,7 @@ from benchmarks.results import Line, Report, Row, from_json, to_json
 from benchmarks.setup import Bench, Setup
 from benchmarks.state_dirs import build_state_dir, template_snapshot
 from benchmarks.table import markdown, update_readme
-from benchmarks.topics import burst, fork, memory, output, restore, round_trip, sdk, start, state
+from benchmarks.topics import arrivals, burst, fork, memory, output, restore, round_trip, sdk, start, state
 from gateway.errors import GatewayError
 from gateway.places import default_state_dir
 from kernels.errors import KernelsError
@@ -28,6 +28,7 @@ from vm_runtime.errors import VmRuntimeError
 # Those that compare gateways, and are one table.
 GATEWAY_TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
     "start": start.measure,
+    "arrivals": arrivals.measure,
     "burst": burst.measure,
     "round_trip": round_trip.measure,
     "output": output.measure,

@@ -20,7 +20,7 @@ class Life:
 
 
 async def measure(setup: Setup) -> list[Row]:
-    lives = await in_turns(setup.peers, setup.times(10, quick=3), _live)
+    lives = await in_turns(setup.peers, setup.times(10, quick=3), live)
     rows = []
     for label, peer in (("warm pool", setup.pooled), ("no pool", setup.unpooled)):
         if peer is not None:
@@ -30,7 +30,7 @@ async def measure(setup: Setup) -> list[Row]:
     return rows
 
 
-async def _live(peer: Peer) -> Life:
+async def live(peer: Peer) -> Life:
     began = perf_counter()
     kernel_id = await peer.client.create()
     created = perf_counter()
