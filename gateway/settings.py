@@ -49,6 +49,9 @@ class GatewaySettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
     pool_size: int = Field(2, ge=0, le=64, description="Warm machines kept ready per kernelspec.")
+    pool_limit: int = Field(
+        8, ge=0, le=64, description="To how many of them that grows while starts find none ready (50 MiB each)."
+    )
     accelerator: Literal["auto", "kvm", "tcg"] = Field(
         "auto", description="Accelerator of the machines; auto tries with a real boot what works."
     )
@@ -199,6 +202,7 @@ class GatewaySettings(BaseSettings):
             state_dir=self.state_dir,
             run_dir=self.run_dir,
             pool_size=self.pool_size,
+            pool_limit=self.pool_limit,
             max_sandboxes=self.max_sandboxes,
             max_memory_mib=self.max_memory_mib,
             max_vcpus=self.max_vcpus,

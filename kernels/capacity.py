@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kernels.errors import CapacityError
-from kernels.models import Sandbox
-from vm_runtime.spec import MachineShape
 
 # What a restored sandbox takes of its own before it has done much (40 to 64 MiB after one cell), with head room.
 START_COST_MIB = 128
@@ -14,11 +14,6 @@ START_COST_MIB = 128
 RESERVE_MIB = 512
 # A spare machine is a luxury: it is made only while this much more is free.
 SPARE_RESERVE_MIB = 2048
-
-
-def shape_of(sandbox: Sandbox) -> MachineShape:
-    """The shape of the sandbox's machines."""
-    return MachineShape(memory_mib=sandbox.memory_mib, vcpus=sandbox.vcpus, disk_mib=sandbox.disk_mib)
 
 
 def available_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -30,26 +25,38 @@ def available_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 class Capacity:
-    """`admit` before a sandbox is made, `check_memory` before one is woken, `has_room_for_spare` before a spare one."""
+    """`admit` before a sandbox is made; `with room(...)` around the start of machines; `has_room_for_spare` before that
+    of a spare one. available_mib: what the host has now."""
 
-    def __init__(self, max_sandboxes: int) -> None:
+    def __init__(self, max_sandboxes: int, *, available_mib: Callable[[], int] = available_mib) -> None:
         self._max_sandboxes = max_sandboxes
+        self._available_mib = available_mib
+        self._reserved_mib = 0
 
-    def admit(self, existing: int, shape: MachineShape, *, count: int = 1) -> None:
-        """Whether `count` more may be made. Errors: CapacityError with the number that is short."""
+    def admit(self, existing: int, *, count: int = 1) -> None:
+        """Whether `count` more sandboxes may exist. Errors: CapacityError."""
         if existing + count > self._max_sandboxes:
             raise CapacityError(
                 f"There are {existing} sandboxes, the limit (max_sandboxes). Delete one or raise the limit."
             )
-        self.check_memory(shape, count=count)
 
-    def check_memory(self, shape: MachineShape, *, count: int = 1) -> None:
-        """Whether `count` sandboxes may get machines. Errors: CapacityError with the number that is short."""
-        need = RESERVE_MIB + count * min(START_COST_MIB, shape.memory_mib)
-        free = available_mib()
-        if free < need:
-            what = f"{free} MiB of memory are available, {count} more machines need {need}"
+    @contextmanager
+    def room(self, memory_mib: int, *, count: int = 1) -> Iterator[None]:
+        """Reserves memory for `count` machines of this size until the block ends: what they took is then part of what
+        the host has not available. Errors: CapacityError with the number that is short."""
+        cost = count * min(START_COST_MIB, memory_mib)
+        free = self._free_mib()
+        if free < RESERVE_MIB + cost:
+            what = f"{free} MiB of memory are available, {count} more machines need {RESERVE_MIB + cost}"
             raise CapacityError(f"{what}. Try again later.")
+        self._reserved_mib += cost
+        try:
+            yield
+        finally:
+            self._reserved_mib -= cost
 
     def has_room_for_spare(self) -> bool:
-        return available_mib() >= SPARE_RESERVE_MIB + START_COST_MIB
+        return self._free_mib() >= SPARE_RESERVE_MIB + START_COST_MIB
+
+    def _free_mib(self) -> int:
+        return self._available_mib() - self._reserved_mib

@@ -9,7 +9,9 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from weakref import WeakSet
 
+from kernels.capacity import Capacity
 from kernels.exercise import exercise
 from kernels.pool import Pool
 from kernels.session import Greeting
@@ -17,6 +19,7 @@ from kernels.settings import ServiceSettings
 from kernels.templates import Template, TemplateStore
 from kernels.warm import WarmMachine, new_place
 from vm_runtime.drivers.base import Driver, MachinePlace
+from vm_runtime.machine import Machine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
@@ -57,12 +60,19 @@ class Launcher:
         store: SnapshotStore,
         *,
         image_files: Callable[[str], ImageFiles],
-        has_room_for_spare: Callable[[], bool],
+        capacity: Capacity,
     ) -> None:
         self._settings = settings
         self.saver = Saver(store=store, driver=driver, image_files=image_files)
         self.templates = TemplateStore(settings.state_dir / "templates", settings.run_dir, driver, store, self.saver)
-        self.pool = Pool(size=settings.pool_size, make=self._make_spare, has_room=has_room_for_spare)
+        self._capacity = capacity
+        self._making: WeakSet[Machine] = WeakSet()
+        self.pool = Pool(
+            size=settings.pool_size,
+            limit=settings.pool_limit,
+            make=self._make_spare,
+            has_room=capacity.has_room_for_spare,
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -76,24 +86,27 @@ class Launcher:
             await self.saver.close()
 
     async def launch(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
-        """A machine of the template, from the pool if one is ready. Errors: VmRuntimeError, SnapshotError,
-        MachineFailedError."""
+        """A machine of the template, from the pool if one is ready. Errors: CapacityError, VmRuntimeError,
+        SnapshotError, MachineFailedError."""
         warm = self.pool.take(template)
-        if warm is not None:
-            return warm
-        with self.pool.demand():
-            return await self._restore_template(template, identity)
+        if self.pool.ready_count(template) == 0:
+            for machine in self._making:
+                machine.set_background(False)
+        if warm is None:
+            return await self.restore(template.snapshot, _first_greeting(template, identity))
+        warm.saved.machine.set_background(False)
+        return warm
 
     async def restore(
-        self, snapshot: Manifest, greeting: Greeting, *, on_running: Callable[[], None] = lambda: None
+        self, snapshot: Manifest, greeting: Greeting, *, on_running: Callable[[Machine], None] = lambda machine: None
     ) -> WarmMachine:
         """A machine in the state of a snapshot. on_running: called when its guest runs, before it is greeted.
         Errors: as `launch`."""
-        with self.pool.demand():
+        with self._capacity.room(snapshot.shape.memory_mib):
             saved = await self.saver.restore(
                 snapshot, place=new_place(self._settings.state_dir, self._settings.run_dir)
             )
-            on_running()
+            on_running(saved.machine)
             return await WarmMachine.greet(saved, greeting)
 
     async def adopt(self, place: MachinePlace, greeting: Greeting) -> WarmMachine:
@@ -113,18 +126,24 @@ class Launcher:
         """Ends a machine that belongs to no sandbox, and removes what it left. Errors: VmRuntimeError."""
         await self.saver.end(place)
 
-    async def _restore_template(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
-        saved = await self.saver.restore(
-            template.snapshot, place=new_place(self._settings.state_dir, self._settings.run_dir)
-        )
-        greeting = Greeting(marker=template.snapshot.wire_marker, identity=identity, key=new_key(), restored=True)
-        return await WarmMachine.greet(saved, greeting)
-
     async def _make_spare(self, template: Template) -> WarmMachine:
-        warm = await self._restore_template(template, SPARE_IDENTITY)
+        """It yields to others, but not while the pool is empty: the next start would then wait for as much work."""
+
+        def yielding(machine: Machine) -> None:
+            self._making.add(machine)
+            machine.set_background(self.pool.ready_count(template) > 0)
+
+        greeting = _first_greeting(template, SPARE_IDENTITY)
+        warm = await self.restore(template.snapshot, greeting, on_running=yielding)
         try:
             await exercise(warm, self._settings.run_dir, SPARE_IDENTITY)
         except BaseException:
             await warm.close()
             raise
+        self._making.discard(warm.saved.machine)
+        warm.saved.machine.set_background(True)
         return warm
+
+
+def _first_greeting(template: Template, identity: Mapping[str, str]) -> Greeting:
+    return Greeting(marker=template.snapshot.wire_marker, identity=identity, key=new_key(), restored=True)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from kernels.capacity import shape_of
 from kernels.core import Core, utc_now
-from kernels.errors import KernelsError, MachineFailedError, SandboxStateError
+from kernels.errors import CapacityError, KernelsError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
 from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
@@ -75,12 +74,13 @@ class Naps:
             return core.registry.change(sandbox_id, released=False) if sandbox.released else sandbox
         if sandbox.snapshot_id is None:
             raise SandboxStateError(sandbox_id, found="asleep without a snapshot", wanted=SandboxState.RUNNING)
-        core.capacity.check_memory(shape_of(sandbox))
         try:
             snapshot = await asyncio.to_thread(core.store.get, sandbox.snapshot_id)
             # The same sandbox goes on, so its user-level random numbers do, too; the system's are renewed in any case.
             # One that lost its machine went back to a checkpoint; one that was put to sleep does what it was asked.
             await core.restore(sandbox_id, snapshot, keep_random=True, drop_requests=sandbox.reason is not None)
+        except CapacityError:
+            raise
         except (SnapshotError, VmRuntimeError, KernelsError) as error:
             raise MachineFailedError(f"The sandbox could not be woken: {error}") from error
         core.registry.touch(sandbox_id)

@@ -1,113 +1,165 @@
-"""The warm pool: machines restored ahead of time, so that a new kernel is there when it is asked for.
+"""The warm pool: machines restored ahead of time, so that a new kernel exists when it is asked for.
 
-Each machine is given out once. Refilling happens in the background, one machine at a time, only while no one waits for
-a machine of their own and the host has memory to spare.
+Each machine is given out once. Whatever is missing is made at once, at any rate of starts: no refill waits for a quiet
+moment (what is made yields the CPUs to machines in use, see launcher.py). Where starts find the pool empty it grows up
+to its limit, and it shrinks when that was not needed. Does not know how a machine is made.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
 
 from kernels.errors import KernelsError
 from kernels.templates import Template
-from kernels.warm import WarmMachine
 from vm_runtime.errors import VmRuntimeError
+from vm_runtime.snapshots.errors import SnapshotError
 
 log = logging.getLogger(__name__)
 
 # After a refill failed: long enough not to burn the host, short enough to recover by itself.
 RETRY_DELAY_S = 10.0
-# After a machine was given out: its user's first cells come first. Under emulation a refill costs a CPU for a second.
-REFILL_DELAY_S = 2.0
+# Neither the host's memory nor the death of a machine that waits here has an event.
+LOOK_INTERVAL_S = 5.0
+# What the pool has grown by is ended when it was not needed for so long: programs start kernels seconds apart.
+SHRINK_AFTER_S = 60.0
 
 
-class Pool:
-    """`take` gives a ready machine or None. Run `run()` as a task for as long as the pool is in use.
+class Spare(Protocol):
+    """What the pool keeps (`kernels.warm.WarmMachine`)."""
 
-    size: machines kept per template. make: restores one. has_room: whether the host can afford one more.
+    @property
+    def dead(self) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=Spare)
+
+
+class _Shelf(Generic[S]):
+    """The machines of one template. wanted: how many are to be ready. fewest: that were ready since `watched_from`."""
+
+    def __init__(self, template: Template, wanted: int) -> None:
+        self.template = template
+        self.wanted = wanted
+        self.ready: deque[S] = deque()
+        self.making = 0
+        self.not_before = float("-inf")
+        self.fewest = 0
+        self.watched_from = time.monotonic()
+
+
+class Pool(Generic[S]):
+    """`take` gives a ready machine or None. Run `run()` as a task for as long as the pool is in use, then `close()`.
+
+    size: machines kept ready per template; 0 keeps none.
+    limit: the most that it grows to, per template.
+    make: restores one; where it raises, it is tried again later.
+    has_room: whether the host has memory for one more.
     """
 
     def __init__(
-        self, *, size: int, make: Callable[[Template], Awaitable[WarmMachine]], has_room: Callable[[], bool]
+        self, *, size: int, limit: int, make: Callable[[Template], Awaitable[S]], has_room: Callable[[], bool]
     ) -> None:
         self._size = size
+        self._limit = max(size, limit)
         self._make = make
         self._has_room = has_room
-        self._ready: dict[str, deque[WarmMachine]] = defaultdict(deque)
-        self._templates: dict[str, Template] = {}
-        self._wanted = asyncio.Event()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
-        self._demand = 0
-        self._last_taken = float("-inf")
+        # The other half is for those who start one of their own meanwhile, and for everybody's cells.
+        self._parallel = max(1, len(os.sched_getaffinity(0)) // 2)
+        self._shelves: dict[str, _Shelf[S]] = {}
+        self._doomed: list[S] = []
+        self._changed = asyncio.Event()
 
     def keep(self, template: Template) -> None:
         """From now on, machines of this template are kept ready."""
-        self._templates[template.digest] = template
-        self._wanted.set()
+        if self._size > 0:
+            self._shelves.setdefault(template.digest, _Shelf(template, self._size))
+            self._changed.set()
 
-    def take(self, template: Template) -> WarmMachine | None:
-        """A ready machine, never given to anyone before, or None if there is none."""
-        ready = self._ready[template.digest]
-        while ready:
-            warm = ready.popleft()
-            self._last_taken = time.monotonic()
-            self._wanted.set()
+    def take(self, template: Template) -> S | None:
+        """A ready machine, never given to anyone before, or None if none is ready."""
+        shelf = self._shelves.get(template.digest)
+        if shelf is None:
+            return None
+        self._changed.set()
+        while shelf.ready:
+            warm = shelf.ready.popleft()
+            shelf.fewest = min(shelf.fewest, len(shelf.ready))
             if not warm.dead:
                 return warm
+            self._doomed.append(warm)
+        shelf.wanted = min(self._limit, shelf.wanted + 1)
         return None
 
-    def ready_count(self) -> int:
-        """Machines ready now, over all templates."""
-        return sum(len(ready) for ready in self._ready.values())
-
-    def demand(self) -> _Demand:
-        """A context in which someone waits for a machine of their own: refilling pauses until it ends."""
-        return _Demand(self)
+    def ready_count(self, template: Template | None = None) -> int:
+        """Machines ready now, of this template or over all."""
+        shelves = self._shelves.items()
+        return sum(len(shelf.ready) for digest, shelf in shelves if template is None or template.digest == digest)
 
     async def run(self) -> None:
         """Keeps the pool filled until cancelled."""
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            for template in list(self._templates.values()):
-                while len(self._ready[template.digest]) < self._size and self._has_room():
-                    await self._wait_quiet()
-                    try:
-                        self._ready[template.digest].append(await self._make(template))
-                    except (KernelsError, VmRuntimeError) as error:
-                        log.warning("The warm pool could not be refilled: %s", error)
-                        await asyncio.sleep(RETRY_DELAY_S)
-                        self._wanted.set()
-                        break
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._changed.clear()
+                for shelf in self._shelves.values():
+                    self._sort_out(shelf)
+                    while self._may_make(shelf):
+                        shelf.making += 1
+                        group.create_task(self._add(shelf))
+                while self._doomed:
+                    group.create_task(_end(self._doomed.pop()))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_INTERVAL_S):
+                        await self._changed.wait()
 
-    async def _wait_quiet(self) -> None:
-        """Until no one waits for a machine and no one has just been given one."""
-        while (left_s := self._last_taken + REFILL_DELAY_S - time.monotonic()) > 0 or not self._quiet.is_set():
-            await self._quiet.wait()
-            await asyncio.sleep(max(0.0, left_s))
+    def _sort_out(self, shelf: _Shelf[S]) -> None:
+        """Dooms the dead, and what a shelf that has grown did not need lately."""
+        self._doomed += [warm for warm in shelf.ready if warm.dead]
+        shelf.ready = deque(warm for warm in shelf.ready if not warm.dead)
+        if time.monotonic() - shelf.watched_from >= SHRINK_AFTER_S:
+            shelf.wanted = max(self._size, shelf.wanted - shelf.fewest)
+            while len(shelf.ready) > shelf.wanted:
+                self._doomed.append(shelf.ready.pop())
+            shelf.watched_from, shelf.fewest = time.monotonic(), len(shelf.ready)
+
+    def _may_make(self, shelf: _Shelf[S]) -> bool:
+        return (
+            len(shelf.ready) + shelf.making < shelf.wanted
+            and sum(each.making for each in self._shelves.values()) < self._parallel
+            and time.monotonic() >= shelf.not_before
+            and self._has_room()
+        )
+
+    async def _add(self, shelf: _Shelf[S]) -> None:
+        try:
+            shelf.ready.append(await self._make(shelf.template))
+        except Exception as error:
+            # Also what nobody expected: the pool must outlive it.
+            expected = isinstance(error, (KernelsError, VmRuntimeError, SnapshotError, OSError))
+            log.warning("The warm pool could not be refilled: %s", error, exc_info=not expected)
+            shelf.not_before = time.monotonic() + RETRY_DELAY_S
+        finally:
+            shelf.making -= 1
+            self._changed.set()
 
     async def close(self) -> None:
         """Ends every machine that was not given out. Cancel `run()` first."""
-        machines = [warm for ready in self._ready.values() for warm in ready]
-        self._ready.clear()
-        await asyncio.gather(*(warm.close() for warm in machines), return_exceptions=True)
+        machines = [*self._doomed, *(warm for shelf in self._shelves.values() for warm in shelf.ready)]
+        self._doomed.clear()
+        self._shelves.clear()
+        await asyncio.gather(*(_end(warm) for warm in machines))
 
 
-class _Demand:
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-
-    def __enter__(self) -> None:
-        self._pool._demand += 1
-        self._pool._quiet.clear()
-
-    def __exit__(self, *exc: object) -> None:
-        self._pool._demand -= 1
-        self._pool._last_taken = time.monotonic()
-        if self._pool._demand == 0:
-            self._pool._quiet.set()
+async def _end(warm: Spare) -> None:
+    try:
+        await warm.close()
+    except (VmRuntimeError, OSError) as error:
+        log.warning("A machine of the warm pool could not be ended: %s", error)

@@ -174,7 +174,7 @@ class SandboxService:
             raise SandboxExistsError(f"There is a sandbox with the id {sandbox_id} already.")
         checkpoints = request.checkpoints if request.checkpoints is not None else settings.checkpoints
         timer_minutes(checkpoints)
-        core.capacity.admit(len(core.registry), shape)
+        core.capacity.admit(len(core.registry))
         idle_s = request.idle_timeout_s
         if idle_s is None:
             idle_s = settings.idle_timeouts_s.get(request.template, settings.idle_timeout_s)

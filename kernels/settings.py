@@ -14,7 +14,8 @@ class ServiceSettings:
     """Settings of a `SandboxService`.
 
     state_dir, run_dir: see docs/architecture.md, "Where things lie".
-    pool_size: warm machines kept ready per kernelspec. max_sandboxes: live and sleeping ones together.
+    pool_size: warm machines kept ready per kernelspec; pool_limit: to how many that grows while starts find none ready.
+    max_sandboxes: live and sleeping ones together.
     max_memory_mib, max_vcpus, max_disk_mib: the most that one request may ask for.
     memory_mib, vcpus, disk_mib: for requests that name none; None means as the recipe says.
     restart_limit: automatic restarts of a crashing kernel within `restart_window_s` before it is given up as dead.
@@ -30,6 +31,7 @@ class ServiceSettings:
     state_dir: Path
     run_dir: Path
     pool_size: int = 2
+    pool_limit: int = 8
     max_sandboxes: int = 1000
     max_memory_mib: int = 8192
     max_vcpus: int = 4

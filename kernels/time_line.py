@@ -225,7 +225,12 @@ class TimeLine:
         running = asyncio.Event()
         restoring = asyncio.create_task(
             core.restore_beside(
-                sandbox_id, manifest, keep_random=True, drop_requests=True, extra=extra, on_running=running.set
+                sandbox_id,
+                manifest,
+                keep_random=True,
+                drop_requests=True,
+                extra=extra,
+                on_running=lambda _: running.set(),
             )
         )
         restoring.add_done_callback(lambda _: running.set())

@@ -94,6 +94,11 @@ class Machine(ABC):
         """Let the vCPUs run. PAUSED -> RUNNING; harmless if already RUNNING."""
 
     @abstractmethod
+    def set_background(self, background: bool) -> None:
+        """Whether it yields the CPUs to other machines where they are short; a new one does not. No effect where the
+        host does not let CPU be limited (`Driver.confinement`). Any state."""
+
+    @abstractmethod
     async def device_state(self, path: Path) -> None:
         """Write the state of CPUs and devices, without RAM, to a new file. PAUSED only."""
 

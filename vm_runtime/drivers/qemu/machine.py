@@ -227,6 +227,9 @@ class QemuMachine(Machine):
         removed, self._removed_fdsets = self._removed_fdsets, set()
         await self._remove_descriptors(removed)
 
+    def set_background(self, background: bool) -> None:
+        self._cgroup.set_background(background)
+
     async def device_state(self, path: Path) -> None:
         require(self._state, RunState.PAUSED)
         # A memfd always has room: QEMU 7.2 leaks its descriptor when it cannot write.

@@ -1,0 +1,135 @@
+"""The warm pool: filled at any rate of starts, grown by demand, and without leaks. Its machines are values here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+import pytest
+
+from kernels import pool as module
+from kernels.pool import Pool
+from kernels.templates import Template
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.manifest import Manifest
+
+TEMPLATE = Template(digest="d", name="python3", snapshot=cast(Manifest, None))
+
+
+class Warm:
+    dead = False
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Host:
+    """What makes machines. errors: raised by the next ones."""
+
+    def __init__(self) -> None:
+        self.made: list[Warm] = []
+        self.room = True
+        self.errors: list[Exception] = []
+
+    async def make(self, template: Template) -> Warm:
+        await asyncio.sleep(0)
+        if self.errors:
+            raise self.errors.pop()
+        self.made.append(Warm())
+        return self.made[-1]
+
+
+@asynccontextmanager
+async def filled(host: Host, *, size: int = 2, limit: int = 2) -> AsyncIterator[Pool[Warm]]:
+    pool = Pool(size=size, limit=limit, make=host.make, has_room=lambda: host.room)
+    task = asyncio.create_task(pool.run())
+    pool.keep(TEMPLATE)
+    await until(lambda: pool.ready_count() == size)
+    try:
+        yield pool
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await pool.close()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(module, "RETRY_DELAY_S", 0.01)
+
+
+async def test_steady_starts_find_a_warm_machine_each() -> None:
+    host = Host()
+    async with filled(host) as pool:
+        given = []
+        for _ in range(50):
+            for _ in range(10):  # turns of the loop: no time at all
+                await asyncio.sleep(0)
+            given.append(pool.take(TEMPLATE))
+    assert None not in given
+    assert len(set(map(id, given))) == 50
+
+
+async def test_what_was_missing_for_want_of_room_is_made_when_there_is_room() -> None:
+    host = Host()
+    async with filled(host) as pool:
+        host.room = False
+        assert pool.take(TEMPLATE) and pool.take(TEMPLATE)
+        assert pool.take(TEMPLATE) is None
+        host.room = True
+        await until(lambda: pool.ready_count() == 2)
+
+
+async def test_a_dead_machine_is_neither_given_out_nor_left() -> None:
+    host = Host()
+    async with filled(host) as pool:
+        first, second = host.made
+        first.dead = True
+        assert pool.take(TEMPLATE) is second
+        await until(lambda: first.closed and pool.ready_count() == 2)
+        resting = host.made[-1]
+        resting.dead = True
+        await until(lambda: resting.closed and pool.ready_count() == 2)
+    assert all(warm.closed for warm in host.made if warm is not second)
+    assert not second.closed
+
+
+@pytest.mark.parametrize("error", [SnapshotError("damaged"), OSError("full"), ZeroDivisionError()])
+async def test_a_refill_that_fails_is_tried_again(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    host = Host()
+    async with filled(host) as pool:
+        host.errors = [error]
+        pool.take(TEMPLATE)
+        await until(lambda: pool.ready_count() == 2)
+    assert "could not be refilled" in caplog.text
+
+
+async def test_it_grows_while_starts_find_it_empty_and_shrinks_when_that_was_not_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Host()
+    async with filled(host, size=2, limit=4) as pool:
+        taken = [pool.take(TEMPLATE) for _ in range(9)]
+        assert sum(warm is not None for warm in taken) == 2
+        await until(lambda: pool.ready_count() == 4)
+        monkeypatch.setattr(module, "SHRINK_AFTER_S", 0.0)
+        await until(lambda: pool.ready_count() == 2 and sum(warm.closed for warm in host.made) == 2)
+
+
+async def test_a_pool_of_size_0_keeps_nothing() -> None:
+    host = Host()
+    async with filled(host, size=0, limit=4) as pool:
+        assert pool.take(TEMPLATE) is None
+        await asyncio.sleep(0.02)
+        assert host.made == []
