@@ -17,9 +17,9 @@ from kernels.models import CreateSandbox, Sandbox
 from kernels.service import SandboxService
 from kernels.warm import new_place
 from vm_runtime.drivers.base import MachinePlace
-from vm_runtime.machine import Machine
+from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.values import Taken, Then
+from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots.manifest import Manifest
 
 
@@ -70,22 +70,24 @@ class Lab(SandboxService):
         core = self._core
         running: list[float] = []
 
-        async def note(place: MachinePlace, machine: Machine) -> None:
-            running.append(1000 * (perf_counter() - began))
+        class Noting(SnapshotHooks):
+            def described(self, description: Description) -> Description:
+                running.append(1000 * (perf_counter() - began))  # the children have been loaded
+                return description
 
         async with core.lock(sandbox_id):
             saved = core.running(sandbox_id).saved
             description = core.description(sandbox_id, name=None)
             places = [self._place() for _ in range(count)]
             began = perf_counter()
-            forked = await core.launcher.saver.fork(saved, description, places=places, on_running=note)
+            forked = await core.launcher.saver.fork(saved, description, places=places, hooks=[Noting()])
             stored_ms = 1000 * (perf_counter() - began)
             await core.keep(sandbox_id, forked.taken.manifest)
         for child in forked.children:
             if not isinstance(child, SavedMachine):
                 raise BenchmarkError(f"A child was not made: {child}")
             await child.kill()
-        return Split(pause_ms=forked.taken.pause_ms, running_ms=tuple(running), stored_ms=stored_ms)
+        return Split(pause_ms=forked.taken.pause_ms, running_ms=tuple(running) * count, stored_ms=stored_ms)
 
     async def children_of(self, sandbox_id: str, *, count: int) -> list[Sandbox]:
         """`fork`, all of whose children must come."""

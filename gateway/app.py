@@ -63,19 +63,17 @@ def all_endpoints() -> tuple[Endpoint, ...]:
 
 def make_application(gateway: Gateway) -> web.Application:
     """The application that serves `gateway`."""
-    rules: list[Any] = [(r"/api/kernels/(?P<kernel_id>[^/]+)/channels", ChannelsHandler, {"gateway": gateway})]
-    sandbox = "/api/sandboxes/(?P<sandbox_id>[^/]+)"
+    rules: list[Any] = [(_pattern("/api/kernels/{kernel_id}/channels"), ChannelsHandler, {"gateway": gateway})]
     for path, socket in (
-        (f"{sandbox}/exec", ExecSocket),
-        (f"{sandbox}/commands/(?P<command_id>[^/]+)/attach", AttachSocket),
-        (f"{sandbox}/files/watch", WatchSocket),
+        ("/api/sandboxes/{sandbox_id}/exec", ExecSocket),
+        ("/api/sandboxes/{sandbox_id}/commands/{command_id}/attach", AttachSocket),
+        ("/api/sandboxes/{sandbox_id}/files/watch", WatchSocket),
     ):
-        rules.append(Rule(WebSocketMatches(path), socket, {"gateway": gateway}))
+        rules.append(Rule(WebSocketMatches(_pattern(path)), socket, {"gateway": gateway}))
     for endpoint in all_endpoints():
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(endpoint.path))
         # A slash at the end is the same resource, as in Jupyter.
         handler = endpoint.handler or EndpointHandler
-        rules.append((pattern + "/?", handler, {"gateway": gateway, "endpoint": endpoint}))
+        rules.append((_pattern(endpoint.path) + "/?", handler, {"gateway": gateway, "endpoint": endpoint}))
     return web.Application(
         rules,
         default_handler_class=NotFoundHandler,
@@ -83,6 +81,12 @@ def make_application(gateway: Gateway) -> web.Application:
         gateway=gateway,
         log_function=_log_request,
     )
+
+
+def _pattern(path: str) -> str:
+    """A route for a path with `{names}`, in whose places stand ids and names of files. Nothing quoted and no `..`: what
+    is on the way may make another path of these."""
+    return re.sub(r"\\{(\w+)\\}", r"(?P<\1>[A-Za-z0-9_-][A-Za-z0-9_.-]*)", re.escape(path))
 
 
 def _log_request(handler: web.RequestHandler) -> None:

@@ -27,8 +27,9 @@ OCTETS = "application/octet-stream"
 CHUNKS = "application/vnd.hypercell.chunks"
 # A client may say beforehand what the content's CRC-32 is; otherwise it compares the one that is answered.
 CRC_HEADER = "X-Content-Crc32"
-# After an upload has failed, so much of it is still read, that clients which send before they listen get the answer.
-DRAIN_BYTES = 64 * 1024 * 1024
+# After an upload has failed, so much of it is still read, that clients which send before they listen get the answer:
+# more than any file, so that only content without an end is cut off.
+DRAIN_BYTES = 64 * 1024 * 1024 * 1024
 # No upload takes longer; one that stalls ends after `client_timeout_s`.
 UPLOAD_TIMEOUT_S = 7 * 86_400.0
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))\Z")
@@ -86,6 +87,8 @@ class ContentHandler(EndpointHandler):
             self._upload = await files.write(query.path, mode=mode_number(query.mode), parents=query.parents)
         except (KernelsError, ApiError) as error:
             self._failure = error
+            if self.request.headers.get("Expect", "").lower() == "100-continue":
+                raise  # nothing has been sent yet, and nothing will be
         if self._client_gone:
             self._end_upload()
         self._expect_more()

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from kernels.errors import CellRunsError, MachineFailedError
 from kernels.live import LiveSandbox
-from vm_runtime.saving.machine import Beside, Captured
+from vm_runtime.saving.hooks import Captured, SnapshotHooks
 from vm_runtime.saving.values import Description, Then
 from vm_runtime.states import RunState
 
@@ -31,7 +31,7 @@ async def _nothing() -> None:
     pass
 
 
-class CellBoundary(Beside):
+class CellBoundary(SnapshotHooks):
     """For one snapshot of a live sandbox.
 
     strict: raise CellRunsError rather than take a snapshot of a cell that runs. waits: whether the kernel is to pause
@@ -83,11 +83,14 @@ class CellBoundary(Beside):
                 raise CellRunsError("The kernel has waited long enough with the next cell.")
         await self._before_resume()
 
-    async def when_captured(self, captured: Captured) -> None:
+    async def captured(self, captured: Captured) -> None:
         if self._then is Then.RESUME:
-            await self.let_go()
+            await self._let_go()
 
-    async def let_go(self) -> None:
+    async def abandoned(self) -> None:
+        await self._let_go()
+
+    async def _let_go(self) -> None:
         """Cells may begin in the machine itself, if it runs. Twice is harmless."""
         if self._asked and self._live.saved.machine.state is RunState.RUNNING:
             self._asked = False

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -26,9 +27,10 @@ from kernels.registry import Registry
 from kernels.session import CallHandler, Greeting
 from kernels.settings import ServiceSettings
 from kernels.warm import WarmMachine
-from vm_runtime.drivers.base import Driver
+from vm_runtime.drivers.base import Driver, MachinePlace
 from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
+from vm_runtime.saving.forking import Forked
 from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
@@ -315,20 +317,42 @@ class Core:
         name: str | None = None,
         strict: bool = False,
         before_resume: Callable[[], Awaitable[object]] | None = None,
+        heir_id: str | None = None,
     ) -> Taken:
         """A snapshot of a running sandbox, kept for it from now on. strict, before_resume: as of `CellBoundary`.
-        Errors: SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on then."""
+        heir_id: the sandbox whose snapshot it is to be, if not its own; the caller keeps it then.
+
+        Errors: SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on then.
+        """
         live = self.running(sandbox_id)
-        description = self.description(sandbox_id, name=name)
-        waits = self.get(sandbox_id).checkpoints == CheckpointPolicy.CELL
-        beside = CellBoundary(live, then=then, strict=strict, waits=waits, before_resume=before_resume)
-        try:
-            taken = await live.saved.take(description, then=then, beside=beside)
-        except BaseException:
-            await beside.let_go()
-            raise
-        await self.keep(sandbox_id, taken.manifest)
+        description = replace(self.description(sandbox_id, name=name), sandbox_id=heir_id or sandbox_id)
+        boundary = self._boundary(live, sandbox_id, then=then, strict=strict, before_resume=before_resume)
+        taken = await live.saved.take(description, then=then, hooks=[boundary])
+        if heir_id is None:
+            await self.keep(sandbox_id, taken.manifest)
         return taken
+
+    async def fork(self, sandbox_id: str, places: Sequence[MachinePlace], *, strict: bool) -> Forked:
+        """The same with a machine in its state at each place, for `WarmMachine.greet`. Errors: as `take`."""
+        live = self.running(sandbox_id)
+        description = self.description(sandbox_id, name=None)
+        boundary = self._boundary(live, sandbox_id, then=Then.RESUME, strict=strict)
+        forked = await self.launcher.saver.fork(live.saved, description, places=places, hooks=[boundary])
+        await self.keep(sandbox_id, forked.taken.manifest)
+        return forked
+
+    def _boundary(
+        self,
+        live: LiveSandbox,
+        sandbox_id: str,
+        *,
+        then: Then,
+        strict: bool,
+        before_resume: Callable[[], Awaitable[object]] | None = None,
+    ) -> CellBoundary:
+        """No snapshot of a sandbox is taken without one: this is the only place that makes them."""
+        waits = self.get(sandbox_id).checkpoints == CheckpointPolicy.CELL
+        return CellBoundary(live, then=then, strict=strict, waits=waits, before_resume=before_resume)
 
     async def keep(self, sandbox_id: str, snapshot: Manifest) -> None:
         """From now on the sandbox wakes from this snapshot, so it must stay."""

@@ -6,13 +6,14 @@ Gets open streams and knows nothing of sandboxes' lives or of HTTP.
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
-from kernels.errors import GuestRefusedError, RequestError
+from kernels.errors import GuestRefusedError, MachineFailedError, RequestError
 from kernels.guest_values import guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
 from vm_runtime.wire.command_frames import (
     MAX_REQUEST_BYTES,
@@ -21,6 +22,8 @@ from vm_runtime.wire.command_frames import (
     CommandFrameReader,
 )
 from vm_runtime.wire.stream import Stream
+
+_COMMAND_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 OpenStream = Callable[[str, Mapping[str, Any]], Awaitable[Stream]]
 
@@ -82,7 +85,7 @@ class CommandInfo:
     def parse(cls, value: Any) -> CommandInfo:
         """Errors: MachineFailedError."""
         return cls(
-            command_id=text_of(value, "command_id"),
+            command_id=_id_of(value),
             pid=number_of(value, "pid"),
             command=text_of(value, "command"),
             cwd=text_of(value, "cwd", optional=True),
@@ -194,7 +197,7 @@ class SandboxCommands:
                 raise
         (_, payload), *rest = found
         started = parse_json(payload)
-        command = AttachedCommand(stream, command_id=text_of(started, "command_id"), pid=number_of(started, "pid"))
+        command = AttachedCommand(stream, command_id=_id_of(started), pid=number_of(started, "pid"))
         command._frames = frames
         command._events.extend(_event(kind, data) for kind, data in rest)
         return command
@@ -234,6 +237,14 @@ class SandboxCommands:
         with guest_errors():
             async with await self._open(kind, params) as stream:
                 return stream.result
+
+
+def _id_of(value: Any) -> str:
+    """A command's id, which becomes a part of URLs and headers. Errors: MachineFailedError."""
+    found: str = text_of(value, "command_id")
+    if not _COMMAND_ID.fullmatch(found):
+        raise MachineFailedError("The guest answered a command's id that is none.")
+    return found
 
 
 def _event(kind: CommandFrame, payload: bytes) -> CommandEvent:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from kernels.core import Core, utc_now
-from kernels.errors import KernelsError, LimitError, MachineFailedError, SandboxStateError
+from kernels.errors import CellRunsError, KernelsError, LimitError, MachineFailedError, SandboxStateError
+from kernels.events import EventQueue
 from kernels.index import SandboxRecord
 from kernels.launcher import new_key
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.outcomes import Outcome, Outcomes
 from kernels.session import Greeting
 from kernels.warm import WarmMachine, new_place, new_sandbox_id
+from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.states import RunState
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +92,7 @@ class Forks:
         for child in children:
             core.registry.add(child)
         try:
-            async with core.lock(sandbox_id):
-                snapshot, machines = await self._split(sandbox_id, len(children))
+            snapshot, machines = await self._split(sandbox_id, len(children), mid_cell=mid_cell)
         except BaseException as error:
             for child in children:
                 await core.forget(child.sandbox.id)
@@ -124,17 +127,23 @@ class Forks:
 
     async def _wait_idle(self, sandbox_id: str) -> None:
         core = self._core
+        async with core.bus.subscribe() as events:
+            if core.get(sandbox_id).execution_state == "busy":
+                await self._next_idle(sandbox_id, events, asyncio.get_running_loop().time() + IDLE_WAIT_S)
+
+    async def _next_idle(self, sandbox_id: str, events: EventQueue, deadline: float) -> None:
+        """Waits until a cell has ended since `events` were looked at last. Errors: SandboxStateError."""
+        core = self._core
         try:
-            async with asyncio.timeout(IDLE_WAIT_S), core.bus.subscribe() as events:
-                if core.get(sandbox_id).execution_state != "busy":
-                    return
+            async with asyncio.timeout_at(deadline):
                 async for event in events:
                     if event.sandbox_id == sandbox_id and core.get(sandbox_id).execution_state != "busy":
                         return
-        except TimeoutError as error:
-            raise SandboxStateError(
-                sandbox_id, found=f"busy for {IDLE_WAIT_S:.0f} s", wanted="idle (or ask for a fork in mid cell)"
-            ) from error
+        except TimeoutError:
+            pass
+        raise SandboxStateError(
+            sandbox_id, found=f"busy for {IDLE_WAIT_S:.0f} s", wanted="idle (or ask for a fork in mid cell)"
+        )
 
     def _child_record(self, parent: SandboxRecord, index: int, name: str | None) -> SandboxRecord:
         now = utc_now()
@@ -161,25 +170,34 @@ class Forks:
             update={"sandbox": sandbox, "machine_id": "", "key": new_key(), "marker": "", "depth": parent.depth + 1}
         )
 
-    async def _split(self, sandbox_id: str, count: int) -> tuple[Manifest, list[SavedMachine | Exception]]:
-        """The snapshot and a machine for each child. The parent's lock is held."""
-        with self._core.capacity.room(self._core.get(sandbox_id).memory_mib, count=count):
-            return await self._split_with_room(sandbox_id, count)
-
-    async def _split_with_room(self, sandbox_id: str, count: int) -> tuple[Manifest, list[SavedMachine | Exception]]:
+    async def _split(
+        self, sandbox_id: str, count: int, *, mid_cell: bool
+    ) -> tuple[Manifest, list[SavedMachine | Exception]]:
+        """The snapshot and a machine for each child. A cell that has just begun is waited for, unless mid_cell."""
         core = self._core
         places = [new_place(core.settings.state_dir, core.settings.run_dir) for _ in range(count)]
-        saver = core.launcher.saver
-        if core.get(sandbox_id).state is SandboxState.ASLEEP:
-            snapshot = await asyncio.to_thread(core.store.get, core.get(sandbox_id).snapshot_id or "")
-            machines = await asyncio.gather(
-                *(saver.restore(snapshot, place=place) for place in places), return_exceptions=True
-            )
-            return snapshot, [_no_cancel(machine) for machine in machines]
-        live = core.running(sandbox_id)
-        forked = await saver.fork(live.saved, core.description(sandbox_id, name=None), places=places)
-        await core.keep(sandbox_id, forked.taken.manifest)
-        return forked.taken.manifest, list(forked.children)
+        deadline = asyncio.get_running_loop().time() + IDLE_WAIT_S
+        async with core.bus.subscribe() as events:
+            while True:
+                async with core.lock(sandbox_id):
+                    try:
+                        with core.capacity.room(core.get(sandbox_id).memory_mib, count=count):
+                            if core.get(sandbox_id).state is SandboxState.ASLEEP:
+                                return await self._split_asleep(sandbox_id, places)
+                            forked = await core.fork(sandbox_id, places, strict=not mid_cell)
+                            return forked.taken.manifest, list(forked.children)
+                    except CellRunsError as error:
+                        log.info("Sandbox %s is forked after the cell that runs: %s", sandbox_id, error)
+                await self._next_idle(sandbox_id, events, deadline)
+
+    async def _split_asleep(
+        self, sandbox_id: str, places: Sequence[MachinePlace]
+    ) -> tuple[Manifest, list[SavedMachine | Exception]]:
+        core = self._core
+        snapshot = await asyncio.to_thread(core.store.get, core.get(sandbox_id).snapshot_id or "")
+        restoring = (core.launcher.saver.restore(snapshot, place=place) for place in places)
+        machines = await asyncio.gather(*restoring, return_exceptions=True)
+        return snapshot, [_no_cancel(machine) for machine in machines]
 
     async def _bring_up(
         self,
@@ -222,20 +240,29 @@ class Forks:
         offer = self.outcomes.get(child_id)
         if offer is None or offer.state != "offered" or offer.parent_id != parent_id:
             raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
+        extra = {"calls": {offer.call_id: {"result": {"became": parent_id}}}}
         async with core.lock(parent_id), core.lock(child_id):
-            description = replace(core.description(child_id, name=None), sandbox_id=parent_id)
+            live = core.running(child_id)
+            was_running = live.saved.machine.state is RunState.RUNNING
+            snapshot = None
             try:
-                snapshot = (await core.running(child_id).saved.take(description, then=Then.STOP)).manifest
-            except (SnapshotError, VmRuntimeError) as error:
-                raise MachineFailedError(f"The child's state could not be saved; both go on: {error}") from error
+                snapshot = (await core.take(child_id, then=Then.STOP, heir_id=parent_id)).manifest
+                warm = await core.restore_beside(
+                    parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra
+                )
+            except BaseException as error:
+                # Neither has given up anything yet: the parent runs, and the child only has to run on.
+                if snapshot is not None:
+                    if was_running and not live.saved.machine.is_dead:
+                        await live.go_on()
+                    await core.removing(core.store.rm, snapshot.id)
+                if isinstance(error, SnapshotError | VmRuntimeError | KernelsError):
+                    raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
+                raise
             await core.keep(parent_id, snapshot)
             await core.take_down(parent_id)
             core.registry.move(parent_id, SandboxState.ASLEEP)
-            extra = {"calls": {offer.call_id: {"result": {"became": parent_id}}}}
-            try:
-                await core.restore(parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra)
-            except (SnapshotError, VmRuntimeError) as error:
-                raise MachineFailedError(f"The child's state could not be restored: {error}") from error
+            await core.go_live(parent_id, warm, configure=False, snapshot=snapshot)
             await core.forget(child_id)
         await self.outcomes.forget(child_id=child_id)
         return core.get(parent_id)

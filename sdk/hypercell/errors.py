@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 
 
 class HypercellError(Exception):
-    """Base of all errors of the SDK. `str(error)` is a sentence for people: what is wrong and what to do."""
+    """Base of all errors of the SDK. `str(error)` is a sentence for people: what is wrong and what to do. They can be
+    pickled, as what a process of a pool raises is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception calls the class with `args`, and these have arguments of other names.
+        return _remade, (type(self), self.args), self.__dict__
 
 
 class NoGatewayError(HypercellError):
@@ -123,7 +128,8 @@ class CodeTimeoutError(HypercellError, TimeoutError):
 
 
 class ForkError(HypercellError):
-    """Some children could not be made. failures: why, for each; children: those that were made, which go on."""
+    """Some children could not be made. failures: why, for each; children: those that were made, which go on (their ids,
+    once it was pickled: a connection does not leave its process)."""
 
     def __init__(self, failures: Sequence[ForkFailure], children: Sequence[AsyncSandbox | Sandbox]) -> None:
         super().__init__(
@@ -132,6 +138,11 @@ class ForkError(HypercellError):
         )
         self.failures = list(failures)
         self.children: list[Any] = list(children)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, arguments, state = super().__reduce__()
+        ids = [getattr(child, "id", child) for child in self.children]
+        return make, arguments, {**state, "children": ids}
 
 
 class CommandFailedError(HypercellError):
@@ -158,6 +169,12 @@ class MissingPackageError(HypercellError):
 
 class UnsupportedError(HypercellError):
     """Asked for something that a kernel inside a machine cannot do."""
+
+
+def _remade(kind: type[HypercellError], args: tuple[Any, ...]) -> HypercellError:
+    error = kind.__new__(kind, *args)
+    BaseException.__init__(error, *args)  # what OSError, of which a TimeoutError is one, leaves to its own `__init__`
+    return error
 
 
 # What the gateway's `code` means where its status alone does not say (docs/gateway.md, "Errors").

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,19 +35,18 @@ class Gateway:
 
 
 def locate(*, url: str | None = None, token: str | None = None, environ: Mapping[str, str] | None = None) -> Gateway:
-    """The gateway to use. The first place that names a URL decides; a token belongs to the URL it stands beside.
+    """The gateway to use. The first place that names a URL decides, and so does the first that names a token.
 
     Raises NoGatewayError, with what was looked at and how to start a gateway.
     """
     variables = os.environ if environ is None else environ
+    token = token or variables.get(TOKEN_VARIABLE, "")
     if url:
-        return Gateway(url=_checked_url(url, source="The argument"), token=token or variables.get(TOKEN_VARIABLE, ""))
+        return Gateway(url=_checked_url(url, source="The argument"), token=token)
     if variables.get(URL_VARIABLE):
-        return Gateway(
-            url=_checked_url(variables[URL_VARIABLE], source=URL_VARIABLE),
-            token=token or variables.get(TOKEN_VARIABLE, ""),
-        )
-    return local_gateway(environ=variables)
+        return Gateway(url=_checked_url(variables[URL_VARIABLE], source=URL_VARIABLE), token=token)
+    local = local_gateway(environ=variables)
+    return replace(local, token=token) if token else local
 
 
 def local_gateway(*, environ: Mapping[str, str] | None = None) -> Gateway:

@@ -15,12 +15,11 @@ import pytest
 
 from tests.conformance import pvh
 from tests.conformance.conftest import Bench, beat, read_word
-from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.errors import MachineGoneError
-from vm_runtime.machine import Machine
 from vm_runtime.saving.flattening import LONG_CHAIN, MANY_DISKS
 from vm_runtime.saving.forking import Children
+from vm_runtime.saving.hooks import Captured, SnapshotHooks
 from vm_runtime.saving.machine import LONG_DISK_CHAIN, SavedMachine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.values import Description, Then
@@ -162,17 +161,8 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Plac
     try:
         await beat(qemu(parent))
         await disk_io(parent, "write -P 0x11 1M 64k")
-        ran: list[str] = []
-
-        async def on_running(where: MachinePlace, machine: Machine) -> None:
-            ran.append(where.id)
-            assert machine.state is RunState.RUNNING
-
         names = tuple(f"clone-{number}" for number in range(count))
-        forked = await place.saver.fork(
-            parent, describe(), places=[place.bench.place(name) for name in names], on_running=on_running
-        )
-        assert sorted(ran) == list(names)
+        forked = await place.saver.fork(parent, describe(), places=[place.bench.place(name) for name in names])
         children = [child for child in forked.children if isinstance(child, SavedMachine)]
         machines += children
         assert len(children) == len(names)
@@ -181,6 +171,7 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Plac
             await beat(qemu(child))
             await assert_disk(child, 0x11, "1M")
             assert child.snapshot == forked.taken.manifest
+            assert child.machine.state is RunState.RUNNING
             assert maps_shared_pages(child) == (count == 5 and can_inject())
         # A child is a machine like any other: of the second generation, with a disk of its own.
         await disk_io(children[0], "write -P 0x33 1M 64k")
@@ -207,8 +198,8 @@ async def test_a_child_sees_what_was_written_to_the_disk_after_its_vmm_was_start
                 await disk_io(parent, first_write)
 
             class Writing(Children):
-                async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
-                    await super().before_capture(ground)
+                async def prepare(self, ground: Awaitable[MemoryImage]) -> None:
+                    await super().prepare(ground)
                     await disk_io(parent, "write -P 0x44 4M 64k")
                     await disk_io(parent, "write -P 0x55 40M 64k")
 
@@ -232,18 +223,13 @@ async def test_one_failed_child_does_not_fail_its_siblings(place: Place) -> None
     parent = await place.restore(await place.template(), "first")
     machines = [parent]
     try:
-
-        async def refuse(where: MachinePlace, machine: Machine) -> None:
-            if where.id == "clone-1":
-                raise RuntimeError("not this one")
-
         places = [place.bench.place("clone-1"), place.bench.place("clone-2")]
-        forked = await place.saver.fork(parent, describe(), places=places, on_running=refuse)
+        places[0].run_dir.touch()  # no directory: its sockets have no place
+        forked = await place.saver.fork(parent, describe(), places=places)
         failed, child = forked.children
-        assert str(failed) == "not this one"
+        assert isinstance(failed, OSError)
         assert isinstance(child, SavedMachine)
         machines.append(child)
-        assert not places[0].run_dir.exists()
         assert not places[0].disk_dir.exists()
     finally:
         await asyncio.gather(*(machine.kill() for machine in machines))
@@ -298,6 +284,80 @@ async def test_a_machine_whose_last_snapshot_cannot_be_noted_down_runs_on(place:
         # One that stood before stands afterwards.
         await machine.take(describe(), then=Then.RESUME)
         assert machine.machine.state is RunState.PAUSED
+    finally:
+        await machine.kill()
+
+
+class Recorded(SnapshotHooks):
+    """Notes its steps; waits in the one named `waits_in` until `go_on`, and fails in the one named `fails_in`."""
+
+    def __init__(self, machine: SavedMachine, *, waits_in: str = "", fails_in: str = "") -> None:
+        self._machine = machine
+        self._waits_in = waits_in
+        self._fails_in = fails_in
+        self.steps: list[tuple[str, RunState]] = []
+        self.reached = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def _step(self, name: str) -> None:
+        self.steps.append((name, self._machine.machine.state))
+        if name == self._fails_in:
+            raise RuntimeError(f"not in {name}")
+        if name == self._waits_in:
+            self.reached.set()
+            await self.go_on.wait()
+
+    async def prepare(self, ground: Awaitable[MemoryImage]) -> None:
+        await self._step("prepare")
+
+    async def before_pause(self) -> None:
+        await self._step("before_pause")
+
+    async def before_resume(self) -> None:
+        await self._step("before_resume")
+
+    async def captured(self, captured: Captured) -> None:
+        await self._step("captured")
+
+    async def abandoned(self) -> None:
+        await self._step("abandoned")
+
+
+async def test_all_who_take_part_in_a_snapshot_come_to_each_step(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    try:
+        one, two = Recorded(machine), Recorded(machine)
+        await machine.take(describe(), then=Then.RESUME, hooks=[one, two])
+        running, paused = RunState.RUNNING, RunState.PAUSED
+        assert one.steps == two.steps == [
+            ("prepare", running), ("before_pause", running), ("before_resume", paused), ("captured", running),
+        ]  # fmt: skip
+        for step in ("prepare", "before_pause", "before_resume", "captured"):
+            for then in Then:
+                one, two = Recorded(machine, fails_in=step), Recorded(machine)
+                with pytest.raises(RuntimeError, match=step):
+                    await machine.take(describe(), then=then, hooks=[one, two])
+                assert one.steps[-1] == two.steps[-1] == ("abandoned", running)
+        assert len(place.store.ls()) == 2
+    finally:
+        await machine.kill()
+
+
+async def test_a_snapshot_that_is_cancelled_leaves_the_machine_as_its_user_left_it(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    try:
+        for left in (RunState.RUNNING, RunState.PAUSED):
+            if left is RunState.PAUSED:
+                await machine.machine.pause()
+            hook = Recorded(machine, waits_in="captured")
+            taking = asyncio.create_task(machine.take(describe(), then=Then.STOP, hooks=[hook]))
+            await hook.reached.wait()
+            taking.cancel()
+            hook.go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await taking
+            assert machine.machine.state is left
+            assert hook.steps[-1] == ("abandoned", left)
     finally:
         await machine.kill()
 

@@ -53,6 +53,24 @@ async def test_a_child_has_all_state_and_shares_nothing_further(fork_gateway: Ru
     await end(api, parent, one["id"], two["id"])
 
 
+async def test_a_fork_is_never_captured_in_a_cell_that_begins_just_then(fork_gateway: RunningGateway, api: Api) -> None:
+    parent = await api.create()
+    async with Notebook.open(fork_gateway, parent) as notebook:
+        await notebook.run("x = 0")
+        for delay_s in (0.0, 0.02, 0.05, 0.1):  # the cell begins at different moments of the fork
+            before, cell = await notebook.value("x, get_ipython().execution_count - 1")
+            forking = asyncio.create_task(fork(api, parent))
+            await asyncio.sleep(delay_s)
+            await notebook.run("import time\nfor i in range(100):\n    x += 1; time.sleep(0.01)")
+            (child,) = await forking
+            # A child that was captured in the cell would run the rest of it.
+            checkpoint = (await api.call("GET", f"/api/sandboxes/{parent}/checkpoints"))[-1]
+            expected = {cell: before, cell + 1: before + 100}[checkpoint["cell"]]
+            assert await value_of(fork_gateway, child["id"], "x") == expected
+            await end(api, child["id"])
+    await end(api, parent)
+
+
 async def test_sleeping_and_restored_sandboxes_are_forked(fork_gateway: RunningGateway, api: Api) -> None:
     parent = await api.create()
     await value_of(fork_gateway, parent, "x = [1]")

@@ -36,6 +36,8 @@ def test_arguments_come_before_the_environment_and_the_environment_before_the_fi
     assert locate(url="http://here:3", token="given", environ=everything) == Gateway(url="http://here:3", token="given")
     assert locate(environ=everything) == Gateway(url="http://elsewhere:1", token="from environment")
     assert locate(environ=runtime) == Gateway(url="http://127.0.0.1:2", token="from file")
+    for given in ({"token": "given", "environ": runtime}, {"environ": {**runtime, "HYPERCELL_TOKEN": "given"}}):
+        assert locate(**given) == Gateway(url="http://127.0.0.1:2", token="given")
 
 
 def test_a_file_left_by_a_dead_gateway_is_told_apart(runtime: dict[str, str]) -> None:

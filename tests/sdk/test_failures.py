@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ import pytest
 from hypercell import (
     AsyncSandbox,
     ClosedError,
+    Command,
     ConnectionLostError,
     HypercellError,
     KernelDiedError,
@@ -112,6 +115,42 @@ async def test_a_sandbox_that_goes_while_code_runs(at_gateway: RunningGateway) -
     with pytest.raises(HypercellError):
         await asyncio.wait_for(running, 60)
     await sandbox.close()
+
+
+def test_a_forked_process_has_a_connection_of_its_own(at_gateway: RunningGateway) -> None:
+    with Sandbox.create(checkpoints="off") as sandbox:
+        files = sandbox.files
+        sandbox.run_code("x = 1")
+        files.write("given", "by the parent")
+        following = sandbox.commands.start("cat", stdin=True, background=False)
+        events = sandbox.events()
+        threading.Thread(target=lambda: list(events), daemon=True).start()
+        global _inherited
+        _inherited = (sandbox, following)
+        with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+            said = pool.map_async(_in_the_child, range(4), chunksize=1)
+            assert sandbox.run_code("x").text == "1"
+            assert said.get(100) == ["1", "1", "1", "1"]
+        # The children have ended, and took nothing from here.
+        assert sandbox.run_code("sorted(seen)").text == "[0, 1, 2, 3]"
+        following.write("still\n")
+        following.end_input()
+        assert following.wait().stdout == "still\n"
+        assert sandbox.info().state == "running"
+
+
+_inherited: tuple[Sandbox, Command]
+
+
+def _in_the_child(number: int) -> str | None:
+    sandbox, following = _inherited
+    sandbox.run_code(f"seen = globals().get('seen', set()) | {{{number}}}")
+    assert sandbox.files.read_text("given") == "by the parent"
+    assert sandbox.commands.run("cat given").stdout == "by the parent"
+    with pytest.raises(ClosedError, match="attach"):
+        following.wait()
+    with sandbox:  # not killed: it is not this process that made it
+        return sandbox.run_code("x").text
 
 
 def test_the_blocking_api_says_where_it_cannot_be_used(sandbox: Sandbox) -> None:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import uuid
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hypercell
-from hypercell.aio.transport import refusal_in
+from hypercell import AsyncCommands, AsyncFiles, AsyncSandbox
+from hypercell.aio.kernel import AsyncKernel
+from hypercell.aio.transport import Transport, refusal_in
 from hypercell.chunks import HEADER, ChunkReader, ChunkWriter
-from hypercell.errors import ContentBrokenError, refused
-from hypercell.execution import Recorder
+from hypercell.errors import ContentBrokenError, HypercellError, NotFoundError, refused
+from hypercell.execution import Execution, ExecutionError, Logs, Recorder
 from hypercell.kernel_messages import KernelMessage, decode, encode_request
+from hypercell.locate import Gateway
 from hypercell.timeouts import takes_timeout
+from hypercell.values import CommandResult, ForkFailure
 
 PROGRAM = Path(__file__).parent / "typed_program.py"
 SDK = Path(__file__).parents[2] / "sdk"
@@ -159,3 +169,62 @@ async def test_every_public_call_with_a_limit_takes_it_as_timeout_too() -> None:
         None,
         3,
     ]
+
+
+def _an_error(kind: type[HypercellError]) -> HypercellError:
+    """One of this class, with everything that it can carry."""
+    values: dict[str, Any] = {
+        "message": "words",
+        "status": 404,
+        "code": "word",
+        "interrupted": True,
+        "execution": Execution(logs=Logs(stdout=["said"])),
+        "error": ExecutionError(name="E", value="v", traceback="t"),
+        "failures": [ForkFailure(code="c", message="m")],
+        "children": [],
+        "result": CommandResult(exit_code=3, signal=None, timed_out=False, stdout="", stderr="no\n"),
+    }
+    names = [name for name in inspect.signature(kind.__init__).parameters if name in values]
+    return kind(**{name: values[name] for name in names}) if names else kind("words")
+
+
+@pytest.mark.parametrize("name", hypercell._ERRORS.split())
+def test_every_error_can_be_pickled(name: str) -> None:
+    made = _an_error(getattr(hypercell, name))
+    for again in (pickle.loads(pickle.dumps(made)), copy.copy(made)):
+        assert (type(again), str(again), again.args, again.__dict__) == (
+            type(made),
+            str(made),
+            made.args,
+            made.__dict__,
+        )
+
+
+def test_an_error_passes_out_of_a_pool() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with pytest.raises(NotFoundError, match="words") as raised:
+            pool.submit(_raise, _an_error(NotFoundError)).result()
+        assert raised.value.status == 404
+
+
+def _raise(error: HypercellError) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "given", ["", ".", "..", "../../0", "a/b", "a%2Fb", "a?b", "a#b", "a b", "\r\n", "é", "x" * 200]
+)
+async def test_what_cannot_be_an_id_never_reaches_a_url(given: str) -> None:
+    nowhere = Gateway(url="http://127.0.0.1:1")
+    with pytest.raises(NotFoundError):
+        await AsyncSandbox.connect(given, url=nowhere.url)
+    with pytest.raises(NotFoundError):
+        await AsyncSandbox.delete_snapshot(given, url=nowhere.url)
+    async with Transport.leased(nowhere) as transport:
+        commands = AsyncCommands(transport, str(uuid.uuid4()))
+        for use in (commands.get, commands.kill, commands.attach, lambda known: commands.signal(known, "SIGINT")):
+            with pytest.raises(NotFoundError):
+                await use(given)
+        for make in (AsyncCommands, AsyncFiles, AsyncKernel):
+            with pytest.raises(NotFoundError):
+                make(transport, given)

@@ -42,10 +42,13 @@ class Model:
 
 
 class Chaos:
+    flags: tuple[str, ...] = FLAGS
+    max_sandboxes = MAX_SANDBOXES
+
     def __init__(self, state_dir: Path) -> None:
         self.random = random.Random(SEED)
         self.state_dir = state_dir
-        self.gateway: RunningGateway = start_gateway(state_dir, *FLAGS)
+        self.gateway: RunningGateway = start_gateway(state_dir, *self.flags)
         self.traces = Traces(self.gateway.run_dir)
         self.models: dict[str, Model] = {}
         self.log: list[str] = []
@@ -63,7 +66,7 @@ class Chaos:
         operations: dict[Callable[[str], Awaitable[None]], int] = {
             self.cell: 8, self.sleep: 4, self.wake: 2, self.checkpoint: 3, self.goto: 2, self.fork: 2, self.delete: 1,
         }  # fmt: skip
-        if len(self.models) >= MAX_SANDBOXES:
+        if len(self.models) >= self.max_sandboxes:
             del operations[self.fork]
             operations[self.delete] = 4
         (operation,) = self.random.choices(list(operations), list(operations.values()))
@@ -82,7 +85,7 @@ class Chaos:
 
     async def recover(self, sandbox_id: str, before: int) -> None:
         """A new gateway. The operation that was under way has happened or not; whichever, it is whole."""
-        self.gateway = start_gateway(self.state_dir, *FLAGS)
+        self.gateway = start_gateway(self.state_dir, *self.flags)
         listed = {each["id"]: each for each in await self.api.call("GET", "/api/sandboxes")}
         self.log.append(f"   found {[(id_[:8], each['state']) for id_, each in listed.items()]}")
         missing = self.models.keys() - listed.keys()
@@ -151,8 +154,11 @@ class Chaos:
         n = self.models[sandbox_id].n
         (child,) = (await self.api.do(sandbox_id, "fork"))["children"]
         assert "error" not in child, child
-        self.models[child["id"]] = Model(n=n)
-        await self.check(child["id"])
+        await self.born(child["id"], Model(n=n))
+
+    async def born(self, child_id: str, model: Model) -> None:
+        self.models[child_id] = model
+        await self.check(child_id)
 
     async def delete(self, sandbox_id: str) -> None:
         await self.api.delete(sandbox_id)

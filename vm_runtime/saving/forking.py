@@ -15,7 +15,9 @@ from pathlib import Path
 
 from vm_runtime.drivers.base import MachinePlace, PreparedMachine
 from vm_runtime.machine import Machine, MemoryMapping
-from vm_runtime.saving.machine import Beside, Captured, SavedMachine
+from vm_runtime.saving.hooks import Captured, SnapshotHooks
+from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.saving.threads import gather_all
 from vm_runtime.saving.values import Taken
 from vm_runtime.snapshots.family import open_family
 from vm_runtime.snapshots.injection import can_inject
@@ -39,10 +41,6 @@ class Forked:
 
     taken: Taken
     children: tuple[SavedMachine | Exception, ...]
-
-
-# Called when the child at a place runs, while the snapshot is being stored: a greeting, say. Its error is the child's.
-OnRunning = Callable[[MachinePlace, Machine], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +109,6 @@ class Child:
         except Exception as error:
             self.error = error
 
-    async def announce(self, on_running: OnRunning) -> None:
-        """Tell that it runs."""
-        if self._machine is not None and self.error is None:
-            try:
-                await on_running(self.place, self._machine)
-            except Exception as error:
-                self.error = error
-
     def take_over(self) -> LoadedChild | None:
         """Hand over what runs; None if it does not."""
         if self.error is not None:
@@ -152,8 +142,8 @@ class Child:
         return prepared
 
 
-class Children(Beside):
-    """The children of one fork, on their way beside the parent's snapshot."""
+class Children(SnapshotHooks):
+    """The children of one fork, made while the parent's snapshot is taken."""
 
     needs_ground = True
 
@@ -163,12 +153,10 @@ class Children(Beside):
         children: Sequence[Child],
         *,
         acquire_base: Callable[[], Awaitable[BaseMemory]],
-        on_running: OnRunning | None,
     ) -> None:
         self._parent = parent
         self._children = children
         self._acquire_base = acquire_base
-        self._on_running = on_running
         self._disks: tuple[Path, ...] = ()
         self._ground: Awaitable[MemoryImage] | None = None
         self._as_family = len(children) >= _FAMILY and can_inject()
@@ -178,16 +166,14 @@ class Children(Beside):
     def _under(self) -> Awaitable[MemoryImage] | None:
         return None if self._as_family else self._ground
 
-    async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
+    async def prepare(self, ground: Awaitable[MemoryImage]) -> None:
         self._ground = ground
         # A disk that was written already will be frozen at the pause, so the children may be started on it: they look
         # at it again when they are loaded.
         self._disks = await asyncio.to_thread(self._parent.unsaved_disks)
-        await asyncio.gather(
-            *(child.prepare(self._acquire_base(), self._under, self._disks) for child in self._children)
-        )
+        await gather_all(*(child.prepare(self._acquire_base(), self._under, self._disks) for child in self._children))
 
-    async def when_captured(self, captured: Captured) -> None:
+    async def captured(self, captured: Captured) -> None:
         assert self._ground is not None
         disks = self._disks
         if captured.frozen_disk is not None and captured.frozen_disk not in disks:
@@ -199,8 +185,4 @@ class Children(Beside):
             else:
                 pages = captured.pages.shared()
             loading = (child.load(captured.device, pages, self._under, disks) for child in self._children)
-            await asyncio.gather(*loading)
-
-    async def while_stored(self) -> None:
-        if self._on_running is not None:
-            await asyncio.gather(*(child.announce(self._on_running) for child in self._children))
+            await gather_all(*loading)

@@ -3,11 +3,13 @@
 Knows no VMM and does not start machines (saver.py does). A snapshot goes through these steps; only those between the
 lines stop the guest:
 
-    prepare     the tracker reserves memory, and copies what was written so far; what is beside it has its last word
+    prepare     the tracker reserves memory, and copies what was written so far       hooks: prepare, before_pause
     ---------   pause
-    capture     device state; the disk's overlay is frozen, if anything was written to it; the pages written since
-    ---------   resume
-    publish     the layer is compared with what lies under it, hashed, written; then parts and manifest are visible
+    capture     device state; the disk's overlay is frozen, if anything was written
+                to it; the pages written since                                        hooks: before_resume
+    ---------   resume                                                                hooks: captured
+    publish     the layer is compared with what lies under it, hashed, written;
+                then parts and manifest are visible                                   hooks: described
     commit      the next snapshot lies on this one
 """
 
@@ -20,17 +22,17 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.machine import Death, Machine
+from vm_runtime.saving.hooks import AllHooks, Captured, SnapshotHooks
 from vm_runtime.saving.record import SavedRecord, remove_record
-from vm_runtime.saving.threads import open_draft, uncancelled
+from vm_runtime.saving.threads import gather_all, open_draft, succeeded, uncancelled
 from vm_runtime.saving.values import Description, Ground, Taken, Then, contents_of
 from vm_runtime.snapshots.layers import CapturedPages, Layer, MemoryImage
 from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, Vmm
@@ -46,50 +48,6 @@ _PIN_PREFIX = "machine-"
 # Overlays that a running VMM may have open; each costs descriptors and a look-up per read. Then they are copied into
 # the one being written, so the next snapshot holds what all of them had once more.
 LONG_DISK_CHAIN = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Captured:
-    """A machine's state at one pause, not stored yet. pages: over the ground. device: a file that stays readable while
-    the snapshot is being taken. frozen_disk: written since the snapshot before, None if nothing was."""
-
-    pages: CapturedPages
-    device: Path
-    frozen_disk: Path | None
-
-
-class Beside:
-    """What else happens while a snapshot is taken, in this order; each step does nothing here.
-
-    Until the machine runs again, what a step raises ends the attempt: nothing is stored, and the machine goes on.
-    share_from_pages: as of `DirtyTracker.prepare`. needs_ground: open what the capture will lie on before the pause,
-    and not when the capture is stored: with many layers that takes longer than the rest of the preparation.
-    asks_guest: `before_pause` has the guest do something, which writes to its memory.
-    """
-
-    share_from_pages: int | None = None
-    needs_ground = False
-    asks_guest = False
-
-    async def before_capture(self, ground: Awaitable[MemoryImage]) -> None:
-        """Beside the preparation; the pause comes after both. ground: what the capture will lie on, opened when first
-        awaited. It stays open, and the machine's `ground` the same, until the last step has ended."""
-
-    async def before_pause(self) -> None:
-        """Everything is prepared; the pause comes right after this."""
-
-    async def before_resume(self) -> None:
-        """The state is captured and the machine still stands: short, it lengthens the pause."""
-
-    async def when_captured(self, captured: Captured) -> None:
-        """The machine runs again; storing begins after this, so that it does not slow this down."""
-
-    def described(self, description: Description) -> Description:
-        """How the snapshot is described, by what is known of it now."""
-        return description
-
-    async def while_stored(self) -> None:
-        """Beside the storing."""
 
 
 class Surroundings(Protocol):
@@ -136,44 +94,33 @@ class SavedMachine:
         self._tracker = tracker
         self._lock = asyncio.Lock()
 
-    async def take(self, description: Description, *, then: Then, beside: Beside | None = None) -> Taken:
-        """Take a snapshot. RUNNING or PAUSED. beside: what happens at the same time.
+    async def take(self, description: Description, *, then: Then, hooks: Sequence[SnapshotHooks] = ()) -> Taken:
+        """Take a snapshot. RUNNING or PAUSED. hooks: who takes part in it.
 
-        Raises StoreFullError, SnapshotError, MachineError, and what the steps beside it raise: then nothing is stored,
-        and the machine goes on as before. When cancelled it is finished first, and a machine that was to stop goes on.
+        Raises StoreFullError, SnapshotError, MachineError, and what the hooks raise: then nothing is stored, and the
+        machine runs on if it ran. When cancelled the snapshot is finished first, and a machine that it stopped runs on.
         """
+        every = AllHooks(hooks)
+        taking = asyncio.ensure_future(self._take(description, then, every))
         try:
-            return await uncancelled(self.take_uncancelled(description, then=then, beside=beside or Beside()))
-        except asyncio.CancelledError:
-            if then is Then.STOP and not self.machine.is_dead:
+            return await uncancelled(taking)
+        except BaseException:
+            if succeeded(taking) and taking.result().stopped and not self.machine.is_dead:
                 await self.machine.resume()
+            await every.abandoned()
             raise
 
-    async def take_uncancelled(self, description: Description, *, then: Then, beside: Beside) -> Taken:
-        """As `take`; must not be cancelled."""
-        async with self._lock, self._going_on_after_failure(then):
+    async def _take(self, description: Description, then: Then, hooks: AllHooks) -> Taken:
+        async with self._lock:
             started = time.perf_counter()
+            was_running = self.machine.state is RunState.RUNNING
             with self._surroundings.quiet():
-                tracker = await self._running_tracker()
-                async with open_draft(self._store) as draft:
-                    under = _Opening(self._open_ground)
-                    try:
-                        preparing = asyncio.to_thread(tracker.prepare, share_from_pages=beside.share_from_pages)
-                        await _all(preparing, beside.before_capture(under), *([under] if beside.needs_ground else []))
-                        await beside.before_pause()
-                        if beside.asks_guest:
-                            await asyncio.to_thread(tracker.catch_up)
-                        captured, pause_ms = await self._capture(tracker, draft.path("device"), then, beside)
-                        with _kept_readable(captured) as kept:
-                            await beside.when_captured(kept)
-                            description = beside.described(description)
-                            (manifest, ground, layer_bytes), _ = await _all(
-                                asyncio.to_thread(self._publish, draft, captured, await under, description),
-                                beside.while_stored(),
-                            )
-                    finally:
-                        await under.close()
-                tracker.commit()
+                try:
+                    manifest, ground, layer_bytes, pause_ms = await self._save(description, then, hooks)
+                except BaseException:
+                    if was_running and self.machine.state is RunState.PAUSED:
+                        await self.machine.resume()
+                    raise
                 self.snapshot, self.ground = manifest, ground
                 await asyncio.to_thread(self._settle)
                 if len(self.machine.disk_chain) > LONG_DISK_CHAIN and then is Then.RESUME:
@@ -187,18 +134,41 @@ class SavedMachine:
                 pause_ms=pause_ms,
                 total_ms=(time.perf_counter() - started) * 1000,
                 layer_bytes=layer_bytes,
+                stopped=was_running and then is Then.STOP,
             )
 
-    @asynccontextmanager
-    async def _going_on_after_failure(self, then: Then) -> AsyncIterator[None]:
-        """A machine that was to stop goes on if what was to be stored is not."""
-        was_running = self.machine.state is RunState.RUNNING
-        try:
-            yield
-        except BaseException:
-            if then is Then.STOP and was_running and self.machine.state is RunState.PAUSED:
-                await self.machine.resume()
-            raise
+    async def _save(self, description: Description, then: Then, hooks: AllHooks) -> tuple[Manifest, Ground, int, float]:
+        """The steps of a snapshot, in their order. The machine's lock is held; must not be cancelled."""
+        machine = self.machine
+        was_running = machine.state is RunState.RUNNING
+        tracker = await self._running_tracker()
+        async with open_draft(self._store) as draft, _Opening(self._open_ground) as under:
+            preparing = asyncio.to_thread(tracker.prepare, share_from_pages=hooks.share_from_pages)
+            await gather_all(preparing, hooks.prepare(under), *([under] if hooks.needs_ground else []))
+            await hooks.before_pause()
+            if hooks.asks_guest:
+                await asyncio.to_thread(tracker.catch_up)
+
+            started = time.perf_counter()
+            await machine.pause()
+            device = draft.path("device")
+            # None of the three writes to guest memory, so they need not wait for each other.
+            _, frozen_disk, pages = await gather_all(
+                machine.device_state(device), self._freeze_disk(), asyncio.to_thread(tracker.capture)
+            )
+            await hooks.before_resume()
+            if was_running and then is Then.RESUME:
+                await machine.resume()
+            pause_ms = (time.perf_counter() - started) * 1000
+
+            with _kept_readable(Captured(pages=pages, device=device, frozen_disk=frozen_disk)) as captured:
+                await hooks.captured(captured)
+                description = hooks.described(description)
+                manifest, ground, layer_bytes = await asyncio.to_thread(
+                    self._publish, draft, device, pages, await under, description
+                )
+        tracker.commit()
+        return manifest, ground, layer_bytes, pause_ms
 
     @asynccontextmanager
     async def standing(self) -> AsyncIterator[None]:
@@ -249,26 +219,6 @@ class SavedMachine:
             )
         return self._tracker
 
-    async def _capture(self, tracker: DirtyTracker, device: Path, then: Then, beside: Beside) -> tuple[Captured, float]:
-        machine = self.machine
-        was_running = machine.state is RunState.RUNNING
-        started = time.perf_counter()
-        await machine.pause()
-        try:
-            # None of the three writes to guest memory, so they need not wait for each other.
-            _, frozen_disk, pages = await _all(
-                machine.device_state(device), self._freeze_disk(), asyncio.to_thread(tracker.capture)
-            )
-            await beside.before_resume()
-        except BaseException:
-            if was_running and not machine.is_dead:
-                await machine.resume()
-            raise
-        if then is Then.RESUME and was_running:
-            await machine.resume()
-        pause_ms = (time.perf_counter() - started) * 1000
-        return Captured(pages=pages, device=device, frozen_disk=frozen_disk), pause_ms
-
     async def _freeze_disk(self) -> Path | None:
         if not self.machine.disk_written:
             return None
@@ -278,12 +228,12 @@ class SavedMachine:
         return MemoryImage(self._base, self._store.open_layers(self.ground.memory))
 
     def _publish(
-        self, draft: Draft, captured: Captured, under: MemoryImage, description: Description
+        self, draft: Draft, device_path: Path, pages: CapturedPages, under: MemoryImage, description: Description
     ) -> tuple[Manifest, Ground, int]:
-        memory, layer_bytes = self._store_layer(draft, captured.pages, under)
+        memory, layer_bytes = self._store_layer(draft, pages, under)
         disks = self._store_disks(draft)
-        _sync(captured.device)
-        device = draft.add(PartKind.DEVICE, captured.device)
+        _sync(device_path)
+        device = draft.add(PartKind.DEVICE, device_path)
         ground = Ground(memory=memory, disks=disks)
         contents = contents_of(
             description,
@@ -384,17 +334,8 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-async def _all(*work: Awaitable[Any]) -> list[Any]:
-    """The results of all, when the last has ended; the first error then."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
 class _Opening:
-    """A memory image that is opened in a thread when it is first awaited. `await close()` in any case."""
+    """A memory image that is opened in a thread when it is first awaited, and closed with the context."""
 
     def __init__(self, open_image: Callable[[], MemoryImage]) -> None:
         self._open_image = open_image
@@ -405,7 +346,10 @@ class _Opening:
             self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_image))
         return self._opening.__await__()
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
         if self._opening is not None:
             (image,) = await asyncio.gather(self._opening, return_exceptions=True)
             if isinstance(image, MemoryImage):

@@ -26,7 +26,8 @@ from vm_runtime.errors import MachineGoneError, MachineStateError
 from vm_runtime.machine import Machine, MemoryMapping
 from vm_runtime.saving.bases import Bases
 from vm_runtime.saving.flattening import Flattener, Shortened, rebased
-from vm_runtime.saving.forking import Child, Children, Forked, OnRunning
+from vm_runtime.saving.forking import Child, Children, Forked
+from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import (
     SavedMachine,
     forget_machine,
@@ -35,7 +36,7 @@ from vm_runtime.saving.machine import (
     unpin_machine,
 )
 from vm_runtime.saving.record import SavedRecord
-from vm_runtime.saving.threads import open_draft, uncancelled
+from vm_runtime.saving.threads import open_draft, succeeded, uncancelled
 from vm_runtime.saving.values import Description, Ground, Then, contents_of
 from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError
 from vm_runtime.snapshots.layers import Layer, MemoryImage, copy_sparse
@@ -113,20 +114,19 @@ class Saver:
         description: Description,
         *,
         places: Sequence[MachinePlace],
-        on_running: OnRunning | None = None,
+        hooks: Sequence[SnapshotHooks] = (),
     ) -> Forked:
         """Take a snapshot of a running machine and restore it at every place, faster than one after the other.
 
-        on_running: called for each child as soon as all run, while the snapshot is still being stored; if that fails,
-        the machine it was called with is ended. One failed child does not fail the others.
-        Raises what `SavedMachine.take` raises; there is no child then, and the parent goes on. When cancelled it is
-        finished first, and the children are ended.
+        hooks: who else takes part in the snapshot.
+        One failed child does not fail the others. Raises what `SavedMachine.take` raises; there is no child then, and
+        the parent goes on. When cancelled it is finished first, and the children are ended.
         """
-        forking = asyncio.ensure_future(self._fork(parent, description, places, on_running))
+        forking = asyncio.ensure_future(self._fork(parent, description, places, hooks))
         try:
             return await uncancelled(forking)
         except asyncio.CancelledError:
-            if not forking.cancelled() and forking.exception() is None:
+            if succeeded(forking):
                 await asyncio.gather(
                     *(child.kill() for child in forking.result().children if isinstance(child, SavedMachine))
                 )
@@ -241,7 +241,7 @@ class Saver:
         parent: SavedMachine,
         description: Description,
         places: Sequence[MachinePlace],
-        on_running: OnRunning | None,
+        hooks: Sequence[SnapshotHooks],
     ) -> Forked:
         # The image, shape and disks of the children's VMMs are the parent's, as they are under its lock.
         def prepare(base: BaseMemory, place: MachinePlace, disks: Sequence[Path]) -> Awaitable[PreparedMachine]:
@@ -251,10 +251,10 @@ class Saver:
             return self._bases.acquire(parent.ground.memory.base)
 
         children = [Child(place, prepare) for place in places]
-        beside = Children(parent, children, acquire_base=acquire_base, on_running=on_running)
+        making = Children(parent, children, acquire_base=acquire_base)
         handed_out: set[Child] = set()
         try:
-            taken = await parent.take_uncancelled(description, then=Then.RESUME, beside=beside)
+            taken = await parent.take(description, then=Then.RESUME, hooks=[*hooks, making])
             results = await asyncio.gather(*(self._hand_out(child, taken.manifest) for child in children))
             handed_out = {
                 child for child, result in zip(children, results, strict=True) if isinstance(result, SavedMachine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +26,21 @@ async def uncancelled(work: Coroutine[Any, Any, Result] | asyncio.Future[Result]
         if not task.cancelled():
             task.exception()  # the caller learns of its cancellation only
         raise
+
+
+def succeeded(task: asyncio.Future[Any]) -> bool:
+    """Whether it has ended with a result."""
+    return task.done() and not task.cancelled() and task.exception() is None
+
+
+async def gather_all(*work: Awaitable[Any]) -> list[Any]:
+    """The results of all, when the last has ended; the first error then. (An `asyncio.TaskGroup` would cancel the
+    others, whose threads would run on.)"""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 @asynccontextmanager

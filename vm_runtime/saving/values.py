@@ -47,12 +47,13 @@ class Description:
 @dataclass(frozen=True, kw_only=True)
 class Taken:
     """A published snapshot. pause_ms: how long the machine stood still. total_ms: until it was safely stored.
-    layer_bytes: of memory that differed from the snapshot before, as stored."""
+    layer_bytes: of memory that differed from the snapshot before, as stored. stopped: the machine ran, and stands."""
 
     manifest: Manifest
     pause_ms: float
     total_ms: float
     layer_bytes: int
+    stopped: bool
 
 
 @dataclass(frozen=True, kw_only=True)

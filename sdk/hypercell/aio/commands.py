@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hypercell.aio.callbacks import OnBytes, OnText, call_back
-from hypercell.aio.transport import Transport, refusal_in
-from hypercell.errors import CommandFailedError, ConnectionLostError, HypercellError, NotFoundError
+from hypercell.aio.transport import Transport, leave_to_parent, refusal_in
+from hypercell.errors import ClosedError, CommandFailedError, ConnectionLostError, HypercellError, NotFoundError
+from hypercell.identifiers import in_path
 from hypercell.timeouts import takes_timeout
 from hypercell.values import CommandInfo, CommandResult, TerminalSize
 
@@ -78,8 +80,9 @@ class AsyncCommand:
     ) -> None:
         self.command_id = command_id
         self.pid = pid
+        self._process = os.getpid()
         self._transport = transport
-        self._path = f"{path}/commands/{command_id}"
+        self._path = f"{path}/commands/{in_path(command_id, 'command')}"
         self._websocket = websocket
         self._on_stdout, self._on_stderr, self._on_bytes = on_stdout, on_stderr, on_bytes
         self._raw: RawOutput | None = None
@@ -92,6 +95,7 @@ class AsyncCommand:
         check: raise CommandFailedError unless it ended with status 0. Raises ConnectionLostError.
         """
         if self._result is None:
+            self._check_process()
             if self._waiting is None:
                 self._waiting = asyncio.create_task(self._follow())
             self._result = await asyncio.shield(self._waiting)
@@ -154,9 +158,17 @@ class AsyncCommand:
         """Tells the command's terminal its new size."""
         await self._send(json.dumps({"type": "resize", "rows": size.rows, "columns": size.columns}))
 
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise ClosedError(
+                f"Command {self.command_id} is followed by the process from which this one was forked; "
+                "`commands.attach` follows it here."
+            )
+
     async def _send(self, message: str | bytes) -> None:
         from websockets.exceptions import ConnectionClosed
 
+        self._check_process()
         try:
             await self._websocket.send(message)
         except ConnectionClosed as error:
@@ -173,6 +185,9 @@ class AsyncCommand:
 
     async def close(self) -> None:
         """Ends the connection. A foreground command is ended by this; a background one goes on. Twice is harmless."""
+        if self._process != os.getpid():
+            leave_to_parent(self._websocket)
+            return
         await self._websocket.close()
         waiting = self._waiting
         if waiting is not None and waiting is not asyncio.current_task():
@@ -192,7 +207,10 @@ class AsyncCommands:
 
     def __init__(self, transport: Transport, sandbox_id: str) -> None:
         self._transport = transport
-        self._path = f"/api/sandboxes/{sandbox_id}"
+        self._path = f"/api/sandboxes/{in_path(sandbox_id, 'sandbox')}"
+
+    def _path_of(self, command_id: str) -> str:
+        return f"{self._path}/commands/{in_path(command_id, 'command')}"
 
     @takes_timeout
     async def run(
@@ -281,7 +299,7 @@ class AsyncCommands:
         on_bytes: OnBytes | None = None,
     ) -> AsyncCommand:
         """Follows a command that runs: first the output that is kept (the newest 512 KiB), then what comes."""
-        websocket = await self._transport.connect(f"{self._path}/commands/{command_id}/attach", query={"stdin": stdin})
+        websocket = await self._transport.connect(f"{self._path_of(command_id)}/attach", query={"stdin": stdin})
         return await self._started(websocket, None, on_stdout=on_stdout, on_stderr=on_stderr, on_bytes=on_bytes)
 
     async def _started(
@@ -323,11 +341,11 @@ class AsyncCommands:
 
     async def get(self, command_id: str) -> CommandInfo:
         """One command. Raises NotFoundError."""
-        return CommandInfo.parse(await self._transport.call("GET", f"{self._path}/commands/{command_id}"))
+        return CommandInfo.parse(await self._transport.call("GET", self._path_of(command_id)))
 
     async def kill(self, command_id: str) -> CommandInfo:
         """Ends a command and all that it started, and forgets it. Raises NotFoundError."""
-        answer = await self._transport.call("DELETE", f"{self._path}/commands/{command_id}")
+        answer = await self._transport.call("DELETE", self._path_of(command_id))
         if answer is None:
             # It was asked for twice, because the connection broke: the first one did it, and its answer is lost.
             raise NotFoundError(
@@ -339,7 +357,7 @@ class AsyncCommands:
 
     async def signal(self, command_id: str, name: str) -> None:
         """Sends a command a signal, such as "SIGINT". Raises NotFoundError."""
-        await self._transport.call("POST", f"{self._path}/commands/{command_id}/signal", body={"signal": name})
+        await self._transport.call("POST", f"{self._path_of(command_id)}/signal", body={"signal": name})
 
 
 async def wait_raw(command: AsyncCommand, output: RawOutput) -> CommandResult:

@@ -14,6 +14,7 @@ from typing import IO, Any
 from hypercell.aio.transport import Transport, refusal_in
 from hypercell.chunks import MAX_CHUNK_BYTES, MEDIA_TYPE, ChunkReader, ChunkWriter
 from hypercell.errors import ConnectionLostError, ContentBrokenError, GatewayRefusedError, refused
+from hypercell.identifiers import in_path
 from hypercell.values import FileChange, FileInfo
 
 # What is read of a local file, and sent, at a time.
@@ -29,7 +30,7 @@ class AsyncFiles:
 
     def __init__(self, transport: Transport, sandbox_id: str) -> None:
         self._transport = transport
-        self._path = f"/api/sandboxes/{sandbox_id}/files"
+        self._path = f"/api/sandboxes/{in_path(sandbox_id, 'sandbox')}/files"
 
     async def read(self, path: str) -> bytes:
         """A file's content, which is held in memory; `stream` and `download` hold none. Raises NotFoundError."""

@@ -10,6 +10,7 @@ one was lost for good, and is told as ConnectionLostError instead of waited for.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -29,6 +30,7 @@ from hypercell.errors import (
     NoGatewayError,
     UnsupportedError,
 )
+from hypercell.identifiers import in_path
 from hypercell.kernel_messages import SUBPROTOCOL, KernelMessage, decode, encode_request
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ INTERRUPT_GRACE_S = 10.0
 _INTERRUPT_SUBSHELL = """exec('''
 import ctypes, threading
 for thread in threading.enumerate():
-    if thread.name == "subshell-{id}":
+    if thread.name == "subshell-" + {id!r}:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
 ''', {{}})"""
 
@@ -82,11 +84,12 @@ class _Pending:
 
 
 class AsyncKernel:
-    """The kernel of one sandbox. `close()` ends the connection, not the kernel."""
+    """The kernel of one sandbox. `close()` ends the connection, not the kernel. pid: the process that may use it."""
 
     def __init__(self, transport: Transport, kernel_id: str) -> None:
+        self.pid = os.getpid()
         self._transport = transport
-        self._path = f"/api/kernels/{kernel_id}"
+        self._path = f"/api/kernels/{in_path(kernel_id, 'sandbox')}"
         self._session_id = uuid.uuid4().hex
         self._websocket: ClientConnection | None = None
         self._reader: asyncio.Task[None] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import builtins  # the class has a method `list`
 import json
+import os
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from hypercell.aio.callbacks import OnError, OnResult, OnText, call_back
 from hypercell.aio.commands import AsyncCommands
 from hypercell.aio.files import AsyncFiles
 from hypercell.aio.kernel import AsyncKernel
-from hypercell.aio.transport import START_TIMEOUT_S, Transport
+from hypercell.aio.transport import START_TIMEOUT_S, Transport, leave_to_parent
 from hypercell.errors import (
     CodeTimeoutError,
     ConnectionLostError,
@@ -28,6 +29,7 @@ from hypercell.errors import (
     StateError,
 )
 from hypercell.execution import Execution, Recorder
+from hypercell.identifiers import in_path
 from hypercell.kernel_messages import KernelMessage
 from hypercell.locate import locate
 from hypercell.timeouts import takes_timeout
@@ -49,14 +51,16 @@ class AsyncSandbox:
     """A connection to one sandbox. Get one with `await AsyncSandbox.create()` or `.connect(id)`.
 
     `async with` ends it: one that this program made is killed at the end, one it only connected to goes on. Without
-    `async with` you must call `kill` or `close`. An object belongs to the event loop in which it was made.
+    `async with` you must call `kill` or `close`. A process forked from this one uses it over a connection of its own.
+    An object belongs to the event loop in which it was made.
     """
 
     def __init__(self, transport: Transport, info: SandboxInfo, *, kill_at_exit: bool) -> None:
         self._transport = transport
         self._info = info
-        self._path = f"/api/sandboxes/{info.id}"
-        self._kernel = AsyncKernel(transport, info.id)
+        self._path = f"/api/sandboxes/{in_path(info.id, 'sandbox')}"
+        self._made_kernel = AsyncKernel(transport, info.id)
+        self._pid = os.getpid()
         self._commands = AsyncCommands(transport, info.id)
         self._files = AsyncFiles(transport, info.id)
         self._kill_at_exit = kill_at_exit
@@ -117,9 +121,10 @@ class AsyncSandbox:
     @classmethod
     async def connect(cls, sandbox_id: str, *, url: str | None = None, token: str | None = None) -> AsyncSandbox:
         """The sandbox of this id. At the end of `async with` it goes on. Raises NotFoundError."""
+        path = f"/api/sandboxes/{in_path(sandbox_id, 'sandbox')}"
         transport = Transport.lease(locate(url=url, token=token))
         try:
-            model = await transport.call("GET", f"/api/sandboxes/{sandbox_id}")
+            model = await transport.call("GET", path)
         except BaseException:
             await transport.release()
             raise
@@ -141,7 +146,15 @@ class AsyncSandbox:
     async def delete_snapshot(cls, snapshot_id: str, *, url: str | None = None, token: str | None = None) -> None:
         """Removes a snapshot. Raises NotFoundError, and StateError if a sandbox needs it."""
         async with Transport.leased(locate(url=url, token=token)) as transport:
-            await transport.call("DELETE", f"/api/snapshots/{snapshot_id}")
+            await transport.call("DELETE", f"/api/snapshots/{in_path(snapshot_id, 'snapshot')}")
+
+    @property
+    def _kernel(self) -> AsyncKernel:
+        """Its connection, which is a new one in a process that was forked."""
+        if self._made_kernel.pid != os.getpid():
+            leave_to_parent(self._made_kernel)
+            self._made_kernel = AsyncKernel(self._transport, self.id)
+        return self._made_kernel
 
     @property
     def id(self) -> str:
@@ -250,7 +263,7 @@ class AsyncSandbox:
             with suppress(HypercellError):
                 for model in (await asking)["children"]:
                     if "id" in model:
-                        await self._transport.call("DELETE", f"/api/sandboxes/{model['id']}")
+                        await self._transport.call("DELETE", f"/api/sandboxes/{in_path(model['id'], 'sandbox')}")
             raise
         children, failures = [], []
         for model in answer["children"]:
@@ -362,7 +375,8 @@ class AsyncSandbox:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._kill_at_exit and not self._closed:
+        # The sandbox of a process that was forked from the one that made it is its parent's to kill.
+        if self._kill_at_exit and not self._closed and self._pid == os.getpid():
             await self.kill()
         else:
             await self.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -55,21 +56,44 @@ class _Shared:
 
 _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Gateway, _Shared]] = WeakKeyDictionary()
 
+# What a process that was forked has of its parent's connections. Closing them here, as the garbage collector would,
+# takes them from the parent as well: the loops' selectors are the same ones.
+_of_parent: list[object] = []
+
+
+def leave_to_parent(thing: object) -> None:
+    """`thing` was made by the process from which this one was forked: it is kept, and never touched again."""
+    _of_parent.append(thing)
+
 
 class Transport:
-    """Get one with `Transport.lease`; it must be followed by a `release`. The last release closes all connections."""
+    """Get one with `Transport.lease`; it must be followed by a `release`. The last release closes all connections.
 
-    def __init__(self, gateway: Gateway, shared: _Shared) -> None:
+    In a process that was forked it has connections of its own.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self._shared = shared
+        self._leased = self._lease()
+        self._pid = os.getpid()
         self._is_released = False
 
     @classmethod
     def lease(cls, gateway: Gateway) -> Transport:
         """A transport to `gateway` in the running event loop."""
-        shared = _of_loop.setdefault(asyncio.get_running_loop(), {}).setdefault(gateway, _Shared())
+        return cls(gateway)
+
+    def _lease(self) -> _Shared:
+        shared = _of_loop.setdefault(asyncio.get_running_loop(), {}).setdefault(self.gateway, _Shared())
         shared.leases += 1
-        return cls(gateway, shared)
+        return shared
+
+    @property
+    def _shared(self) -> _Shared:
+        if self._pid != os.getpid():
+            leave_to_parent(self._leased)
+            self._leased, self._pid = self._lease(), os.getpid()
+        return self._leased
 
     async def release(self) -> None:
         """Twice is harmless; any call afterwards raises ClosedError."""

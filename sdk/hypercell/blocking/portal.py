@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from hypercell.errors import HypercellError
+from hypercell.aio.transport import leave_to_parent
+from hypercell.errors import ClosedError, HypercellError
 from hypercell.execution import ExecutionError, Result
 
 T = TypeVar("T")
@@ -26,20 +27,29 @@ OnError = Callable[[ExecutionError], None]
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
-_pid = 0
 _thread: threading.Thread | None = None
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
     """The background loop; started by the first call, and anew in a process that was forked."""
-    global _loop, _pid, _thread
+    global _loop, _thread
     with _lock:
-        if _loop is None or _pid != os.getpid():
-            _loop, _pid = asyncio.new_event_loop(), os.getpid()
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
             # A daemon: a program ends without closing its sandboxes' connections.
             _thread = threading.Thread(target=_loop.run_forever, name="hypercell", daemon=True)
             _thread.start()
         return _loop
+
+
+def _after_fork() -> None:
+    """In the child: the loop runs in its parent, where another thread may have held the lock."""
+    global _lock, _loop, _thread
+    leave_to_parent(_loop)
+    _lock, _loop, _thread = threading.Lock(), None, None
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 # The call on whose behalf a task runs; tasks inherit it from those that made them.
@@ -168,6 +178,8 @@ def iterate(generator: AsyncGenerator[T, None]) -> Iterator[T]:
     thread = _thread
     try:
         while True:
+            if thread is not _thread:
+                raise ClosedError("This iteration belongs to the process from which this one was forked.")
             is_there, value = BlockingCall().run(step())
             if not is_there:
                 return

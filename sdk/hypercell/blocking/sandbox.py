@@ -40,7 +40,8 @@ class Sandbox(Wrapper):
     """A connection to one sandbox. Get one with `Sandbox.create()` or `.connect(id)`.
 
     `with` ends it: one that this program made is killed at the end, one it only connected to goes on. Without
-    `with` you must call `kill` or `close`.
+    `with` you must call `kill` or `close`. A process forked from this one uses it over a connection of its own.
+    An object belongs to the event loop in which it was made.
     """
 
     _async: AsyncSandbox

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hypercell.aio.commands import AsyncCommand, wait_raw
 from hypercell.aio.sandbox import AsyncSandbox
@@ -13,13 +15,11 @@ from hypercell.command.output import age, print_json, print_table, print_tree, p
 from hypercell.errors import HypercellError
 from hypercell.values import FileInfo, SandboxInfo
 
-ID_CHARACTERS = 36
-
 
 async def find_id(options: argparse.Namespace, text: str) -> str:
     """The id of the sandbox with this id, beginning of an id, or name. Raises HypercellError unless there is one."""
-    if len(text) == ID_CHARACTERS:
-        return text
+    with suppress(ValueError):
+        return str(uuid.UUID(text))
     known = await AsyncSandbox.list(url=options.url, token=options.token)
     found = [info.id for info in known if info.name == text] or [info.id for info in known if info.id.startswith(text)]
     if len(found) == 1:

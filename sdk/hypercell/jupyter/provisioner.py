@@ -31,6 +31,7 @@ from traitlets import Unicode
 
 from hypercell.client import START_TIMEOUT_S, request, request_async
 from hypercell.errors import GatewayRefusedError, HypercellError, NoGatewayError, UnsupportedError
+from hypercell.identifiers import in_path
 from hypercell.locate import Gateway, locate
 
 # What `poll` and `wait` answer, as subprocess.Popen would: negative is the signal that ended the process.
@@ -99,7 +100,7 @@ class HypercellProvisioner(KernelProvisionerBase):
         """None while the kernel runs. A gateway that cannot be asked is no dead kernel: machines outlive it."""
         if self._exit_code is None:
             try:
-                model = await self._ask("GET", f"/api/kernels/{self._sandbox_id}")
+                model = await self._ask("GET", self._path)
             except NoGatewayError as error:
                 self.log.debug("Kernel %s is taken to be alive: %s", self._sandbox_id, error)
             except GatewayRefusedError as error:
@@ -127,7 +128,7 @@ class HypercellProvisioner(KernelProvisionerBase):
         if self._exit_code is not None:
             return
         if signum == signal.SIGINT:
-            await self._ask("POST", f"/api/kernels/{self._sandbox_id}/interrupt", body={})
+            await self._ask("POST", f"{self._path}/interrupt", body={})
         elif signum in {signal.SIGTERM, signal.SIGKILL}:
             await self._delete()
             self._exit_code = -signum
@@ -174,6 +175,10 @@ class HypercellProvisioner(KernelProvisionerBase):
         if self._exit_code is None:
             self._exit_code = exit_code
 
+    @property
+    def _path(self) -> str:
+        return f"/api/kernels/{in_path(self._sandbox_id, 'sandbox')}"
+
     async def _ask(
         self, method: str, path: str, *, body: dict[str, Any] | None = None, timeout_s: float | None = None
     ) -> Any:
@@ -195,7 +200,7 @@ class HypercellProvisioner(KernelProvisionerBase):
 
     async def _restart(self) -> None:
         try:
-            await self._ask("POST", f"/api/kernels/{self._sandbox_id}/restart", body={}, timeout_s=START_TIMEOUT_S)
+            await self._ask("POST", f"{self._path}/restart", body={}, timeout_s=START_TIMEOUT_S)
         except GatewayRefusedError as error:
             # The machine is dead or gone, and its files with it: a new one is all that can be had.
             self.log.warning("Kernel %s gets a new machine: %s", self._sandbox_id, error)
@@ -203,7 +208,9 @@ class HypercellProvisioner(KernelProvisionerBase):
 
     async def _connection_info(self) -> KernelConnectionInfo:
         try:
-            info = await self._ask("GET", f"/api/sandboxes/{self._sandbox_id}/connection", timeout_s=START_TIMEOUT_S)
+            info = await self._ask(
+                "GET", f"/api/sandboxes/{in_path(self._sandbox_id, 'sandbox')}/connection", timeout_s=START_TIMEOUT_S
+            )
         except GatewayRefusedError as error:
             raise HypercellError(
                 f"{error} Only applications on the gateway's own machine can use its kernels through jupyter_client; "
@@ -238,7 +245,7 @@ class HypercellProvisioner(KernelProvisionerBase):
     async def _delete(self) -> None:
         if self._sandbox_id is not None:
             try:
-                await self._ask("DELETE", f"/api/kernels/{self._sandbox_id}")
+                await self._ask("DELETE", self._path)
             except GatewayRefusedError as error:
                 if error.status != HTTP_NOT_FOUND:
                     raise
@@ -249,7 +256,7 @@ class HypercellProvisioner(KernelProvisionerBase):
     def _delete_at_exit(self) -> None:
         if self._sandbox_id is not None and self._gateway is not None:
             try:
-                request(self._gateway, "DELETE", f"/api/kernels/{self._sandbox_id}", timeout_s=EXIT_TIMEOUT_S)
+                request(self._gateway, "DELETE", self._path, timeout_s=EXIT_TIMEOUT_S)
             except HypercellError as error:
                 self.log.warning("Kernel %s may still run: %s", self._sandbox_id, error)
         self._forget()

@@ -6,9 +6,12 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
+from kernels.errors import MachineFailedError
+from kernels.exec import CommandInfo
 from tests.unit.gateway.client import request
 from tests.unit.gateway.conftest import Box
 
@@ -183,3 +186,18 @@ async def test_socket_says_what_is_wrong(box: Box) -> None:
     await socket.write_message("nonsense")
     assert (await follow(socket))["frames"][-1]["code"] == "invalid_json"
     await wait_for_commands(box, 0)
+
+
+async def test_a_path_with_something_that_is_no_id_leads_nowhere(box: Box) -> None:
+    for name in ("..", "..%2F..%2Fother", "%2e%2e", "a%0d%0ab", "a%20b"):
+        answer = await request(box, "DELETE", f"{box.path}/commands/{name}")
+        assert (answer.code, json.loads(answer.body)["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("given", ["a\r\nSet-Cookie: b", "../../other", "", "x" * 65])
+def test_a_guest_that_answers_something_else_than_an_id_has_failed(given: str) -> None:
+    told = {"pid": 1, "command": "c", "background": True, "tty": False, "started_at": 1.0, "output_bytes": 0}
+    ended = {"running": False, "exit_status": 0, "signal": None, "timed_out": False}
+    assert CommandInfo.parse({"command_id": "0123456789ab", "cwd": None, **told, **ended}).exit_code == 0
+    with pytest.raises(MachineFailedError, match="id"):
+        CommandInfo.parse({"command_id": given, "cwd": None, **told, **ended})

@@ -15,6 +15,9 @@ import pytest
 from tornado.httpclient import HTTPResponse
 
 from gateway.file_content import ByteRange, parse_range
+from hypercell import AsyncFiles, NotFoundError, StateError
+from hypercell.aio.transport import Transport
+from hypercell.locate import Gateway
 from tests.unit.gateway.client import request
 from tests.unit.gateway.conftest import Box
 from tests.unit.gateway.test_exec_http import ask, connect
@@ -223,3 +226,14 @@ async def test_large_file_in_constant_memory(box: Box, request: pytest.FixtureRe
 )
 def test_ranges(header: str | None, expected: ByteRange | None) -> None:
     assert parse_range(header) == expected
+
+
+async def test_a_refused_upload_is_answered_whatever_follows(box: Box) -> None:
+    async with Transport.leased(Gateway(url=box.url, token=box.token)) as transport:
+        files = AsyncFiles(transport, box.sandbox_id)
+        await files.write("is_a_file", b"")
+        large = (bytes(MIB) for _ in range(200))
+        with pytest.raises(NotFoundError, match="missing"):
+            await files.write("missing/x", large, parents=False)
+        with pytest.raises(StateError):
+            await files.write("is_a_file/x", (bytes(MIB) for _ in range(200)))
