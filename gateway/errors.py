@@ -72,6 +72,7 @@ _STATUS_OF_REFUSAL = {
     "other_file_system": 409,
     "too_large": 413,
     "too_many_commands": 429,
+    "too_many_watches": 429,
     "unknown_kind": 501,
     "disk_full": 507,
 }

@@ -15,16 +15,16 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent / "hypercell"
-MODULES = ("commands", "files", "sandbox")
+MODULES = ("commands", "watch", "files", "sandbox")
 CALLBACK_TYPES = ("OnBytes", "OnError", "OnResult", "OnText")
-NAMES = {"__aenter__": "__enter__", "__aexit__": "__exit__"}
+NAMES = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__", "__anext__": "__next__"}
 
 
 def blocking_name(text: str) -> str:
     """The text with the blocking names of things: types, and words in docstrings."""
     text = re.sub(r"AsyncGenerator\[(.+?), None\]", r"Iterator[\1]", text)
     text = re.sub(r"\bAsyncIterable\[bytes\] \| |\| AsyncIterable\[bytes\]", "", text)
-    text = re.sub(r"\bAsync(Sandbox|Commands?|Files)\b", r"\1", text)
+    text = re.sub(r"\bAsync(Sandbox|Commands?|Files|Watch)\b", r"\1", text)
     text = text.replace(" An object belongs to the event loop in which it was made.", "")
     return text.replace("`async with`", "`with`").replace("await ", "").replace("awaits", "calls")
 
@@ -46,7 +46,7 @@ def made(module: str) -> str:
 
 def imports(tree: ast.Module) -> str:
     """Everything that the original imports or defines; ruff takes out what is not used."""
-    lines = ["from hypercell.blocking.portal import BlockingCall, Wrapper, here, iterate, register, wrap"]
+    lines = ["from hypercell.blocking.portal import BlockingCall, Wrapper, following, here, iterate, register, wrap"]
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module not in {"__future__", "hypercell.aio.callbacks"}:
             lines.append(ast.unparse(node))
@@ -112,8 +112,10 @@ def method(class_name: str, item: ast.FunctionDef | ast.AsyncFunctionDef) -> str
     lines.append(f"    def {NAMES.get(item.name, item.name)}({signature}) -> {returns}:")
     if ast.get_docstring(item):
         lines.append(docstring(item, "        "))
-    if item.name == "__aenter__":
+    if item.name in {"__aenter__", "__aiter__"}:
         return "\n".join([*lines, "        return self"])
+    if item.name == "__anext__":
+        return "\n".join([*lines, "        return following(self._async)"])
     target = class_name if "classmethod" in decorators else "self._async"
     if "property" in decorators:
         value = f"wrap({target}.{item.name})"

@@ -20,6 +20,7 @@ MODULES = (
     "blocking/sandbox.py",
     "blocking/commands.py",
     "blocking/files.py",
+    "blocking/watch.py",
     "execution.py",
     "values.py",
     "search.py",

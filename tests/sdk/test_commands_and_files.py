@@ -5,26 +5,37 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hypercell import (
     AsyncSandbox,
+    ClosedError,
     CommandFailedError,
     ConnectionLostError,
     DiskFullError,
-    FileChange,
     InvalidRequestError,
     NotFoundError,
     Sandbox,
+    SandboxEvent,
     StateError,
     TerminalSize,
 )
 from tests.gateways import RunningGateway
 
 MIB = 1024 * 1024
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_command_and_how_it_ended(sandbox: Sandbox) -> None:
@@ -182,10 +193,41 @@ def test_a_full_disk_is_told(at_gateway: RunningGateway) -> None:
 async def test_watching(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
     async with await AsyncSandbox.connect(sandbox.id) as same:
         await same.files.mkdir("watched")
-        changes = same.files.watch("watched")
-        first: asyncio.Task[FileChange] = asyncio.create_task(anext(changes))
-        await asyncio.sleep(1)
-        await same.commands.run("touch watched/new", check=True)
-        change = await asyncio.wait_for(first, 60)
-        assert (change.event, Path(change.path).name) == ("created", "new")
-        await changes.aclose()
+        async with await same.files.watch("watched") as changes:
+            await same.commands.run("touch watched/new; mv watched/new watched/old", check=True)
+            created, _, renamed = [await asyncio.wait_for(anext(changes), 60) for _ in range(3)]
+        assert (created.event, Path(created.path).name) == ("created", "new")
+        assert (renamed.event, Path(renamed.path).name) == ("renamed", "old")
+        with pytest.raises(StopAsyncIteration):
+            await anext(changes)
+
+
+def test_what_follows_a_sandbox_is_ended_from_another_thread(sandbox: Sandbox) -> None:
+    with ThreadPoolExecutor() as threads:
+        watch = sandbox.files.watch(".")
+        following = threads.submit(list, watch)
+        watch.stop()
+        assert following.result(60) == []
+
+        # All that one object has open, not what another has.
+        other = Sandbox.connect(sandbox.id)
+        watching = threads.submit(list, other.files.watch("."))
+        events = threads.submit(list, other.events())
+        command = other.commands.start("echo on; sleep 600", background=False)
+        said = threading.Event()
+        following_it = threads.submit(other.commands.attach(command.command_id, on_stdout=lambda _: said.set()).wait)
+        assert said.wait(60)
+        code = threads.submit(other.run_code, "import time; time.sleep(600)", on_stdout=print)
+        wait_until(lambda: sandbox.info().execution_state == "busy")
+        mine = sandbox.files.watch(".")
+        other.close()
+        assert watching.result(60) == []
+        assert all(isinstance(event, SandboxEvent) for event in events.result(60))
+        for ended in (following_it, code):
+            with pytest.raises(ClosedError):
+                ended.result(60)
+        wait_until(lambda: not any(one.running for one in sandbox.commands.list()))
+        sandbox.interrupt()
+        sandbox.files.write("seen", b"")
+        assert next(mine).path.endswith(".part")
+        mine.stop()

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,9 @@ async def _send_changes(threads: UserThreads, watch: Watch, stream: Stream) -> N
             loop.add_reader(watch.fd, readable.set)
             waiting = asyncio.create_task(readable.wait())
             try:
-                await asyncio.wait({lost, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                at = watch.settles_at
+                timeout_s = None if at is None else max(0.0, at - time.monotonic())
+                await asyncio.wait({lost, waiting}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 waiting.cancel()
                 loop.remove_reader(watch.fd)

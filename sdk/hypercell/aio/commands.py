@@ -111,6 +111,10 @@ class AsyncCommand:
             try:
                 message = await self._websocket.recv()
             except ConnectionClosed as error:
+                if self._transport.is_released:
+                    raise ClosedError(
+                        f"The connection to command {self.command_id} was closed, which ends a foreground command."
+                    ) from error
                 raise ConnectionLostError(
                     f"The connection to command {self.command_id} broke. That ends a foreground command. A background "
                     "one goes on, and any does if it was the gateway that ended: `commands.attach` follows it."

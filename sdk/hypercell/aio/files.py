@@ -11,11 +11,12 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import IO, Any
 
-from hypercell.aio.transport import Transport, refusal_in
+from hypercell.aio.transport import Transport
+from hypercell.aio.watch import AsyncWatch
 from hypercell.chunks import MAX_CHUNK_BYTES, MEDIA_TYPE, ChunkReader, ChunkWriter
 from hypercell.errors import ConnectionLostError, ContentBrokenError, GatewayRefusedError, refused
 from hypercell.identifiers import in_path
-from hypercell.values import FileChange, FileInfo
+from hypercell.values import FileInfo
 
 # What is read of a local file, and sent, at a time.
 PIECE_BYTES = 256 * 1024
@@ -162,22 +163,11 @@ class AsyncFiles:
         """Removes a file, a link or a directory (recursive: with all in it). Raises NotFoundError, StateError."""
         await self._transport.call("DELETE", f"{self._path}/content", query={"path": path, "recursive": recursive})
 
-    async def watch(self, path: str = ".", *, recursive: bool = False) -> AsyncGenerator[FileChange, None]:
-        """Changes below a path, from the first step of the iteration on, until it is closed or the path is gone."""
-        from websockets.exceptions import ConnectionClosed
-
+    async def watch(self, path: str = ".", *, recursive: bool = False) -> AsyncWatch:
+        """A watch of a file or directory, recursive: and of all directories below it, which tells every change from now
+        on. Raises NotFoundError, and LimitError where too much is watched."""
         websocket = await self._transport.connect(f"{self._path}/watch", query={"path": path, "recursive": recursive})
-        try:
-            async for message in websocket:
-                frame = json.loads(message)
-                if frame["type"] == "change":
-                    yield FileChange.parse(frame)
-                elif frame["type"] == "error":
-                    raise refusal_in(frame)
-        except ConnectionClosed as error:
-            raise ConnectionLostError(f"The connection that watched {path} broke; changes may be missed.") from error
-        finally:
-            await websocket.close()
+        return await AsyncWatch._begun(self._transport, websocket, path)
 
 
 async def _pieces(content: Content) -> AsyncIterator[memoryview]:

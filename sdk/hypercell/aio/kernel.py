@@ -102,14 +102,14 @@ class AsyncKernel:
         self._is_restarting = False
 
     async def close(self) -> None:
-        """Ends the connection; executions that run get ConnectionLostError. Twice is harmless."""
+        """Ends the connection; executions that run get ClosedError. Twice is harmless."""
         self._closed = True
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
         await self._disconnect()
-        self._fail_all(ConnectionLostError("This connection to the sandbox was closed."))
+        self._fail_all(ClosedError("This connection to the sandbox was closed."))
 
     async def interrupt(self) -> None:
         """Raises KeyboardInterrupt in what runs in the main context."""

@@ -20,6 +20,7 @@ from hypercell.aio.files import AsyncFiles
 from hypercell.aio.kernel import AsyncKernel
 from hypercell.aio.transport import START_TIMEOUT_S, Transport, leave_to_parent
 from hypercell.errors import (
+    ClosedError,
     CodeTimeoutError,
     ConnectionLostError,
     ForkError,
@@ -348,11 +349,14 @@ class AsyncSandbox:
 
     async def events(self) -> AsyncGenerator[SandboxEvent, None]:
         """Its changes from now on, until it is gone or the iteration is closed."""
-        async with self._transport.stream("GET", f"{self._path}/events", timeout_s=None) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data:"):
-                    value = json.loads(line.removeprefix("data:"))
-                    yield SandboxEvent(sandbox_id=self.id, kind=str(value["kind"]), data=value.get("data", {}))
+        try:
+            async with self._transport.stream("GET", f"{self._path}/events", timeout_s=None) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data:"):
+                        value = json.loads(line.removeprefix("data:"))
+                        yield SandboxEvent(sandbox_id=self.id, kind=str(value["kind"]), data=value.get("data", {}))
+        except ClosedError:
+            return  # `close` ends it
 
     async def kill(self) -> None:
         """Ends the sandbox for good. One that is gone already is fine."""
@@ -365,7 +369,8 @@ class AsyncSandbox:
             await self.close()
 
     async def close(self) -> None:
-        """Ends this connection; the sandbox goes on. Twice is harmless."""
+        """Ends this connection, and what uses it: watches and iterations end, calls raise ClosedError. The sandbox goes
+        on. Twice is harmless."""
         if not self._closed:
             self._closed = True
             await self._kernel.close()

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from hypercell.errors import ClosedError, ConnectionLostError, GatewayRefusedError, NoGatewayError, refused
 from hypercell.locate import Gateway
@@ -41,6 +41,8 @@ MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 PING_INTERVAL_S = 20.0
 # A gateway that does not answer a goodbye in this time is left without.
 CLOSE_TIMEOUT_S = 2.0
+# RFC 6455, 7.4.1: all was sent.
+CLOSE_NORMAL = 1000
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "DELETE", "PUT", "PATCH"})
 
@@ -76,7 +78,9 @@ class Transport:
         self.gateway = gateway
         self._leased = self._lease()
         self._pid = os.getpid()
-        self._is_released = False
+        # What is open of this lease alone: WebSockets, and answers that are being read.
+        self._open: WeakSet[Any] = WeakSet()
+        self.is_released = False
 
     @classmethod
     def lease(cls, gateway: Gateway) -> Transport:
@@ -91,16 +95,17 @@ class Transport:
     @property
     def _shared(self) -> _Shared:
         if self._pid != os.getpid():
-            leave_to_parent(self._leased)
-            self._leased, self._pid = self._lease(), os.getpid()
+            leave_to_parent((self._leased, list(self._open)))
+            self._leased, self._open, self._pid = self._lease(), WeakSet(), os.getpid()
         return self._leased
 
     async def release(self) -> None:
-        """Twice is harmless; any call afterwards raises ClosedError."""
-        if self._is_released:
+        """Ends what is open of it. Twice is harmless; any call afterwards raises ClosedError."""
+        if self.is_released:
             return
-        self._is_released = True
+        self.is_released = True
         shared = self._shared
+        await asyncio.gather(*(end() for end in [getattr(one, "aclose", None) or one.close for one in self._open]))
         shared.leases -= 1
         if shared.leases == 0:
             _of_loop.get(asyncio.get_running_loop(), {}).pop(self.gateway, None)
@@ -207,17 +212,19 @@ class Transport:
                 self._shared.has_answered = True
                 if answer.status_code >= 400:
                     raise self.refusal(answer.status_code, await answer.aread(), answer.reason_phrase)
+                self._open.add(answer)
                 yield answer
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
             raise self._unreachable(error) from error
         except httpx.HTTPError as error:
+            self._check_open()
             raise ConnectionLostError(
                 f"The connection to the Hypercell gateway at {self.gateway.url} broke during {method} {path} "
                 f"({type(error).__name__}{': ' if str(error) else ''}{error}). It may have been done all the same."
             ) from error
 
     def _check_open(self) -> None:
-        if self._is_released:
+        if self.is_released:
             raise ClosedError("This connection was closed. `connect(id)` makes a new one.")
 
     def _unreachable(self, error: Exception) -> NoGatewayError:
@@ -279,6 +286,7 @@ class Transport:
         except (OSError, InvalidHandshake, TimeoutError, EOFError) as error:
             raise self._unreachable(error) from error
         self._shared.has_answered = True
+        self._open.add(websocket)
         return websocket
 
 

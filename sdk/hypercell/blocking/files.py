@@ -15,8 +15,10 @@ from hypercell.blocking.portal import (
     Wrapper,
     iterate,
     register,
+    wrap,
 )
-from hypercell.values import FileChange, FileInfo
+from hypercell.blocking.watch import Watch
+from hypercell.values import FileInfo
 
 Content = str | bytes | IO[bytes] | Iterable[bytes]
 
@@ -80,9 +82,12 @@ class Files(Wrapper):
         """Removes a file, a link or a directory (recursive: with all in it). Raises NotFoundError, StateError."""
         BlockingCall().run(self._async.remove(path, recursive=recursive))
 
-    def watch(self, path: str = ".", *, recursive: bool = False) -> Iterator[FileChange]:
-        """Changes below a path, from the first step of the iteration on, until it is closed or the path is gone."""
-        return iterate(self._async.watch(path, recursive=recursive))
+    def watch(self, path: str = ".", *, recursive: bool = False) -> Watch:
+        """A watch of a file or directory, recursive: and of all directories below it, which tells every change from now
+        on. Raises NotFoundError, and LimitError where too much is watched.
+        """
+        result: Watch = wrap(BlockingCall().run(self._async.watch(path, recursive=recursive)))
+        return result
 
 
 register(AsyncFiles, Files)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -168,20 +168,15 @@ def wrap(value: Any) -> Any:
 def iterate(generator: AsyncGenerator[T, None]) -> Iterator[T]:
     """What an asynchronous generator gives; it is closed when the iteration is."""
 
-    async def step() -> tuple[bool, Any]:
-        try:
-            return True, await generator.__anext__()
-        except StopAsyncIteration:
-            return False, None
-
     event_loop()
     thread = _thread
     try:
         while True:
             if thread is not _thread:
                 raise ClosedError("This iteration belongs to the process from which this one was forked.")
-            is_there, value = BlockingCall().run(step())
-            if not is_there:
+            try:
+                value = following(generator)
+            except StopIteration:
                 return
             yield wrap(value)
     finally:
@@ -189,6 +184,21 @@ def iterate(generator: AsyncGenerator[T, None]) -> Iterator[T]:
         # was forked; the loop in which its generator lives runs no more then, and would be waited for forever.
         if not sys.is_finalizing() and thread is not None and thread.is_alive():
             BlockingCall().run(_close(generator))
+
+
+def following(iterator: AsyncIterator[T]) -> T:
+    """The next of an asynchronous iterator. Raises StopIteration at its end."""
+
+    async def step() -> list[T]:
+        try:
+            return [await anext(iterator)]
+        except StopAsyncIteration:
+            return []
+
+    found = BlockingCall().run(step())
+    if not found:
+        raise StopIteration
+    return found[0]
 
 
 async def _close(generator: AsyncGenerator[Any, None]) -> None:

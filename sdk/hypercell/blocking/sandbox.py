@@ -273,7 +273,9 @@ class Sandbox(Wrapper):
         BlockingCall().run(self._async.kill())
 
     def close(self) -> None:
-        """Ends this connection; the sandbox goes on. Twice is harmless."""
+        """Ends this connection, and what uses it: watches and iterations end, calls raise ClosedError. The sandbox goes
+        on. Twice is harmless.
+        """
         BlockingCall().run(self._async.close())
 
     def __enter__(self) -> Sandbox:

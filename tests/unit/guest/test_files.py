@@ -7,15 +7,18 @@ import json
 import os
 import random
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vm_runtime
 from tests.unit.guest.conftest import Host
 from vm_runtime.guest.keeper import User
 from vm_runtime.guest.user_threads import UserThreads
+from vm_runtime.guest.watch import WATCHES_MAX, Watch
 from vm_runtime.wire.chunks import CHUNK_HEADER, ChunkError, ChunkReader, ChunkWriter
 from vm_runtime.wire.errors import OpenRejectedError, StreamResetError
 
@@ -265,36 +268,118 @@ async def test_mkdir(host: Host, home: Path) -> None:
     assert await code_of(host.call("files.mkdir", path="file")) == "file_exists"
 
 
-async def test_watch(host: Host, home: Path) -> None:
-    assert host.link is not None
-    stream = await host.link.open("files.watch", {"path": ".", "recursive": True}, timeout_s=20)
-    seen: list[dict[str, Any]] = []
-    rest = b""
+class Changes:
+    """Follows a watch of the home directory."""
 
-    async def until(event: str, name: str) -> dict[str, Any]:
-        nonlocal rest
+    def __init__(self, host: Host, home: Path) -> None:
+        self._host = host
+        self._home = home
+        self._rest = b""
+        self.seen: list[dict[str, Any]] = []
+
+    async def __aenter__(self) -> Changes:
+        assert self._host.link is not None
+        self._stream = await self._host.link.open("files.watch", {"path": ".", "recursive": True}, timeout_s=20)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stream.reset()
+
+    async def until(self, event: str, name: str) -> list[dict[str, Any]]:
+        """The changes up to this one, which are forgotten then."""
         async with asyncio.timeout(20):
             while True:
-                for at, change in enumerate(seen):
-                    if (change["event"], change["path"]) == (event, f"{home}/{name}"):
-                        del seen[: at + 1]
-                        return change
-                *lines, rest = (rest + await stream.read()).split(b"\n")
-                seen.extend(json.loads(line) for line in lines)
+                for at, change in enumerate(self.seen):
+                    if (change["event"], change["path"]) == (event, f"{self._home}/{name}"):
+                        found, self.seen = self.seen[: at + 1], self.seen[at + 1 :]
+                        return found
+                *lines, self._rest = (self._rest + await self._stream.read()).split(b"\n")
+                self.seen.extend(json.loads(line) for line in lines)
 
-    (home / "f").write_text("x")
-    await until("created", "f")
-    await until("modified", "f")
-    (home / "f").rename(home / "g")
-    assert (await until("renamed", "g"))["old_path"] == f"{home}/f"
-    (home / "d/e").mkdir(parents=True)
-    (home / "d/e/early").touch()
-    await until("created", "d/e/early")
-    (home / "d/e/late").touch()
-    await until("created", "d/e/late")
-    (home / "g").unlink()
-    await until("deleted", "g")
-    stream.reset()
+
+async def test_watch(host: Host, home: Path) -> None:
+    async with Changes(host, home) as changes:
+        (home / "f").write_text("x")
+        await changes.until("created", "f")
+        await changes.until("modified", "f")
+        (home / "f").rename(home / "g")
+        assert (await changes.until("renamed", "g"))[-1]["old_path"] == f"{home}/f"
+        (home / "d/e").mkdir(parents=True)
+        (home / "d/e/early").touch()
+        await changes.until("created", "d/e/early")
+        (home / "d/e/late").touch()
+        await changes.until("created", "d/e/late")
+        (home / "g").unlink()
+        await changes.until("deleted", "g")
+
+
+async def test_every_move_is_one_change(host: Host, home: Path) -> None:
+    """Also where the agent reads between the two records of one: as often as may be, it runs beside the mover."""
+    mover = "import os, sys\nfor n in range(300): os.rename(f'{sys.argv[1]}/{n}', f'{sys.argv[1]}/{n + 1}')"
+    async with Changes(host, home) as changes:
+        (home / "0").touch()
+        await changes.until("created", "0")
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", mover, str(home))
+        seen = await changes.until("renamed", "300")
+        assert await process.wait() == 0
+        assert [Path(change["old_path"]).name for change in seen if change["event"] == "renamed"] == [
+            str(number) for number in range(300)
+        ]
+        assert {change["event"] for change in seen} <= {"renamed", "attributes"}
+
+
+async def test_a_watch_follows_directories_that_are_moved(host: Host, home: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (home / "a/below").mkdir(parents=True)
+    async with Changes(host, home) as changes:
+        (home / "a").rename(home / "b")
+        assert (await changes.until("renamed", "b"))[-1]["old_path"] == f"{home}/a"
+        (home / "b/below/f").touch()
+        assert all(not change["path"].startswith(f"{home}/a") for change in await changes.until("created", "b/below/f"))
+        (home / "b").rename(outside)
+        await changes.until("deleted", "b")
+        (outside / "below/unseen").touch()
+        (home / "seen").touch()
+        assert all("unseen" not in change["path"] for change in await changes.until("created", "seen"))
+        outside.rename(home / "c")
+        await changes.until("created", "c/below/unseen")
+        (home / "c/below/again").touch()
+        await changes.until("created", "c/below/again")
+
+
+def run_with_watches(program: str, home: Path) -> str:
+    """What a program of its own says that has `home` and `Watch`, with few descriptors."""
+    given = (
+        "import os, resource, sys\nfrom vm_runtime.guest.watch import OpenRejectedError, Watch\nhome = sys.argv[1]\n"
+    )
+    limit = "resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))\n"
+    command = [sys.executable, "-c", given + limit + program, str(home)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(vm_runtime.__file__).parents[1])
+    assert said.returncode == 0, said.stderr
+    return said.stdout
+
+
+def test_too_many_watches_are_told_as_such(home: Path) -> None:
+    watches = "watches = []\ntry:\n    while True: watches.append(Watch(home, recursive=False))\n"
+    assert (
+        run_with_watches(watches + "except OpenRejectedError as error: print(error.code)", home) == "too_many_watches\n"
+    )
+    for number in range(WATCHES_MAX):
+        (home / f"d{number}").mkdir()
+    with pytest.raises(OpenRejectedError) as raised:
+        Watch(str(home), recursive=True)
+    assert raised.value.code == "too_many_watches"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+def test_a_directory_that_may_not_be_read_is_left_out_of_a_watch(home: Path) -> None:
+    for directory in (home, *home.parents[:3]):
+        directory.chmod(0o755)
+    (home / "closed").mkdir(mode=0)
+    (home / "open").mkdir()
+    (home / "open").chmod(0o777)
+    become = "os.setresuid(65534, 65534, 65534)\nwatch = Watch(home, recursive=True)\n"
+    assert "'created'" in run_with_watches(become + "open(home + '/open/f', 'w'); print(watch.read())", home)
 
 
 async def test_watch_ends_with_what_it_watches(host: Host, home: Path) -> None:
