@@ -41,6 +41,7 @@ is used. Progress is shown on stderr if that is a terminal.
 | 124 | its time was up (`--timeout`) |
 | 130, 129, 143 | Ctrl-C, SIGHUP, SIGTERM; it cleans up first |
 | that of the command | `exec`; 128 + n if signal n ended it |
+| that of the script | `run`, if it ended with `sys.exit` |
 
 Completion: `eval "$(hypercell completion bash)"`, the same with `zsh`, `hypercell completion fish | source`.
 """

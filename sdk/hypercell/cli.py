@@ -2,8 +2,8 @@
 
 Heavy imports wait until a subcommand needs them. Exit statuses: 0 done; 1 it could not be done, and stderr says why in
 one sentence; 2 wrong arguments; 3 the code that was run raised an exception; 124 its time was up; 128 + n if signal n
-ended it (130 Ctrl-C, 129 SIGHUP, 143 SIGTERM), after it has cleaned up. `exec` ends with the status of its command, and
-128 + n if signal n ended that.
+ended it (130 Ctrl-C, 129 SIGHUP, 143 SIGTERM), after it has cleaned up. `run` ends with the status that its script gave
+to `sys.exit`. `exec` ends with the status of its command, and 128 + n if signal n ended that.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _add_work_commands(commands: Commands) -> None:
         parents=[common, creation],
     )
     run.set_defaults(run=("running", "run"))
-    run.add_argument("file", metavar="FILE.py|FILE.ipynb")
+    run.add_argument("file", metavar="FILE.py|FILE.ipynb|-", help="`-` is a script on standard input")
     run.add_argument("arguments", nargs="*", help="the script's arguments (after `--` if they begin with a dash)")
     run.add_argument("--sandbox", help="run it in this one, which stays")
     run.add_argument("--keep", action="store_true", help="leave the sandbox running")

@@ -178,6 +178,20 @@ def test_run_of_a_script(made: str, tmp_path: Path) -> None:
     script.write_text("import sys\nprint(sys.argv[1:])\nif 'fail' in sys.argv: raise ValueError('bad')\n")
     assert hypercell("run", "--sandbox", made, script, "a", "b") == "['a', 'b']\n"
     assert "line 3" in hypercell("run", "--sandbox", made, script, "fail", status=3)
+    for code, ends in (
+        ("import sys; sys.exit(0)", 0),
+        ("import sys; print('said'); sys.exit(7)", 7),
+        ("raise SystemExit", 0),
+        ("exit(256 + 9)", 9),
+        ("import sys; sys.exit(True)", 1),
+        ("import sys; sys.exit('7')", 1),
+    ):
+        script.write_text(code)
+        done = subprocess.run([*HYPERCELL, "run", "--sandbox", made, script], capture_output=True, text=True)
+        said = ("said\n" if "said" in code else "", "7\n" if "'7'" in code else "")
+        assert (done.returncode, done.stdout, done.stderr) == (ends, *said)
+    report = json.loads(hypercell("run", "--json", "--sandbox", made, "-", stdin="import sys; sys.exit(5)", status=5))
+    assert (report["status"], report["exit_code"], report["error"]["name"]) == ("error", 5, "SystemExit")
     script.write_text("while True: pass")
     assert "was interrupted" in hypercell("run", "--sandbox", made, "--timeout", "1", script, status=124)
     assert "cannot be read" in hypercell("run", tmp_path / "none.py", status=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import json
 import re
@@ -19,8 +20,16 @@ from hypercell.command.sandboxes import connect, create
 from hypercell.errors import CodeTimeoutError, HypercellError, KernelDiedError
 from hypercell.execution import Execution, ExecutionError, Result
 
-EXIT_CODE_FAILED = 3
-EXIT_TIMED_OUT = 124
+EXIT_CODES = {"ok": 0, "error": 3, "timeout": 124}
+# What is left of a status that a program chose.
+EXIT_MASK = 0xFF
+# A script may end with `exit(7)`, which in a kernel ends it, whatever the number.
+PREPARATION = """\
+import sys, warnings
+sys.argv = {argv!r}
+exit = quit = sys.exit
+warnings.filterwarnings("ignore", "To exit: use", UserWarning)
+del sys, warnings"""
 # A sandbox of `run` is deleted so long after the command was last alive, so that one that was killed outright (SIGKILL,
 # a power cut) leaves none for good. Long enough for a laptop that sleeps a while.
 LEASE_S = 3600.0
@@ -32,7 +41,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What `--json` prints. status: ok, error or timeout. output: the notebook that was written.
+    """What `--json` prints. status: ok, error or timeout. exit_code: what the command ends with. output: the notebook
+    that was written.
 
     stdout, stderr, results: what a script gave; None for a notebook, which has them itself. skipped_characters: how
     much was printed that is not there, because it was too much to keep.
@@ -40,6 +50,7 @@ class RunReport:
 
     sandbox_id: str
     status: str
+    exit_code: int
     error: ExecutionError | None
     cells: int
     output: str | None
@@ -52,7 +63,9 @@ class RunReport:
 async def run(options: argparse.Namespace) -> int:
     path = Path(options.file)
     try:
-        text = path.read_text(encoding="utf-8")  # noqa: ASYNC240 - nothing else runs yet
+        # Nothing else runs yet.
+        content = sys.stdin.buffer.read() if options.file == "-" else path.read_bytes()  # noqa: ASYNC240
+        text = content.decode()
     except OSError as error:
         raise HypercellError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -72,7 +85,7 @@ async def run(options: argparse.Namespace) -> int:
         print_json(report)
     elif options.keep:
         print(f"The sandbox goes on: {sandbox.id}", file=sys.stderr)
-    return {"ok": 0, "error": EXIT_CODE_FAILED, "timeout": EXIT_TIMED_OUT}[report.status]
+    return report.exit_code
 
 
 @asynccontextmanager
@@ -97,16 +110,21 @@ async def _renewed(sandbox: AsyncSandbox, *, is_wanted: bool) -> AsyncIterator[N
 
 async def _run_script(sandbox: AsyncSandbox, text: str, options: argparse.Namespace) -> RunReport:
     # In one message with the script's own code line numbers would be wrong.
-    await sandbox.run_code(f"import sys; sys.argv = {[options.file, *options.arguments]!r}; del sys")
+    await sandbox.run_code(PREPARATION.format(argv=[options.file, *options.arguments]))
     show = not options.json
     status, execution = await _run_code(sandbox, text, options.timeout, show=show)
-    if show and execution.error is not None:
+    exit_code = EXIT_CODES[status]
+    if execution.error is not None and execution.error.name == "SystemExit":
+        exit_code = await _chosen_exit(sandbox, execution)
+        status = "error" if exit_code else "ok"
+    elif show and execution.error is not None:
         text = execution.error.traceback or execution.error.name
         print(text if sys.stderr.isatty() else COLOURS.sub("", text), file=sys.stderr)
     return RunReport(
         sandbox_id=sandbox.id,
         status=status,
-        error=execution.error,
+        exit_code=exit_code,
+        error=execution.error if exit_code else None,
         cells=1,
         output=None,
         stdout=execution.stdout,
@@ -114,6 +132,19 @@ async def _run_script(sandbox: AsyncSandbox, text: str, options: argparse.Namesp
         results=execution.results,
         skipped_characters=execution.skipped_characters,
     )
+
+
+async def _chosen_exit(sandbox: AsyncSandbox, execution: Execution) -> int:
+    """The status that a script chose with `sys.exit`, as Python has it: what is no number is printed, and is 1."""
+    asked = await sandbox.run_code("__import__('sys').last_value.code")
+    try:
+        chosen = None if asked.text is None else ast.literal_eval(asked.text)
+    except (ValueError, SyntaxError):
+        chosen = execution.error and execution.error.value
+    if isinstance(chosen, int | None):
+        return (chosen or 0) & EXIT_MASK
+    print(chosen, file=sys.stderr)
+    return 1
 
 
 async def _run_code(sandbox: AsyncSandbox, code: str, timeout_s: float | None, *, show: bool) -> tuple[str, Execution]:
@@ -175,6 +206,7 @@ async def _run_notebook(sandbox: AsyncSandbox, text: str, options: argparse.Name
     return RunReport(
         sandbox_id=sandbox.id,
         status=status,
+        exit_code=EXIT_CODES[status],
         error=error,
         cells=count,
         output=str(target),
