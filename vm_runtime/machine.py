@@ -116,9 +116,10 @@ class Machine(ABC):
         more. O(1). RUNNING or PAUSED; pause first to have it agree with a memory snapshot."""
 
     @abstractmethod
-    async def shorten_disk(self) -> None:
-        """Copy what all overlays have into the one being written, which then lies on the lowest file. Costs that data;
-        the guest runs on. RUNNING or PAUSED."""
+    async def rebase_disk(self, lower: Sequence[Path], *, keep: int) -> None:
+        """Put other files, which show the same, under the last `keep` of the disk's chain: a shorter form of what lies
+        there, lowest first. Copies nothing; the guest runs on. RUNNING or PAUSED. MachineError: the chain is as it was.
+        """
 
     @abstractmethod
     def memory_usage(self) -> MemoryUsage:

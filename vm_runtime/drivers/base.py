@@ -132,6 +132,14 @@ class Driver(ABC):
         then removed."""
 
     @abstractmethod
+    async def merge_disks(self, overlays: Sequence[Path], target: Path) -> None:
+        """Write one new, synced file that shows the same as these parts of a disk's chain over each other, lowest
+        first; the chain's first file is never among them. Called by the flattening of snapshots.
+
+        Raises BrokenSnapshotError, StoreFullError, DriverError; no file is left then, nor when cancelled.
+        """
+
+    @abstractmethod
     def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
         """Remove the disk directories (`machines_dir/<machine id>`) of machines that are not in `keep`. Blocking."""
 

@@ -1,48 +1,65 @@
 """Keeps chains short in the background, so that the next restore is quick: memory layers and disk overlays.
 
 A snapshot stays what it is; a flattened form of the same state is published beside it (`SnapshotStore.flattened`),
-which restores use from then on. One at a time, in a thread of low priority, and standing still while a snapshot is
-being taken. Interrupted, it leaves nothing.
+which restores use from then on: one for its memory and one for its disks, so that one can fail alone. One at a time,
+with low priority, and standing still while a snapshot is being taken. Interrupted, it leaves nothing. What fails is
+reported, and tried again as long as the snapshot exists.
 
-    many layers, little in them together     merged into one layer: costs what is in them
+    many layers, little in them together     the upper ones are merged (chains.py): costs what is in them
     much in them                             a new base, which all children then share: costs the machine's data
-    many disk overlays                       merged into one overlay over the template's disk
+    many disk overlays                       the upper ones are merged by the driver
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import logging
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
+from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.bases import Bases
+from vm_runtime.saving.chains import (
+    LARGE_LAYERS_BYTES,
+    LONG_CHAIN,
+    MANY_DISKS,
+    Shortened,
+    has_many_disks,
+    layer_bytes,
+    may_need,
+    merge_from,
+)
+from vm_runtime.saving.threads import open_draft
 from vm_runtime.saving.values import Ground
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, SnapshotContents
 from vm_runtime.snapshots.memory import BaseMemory, data_extents
-from vm_runtime.snapshots.overlays import merge_overlays
 from vm_runtime.snapshots.store import Draft, SnapshotStore
 
 _log = logging.getLogger(__name__)
 
-# A restore opens and indexes every layer, a fork too. Measured, layers of 1,700 runs: four 8 ms, seven 26 ms.
-LONG_CHAIN = 5
-# A VMM opens every overlay of its disk.
-MANY_DISKS = 8
-# A restore copies layers into the machine, 0.65 ms per MB and privately: so much costs some 30 ms.
-LARGE_LAYERS_BYTES = 48 << 20
+Result = TypeVar("Result")
+
 # A machine that runs on may not be restored soon: a new base is worth it when an eighth of it is new.
 RUNNING_SHARE = 8
 # Waiting snapshots; more come only when flattening cannot keep up, and newer ones make older ones superfluous.
 MAX_WAITING = 256
+# What has failed is tried again after so long, and then always after the last: a full disk is cleared in minutes.
+RETRY_S = (2.0, 15.0, 60.0, 300.0)
+# It stands still for snapshots that are being taken, but no longer than this for each: many busy sandboxes must not
+# keep it from shortening their own chains.
+PATIENCE_S = 2.0
 # Below everything interactive, above nothing.
 _NICENESS = 10
 
@@ -52,110 +69,262 @@ class _StoppedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortened:
-    """The same state on another, shorter chain."""
+class Failure:
+    """Something that could not be shortened. sandbox_id: whose, None for a snapshot that is nobody's.
+    attempts: how often it was tried; it will be again."""
 
-    old: Ground
-    new: Ground
+    snapshot_id: str
+    sandbox_id: str | None
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatteningStatus:
+    """waiting: snapshots whose chains are to be shortened. failing: those of them that failed last time.
+    failures, merged_bytes: counted since the start; the bytes are those written."""
+
+    waiting: int = 0
+    failing: tuple[Failure, ...] = ()
+    failures: int = 0
+    merged_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    manifest: Manifest
+    stopped: bool
+    due: float = 0.0
+    failure: Failure | None = None
 
 
 class Flattener:
-    """`want` what may need it; `await close()`. on_shortened: called in the event loop when one is done."""
+    """`want` what may need it; `await close()`.
+
+    merge_disks: the driver's. on_shortened: called in the event loop when a state has a shorter form; an error that it
+    raises counts as a failure. on_failed: called for each failed attempt.
+    """
 
     def __init__(
-        self, store: SnapshotStore, bases: Bases, on_shortened: Callable[[Shortened], Awaitable[None]]
+        self,
+        store: SnapshotStore,
+        bases: Bases,
+        *,
+        merge_disks: Callable[[Sequence[Path], Path], Awaitable[None]],
+        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_failed: Callable[[Failure], None],
     ) -> None:
         self._store = store
+        self._merge_disks = merge_disks
         self._bases = bases
         self._on_shortened = on_shortened
-        self._waiting: OrderedDict[str, tuple[Manifest, bool]] = OrderedDict()
+        self._on_failed = on_failed
+        # By sandbox: a newer snapshot holds what an older one waited for. A snapshot of no sandbox counts for itself.
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._worker: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flatten", initializer=_be_nice)
         self._condition = threading.Condition()
-        self._busy = 0
+        self._users = Counter[str]()
+        self._merging: asyncio.Future[None] | None = None
+        self._patience_s = PATIENCE_S
         self._stopped = False
+        self._failures = 0
+        self._merged_bytes = 0
 
     def want(self, manifest: Manifest, *, stopped: bool) -> None:
         """Shorten the chain of a snapshot if it has become long. stopped: its machine will be restored next."""
-        if self._stopped or not _may_need(Ground.of(manifest)):
+        if self._stopped or not may_need(Ground.of(manifest)):
             return
-        # A newer snapshot of the same sandbox holds what an older one waited for; without one, each counts.
-        self._waiting[manifest.sandbox_id or manifest.id] = manifest, stopped
-        if len(self._waiting) > MAX_WAITING:
-            self._waiting.popitem(last=False)
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work(), name="flatten")
+        key = manifest.sandbox_id or manifest.id
+        # One that has failed goes on waiting for its time.
+        before = self._jobs.pop(key, _Job(manifest=manifest, stopped=stopped))
+        self._jobs[key] = replace(before, manifest=manifest, stopped=stopped)
+        if len(self._jobs) > MAX_WAITING:
+            self._jobs.popitem(last=False)
+        self._wake()
+
+    def status(self) -> FlatteningStatus:
+        return FlatteningStatus(
+            waiting=len(self._jobs),
+            failing=tuple(job.failure for job in self._jobs.values() if job.failure is not None),
+            failures=self._failures,
+            merged_bytes=self._merged_bytes,
+        )
 
     async def settled(self) -> None:
-        """Wait until nothing waits to be shortened."""
-        while self._worker is not None and not self._worker.done():
-            await asyncio.wait([self._worker])
+        """Wait until nothing waits to be shortened but what has failed and will be tried again."""
+        await self._settled.wait()
+
+    async def hurried(self, *, limit_s: float) -> None:
+        """As `settled`, at most so long, with another attempt of what has failed. Meanwhile it does not stand still."""
+        for key, job in self._jobs.items():
+            self._jobs[key] = replace(job, due=0.0)
+        self._wake()
+        with self._counted("urgent"), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self.settled()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Within it the background stands still."""
+        """Within it the background stands still, for a while."""
+        with self._counted("busy"):
+            yield
+
+    @contextmanager
+    def _counted(self, use: str) -> Iterator[None]:
         with self._condition:
-            self._busy += 1
+            self._users[use] += 1
+            self._condition.notify_all()
         try:
             yield
         finally:
             with self._condition:
-                self._busy -= 1
+                self._users[use] -= 1
                 self._condition.notify_all()
 
     async def close(self) -> None:
         """Give up what is being done; twice is harmless."""
-        self._waiting.clear()
+        self._jobs.clear()
         with self._condition:
             self._stopped = True
             self._condition.notify_all()
-        await self.settled()
+        if self._merging is not None:
+            self._merging.cancel()
+        self._changed.set()
+        if self._worker is not None:
+            await asyncio.wait([self._worker])
         self._executor.shutdown(wait=False)
 
+    # -- the worker -----------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        if self._jobs and (self._worker is None or self._worker.done()):
+            self._worker = asyncio.create_task(self._work(), name="flatten")
+        if self._jobs:
+            self._settled.clear()
+        self._changed.set()
+
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            _, (manifest, stopped) = self._waiting.popitem(last=False)
+        now = asyncio.get_running_loop().time
+        try:
+            while self._jobs and not self._stopped:
+                key, job = min(self._jobs.items(), key=lambda item: item[1].due)
+                if job.due > now():
+                    self._settled.set()
+                    self._changed.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout_at(job.due):
+                            await self._changed.wait()
+                    continue
+                reason = await self._shorten(job.manifest, stopped=job.stopped)
+                newest = self._jobs.get(key)
+                if newest is None:
+                    continue
+                if reason is None:
+                    if newest is job:
+                        del self._jobs[key]
+                    else:
+                        self._jobs[key] = replace(newest, due=0.0, failure=None)
+                    continue
+                attempts = 1 + (job.failure.attempts if job.failure is not None else 0)
+                failure = Failure(
+                    snapshot_id=job.manifest.id, sandbox_id=job.manifest.sandbox_id, reason=reason, attempts=attempts
+                )
+                due = now() + RETRY_S[min(attempts, len(RETRY_S)) - 1]
+                self._jobs[key] = replace(newest, due=due, failure=failure)
+                self._failures += 1
+                self._on_failed(failure)
+        except _StoppedError:
+            pass
+        finally:
+            self._settled.set()
+
+    async def _shorten(self, manifest: Manifest, *, stopped: bool) -> str | None:
+        """Memory and disks, each for itself. Answers what has failed, unless the snapshot has been removed."""
+        self._patience_s = PATIENCE_S
+        reasons: list[str] = []
+
+        async def attempt(work: Awaitable[None]) -> None:
             try:
-                shortened = await loop.run_in_executor(self._executor, self._shorten, manifest, stopped)
-            except _StoppedError:
-                return
-            except (SnapshotError, OSError) as error:
-                # The snapshot is as good as it was, only slower to restore; or it was removed, with its sandbox.
-                if await loop.run_in_executor(self._executor, self._store.manifest_path(manifest.id).exists):
-                    _log.warning("Snapshot %s could not be flattened: %s", manifest.id, error)
-                continue
-            if shortened is not None:
-                await self._on_shortened(shortened)
+                await work
+            except (SnapshotError, VmRuntimeError, OSError) as error:
+                _log.warning("Snapshot %s could not be flattened: %s", manifest.id, error)
+                reasons.append(str(error))
+
+        await attempt(self._shorten_memory(manifest, stopped=stopped))
+        await attempt(self._shorten_disks(manifest))
+        current = await self._in_thread(self._current, manifest)
+        if current is not manifest:
+            # Also of an earlier attempt, after which a machine may have stayed where it was.
+            await attempt(self._on_shortened(Shortened(old=Ground.of(manifest), new=Ground.of(current))))
+        exists = await self._in_thread(self._store.manifest_path(manifest.id).exists)
+        return " ".join(reasons) if reasons and exists else None
+
+    async def _shorten_memory(self, manifest: Manifest, *, stopped: bool) -> None:
+        current = await self._in_thread(self._current, manifest)
+        if len(current.memory.layers) < LONG_CHAIN and layer_bytes(current.memory) < LARGE_LAYERS_BYTES:
+            return
+        async with open_draft(self._store) as draft:
+            memory = await self._in_thread(self._merge_memory, draft, current.memory, stopped)
+            if memory != current.memory:
+                await self._in_thread(self._publish, draft, manifest, Ground(memory=memory, disks=current.disks))
+
+    async def _shorten_disks(self, manifest: Manifest) -> None:
+        current = await self._in_thread(self._current, manifest)
+        if not has_many_disks(Ground.of(current)):
+            return
+        # The lowest is the template's, shared by strangers.
+        start = 1 + merge_from([disk.size_bytes for disk in current.disks[1:]], most=MANY_DISKS - 1)
+        below, upper = current.disks[:start], current.disks[start:]
+        async with open_draft(self._store) as draft:
+            paths = await self._in_thread(lambda: [self._store.checked_path(PartKind.DISK, disk) for disk in upper])
+            target = draft.path("disk")
+            await self._in_thread(self._step)
+            self._merging = asyncio.ensure_future(self._merge_disks(paths, target))
+            await asyncio.wait([self._merging])
+            if self._merging.cancelled():
+                raise _StoppedError
+            self._merging.result()
+            part = await self._in_thread(draft.add, PartKind.DISK, target)
+            self._merged_bytes += part.size_bytes
+            merged = DiskPart(digest=part.digest, size_bytes=part.size_bytes, format="qcow2", backing=below[-1].digest)
+            ground = Ground(memory=current.memory, disks=(*below, merged))
+            await self._in_thread(self._publish, draft, manifest, ground)
+
+    # -- in threads -----------------------------------------------------------------------------------------------
+
+    async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+    def _current(self, manifest: Manifest) -> Manifest:
+        """The shortest form so far."""
+        return self._store.flattened(manifest.id) or manifest
+
+    def _publish(self, draft: Draft, manifest: Manifest, ground: Ground) -> None:
+        values = manifest.model_dump(exclude={"id"})
+        values |= {
+            "memory": ground.memory,
+            "disks": ground.disks,
+            "flattened_from": manifest.id,
+            "created_at": datetime.datetime.now(datetime.UTC),  # the newest is the shortest
+        }
+        draft.publish(SnapshotContents.model_validate(values))
 
     def _step(self) -> None:
+        """Between the pieces of long work: stands still while a snapshot is being taken, while there is patience."""
         with self._condition:
-            while self._busy and not self._stopped:
-                self._condition.wait()
+            while self._users["busy"] and not self._users["urgent"] and not self._stopped and self._patience_s > 0:
+                started = time.monotonic()
+                self._condition.wait(self._patience_s)
+                self._patience_s -= time.monotonic() - started
             if self._stopped:
                 raise _StoppedError
 
-    def _shorten(self, manifest: Manifest, stopped: bool) -> Shortened | None:
+    def _merge_memory(self, draft: Draft, memory: MemoryParts, stopped: bool) -> MemoryParts:
         self._step()
-        current = self._store.flattened(manifest.id) or manifest
-        old = Ground.of(current)
-        if not _may_need(old):
-            return None
-        with ExitStack() as stack:
-            draft = stack.enter_context(self._store.begin())
-            memory = self._shorten_memory(draft, old.memory, stopped)
-            disks = self._shorten_disks(draft, old)
-            new = Ground(memory=memory, disks=disks)
-            if new == old:
-                return None
-            values = current.model_dump(exclude={"id"})
-            values |= {"memory": memory, "disks": disks, "flattened_from": manifest.id}
-            draft.publish(SnapshotContents.model_validate(values))
-        return Shortened(old=Ground.of(manifest), new=new)
-
-    def _shorten_memory(self, draft: Draft, memory: MemoryParts, stopped: bool) -> MemoryParts:
-        if not memory.layers:
-            return memory
         with ExitStack() as stack:
             path = self._store.checked_path(PartKind.BASE, memory.base)
             base = stack.enter_context(
@@ -173,55 +342,18 @@ class Flattener:
                 target = draft.path("base")
                 digest = image.flatten(target, step=self._step)
                 target.chmod(self._bases.mode(family=True))
+                self._merged_bytes += target.stat().st_blocks * 512
                 return MemoryParts(size_bytes=memory.size_bytes, base=draft.add(PartKind.BASE, target, digest=digest))
-            if len(layers) >= LONG_CHAIN or _layer_bytes(memory) >= 2 * image.layered_bytes + LARGE_LAYERS_BYTES:
-                target = draft.path("layer")
-                digest = image.merge_layers(target, step=self._step)
-                layer_part = draft.add(PartKind.LAYER, target, digest=digest)
-                return memory.model_copy(update={"layers": (layer_part,)})
-            return memory
-
-    def _shorten_disks(self, draft: Draft, ground: Ground) -> tuple[DiskPart, ...]:
-        if len(ground.disks) < MANY_DISKS:
-            return ground.disks
-        lowest, *overlays = ground.disks
-        target = draft.path("disk")
-        merge_overlays([self._store.checked_path(PartKind.DISK, disk) for disk in overlays], target, step=self._step)
-        part = draft.add(PartKind.DISK, target)
-        merged = DiskPart(digest=part.digest, size_bytes=part.size_bytes, format="qcow2", backing=lowest.digest)
-        return lowest, merged
-
-
-def rebased(ground: Ground, shortened: Shortened) -> Ground | None:
-    """The ground of a machine that lies on the shortened state or on snapshots over it; None if it does not.
-
-    Memory and disks each for themselves: one of them may have been replaced by an earlier shortening already.
-    """
-    old, new = shortened.old, shortened.new
-    memory, disks = ground.memory, ground.disks
-    count = len(old.memory.layers)
-    if memory.base == old.memory.base and memory.layers[:count] == old.memory.layers:
-        memory = new.memory.model_copy(update={"layers": (*new.memory.layers, *memory.layers[count:])})
-    if disks[: len(old.disks)] == old.disks:
-        above = list(disks[len(old.disks) :])
-        if above:
-            above[0] = above[0].model_copy(update={"backing": new.disks[-1].digest})
-        disks = (*new.disks, *above)
-    result = Ground(memory=memory, disks=disks)
-    return None if result == ground else result
-
-
-def _may_need(ground: Ground) -> bool:
-    memory = ground.memory
-    return (
-        len(memory.layers) >= LONG_CHAIN
-        or _layer_bytes(memory) >= LARGE_LAYERS_BYTES
-        or len(ground.disks) >= MANY_DISKS
-    )
-
-
-def _layer_bytes(memory: MemoryParts) -> int:
-    return sum(layer.size_bytes for layer in memory.layers)
+            start = merge_from([layer.size_bytes for layer in memory.layers], most=LONG_CHAIN)
+            if stopped or layer_bytes(memory) >= 2 * image.layered_bytes + LARGE_LAYERS_BYTES:
+                start = 0
+            if start >= len(layers) - 1:
+                return memory
+            target = draft.path("layer")
+            digest = MemoryImage(base, layers[start:]).merge_layers(target, step=self._step)
+            part = draft.add(PartKind.LAYER, target, digest=digest)
+            self._merged_bytes += part.size_bytes
+            return memory.model_copy(update={"layers": (*memory.layers[:start], part)})
 
 
 def _be_nice() -> None:

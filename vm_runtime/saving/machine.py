@@ -3,6 +3,7 @@
 Knows no VMM and does not start machines (saver.py does). A snapshot goes through these steps; only those between the
 lines stop the guest:
 
+    room        a chain that has become long is shortened, or the snapshot refused
     prepare     the tracker reserves memory, and copies what was written so far       hooks: prepare, before_pause
     ---------   pause
     capture     device state; the disk's overlay is frozen, if anything was written
@@ -28,8 +29,8 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from vm_runtime.drivers.base import MachinePlace
-from vm_runtime.errors import VmRuntimeError
 from vm_runtime.machine import Death, Machine
+from vm_runtime.saving.chains import check_room, is_crowded
 from vm_runtime.saving.hooks import AllHooks, Captured, SnapshotHooks
 from vm_runtime.saving.record import SavedRecord, remove_record
 from vm_runtime.saving.threads import gather_all, open_draft, succeeded, uncancelled
@@ -45,16 +46,15 @@ _log = logging.getLogger(__name__)
 
 _PIN_PREFIX = "machine-"
 
-# Overlays that a running VMM may have open; each costs descriptors and a look-up per read. Then they are copied into
-# the one being written, so the next snapshot holds what all of them had once more.
-LONG_DISK_CHAIN = 24
-
 
 class Surroundings(Protocol):
     """What a machine tells whoever made it."""
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """Within it, nothing works in the background."""
+
+    async def make_room(self) -> None:
+        """Before a snapshot over a chain that has become long: shorten what waits for that, within a limit."""
 
     def published(self, machine: SavedMachine, *, stopped: bool) -> None:
         """A snapshot of this machine is in the store. stopped: the machine is not to run on."""
@@ -97,8 +97,9 @@ class SavedMachine:
     async def take(self, description: Description, *, then: Then, hooks: Sequence[SnapshotHooks] = ()) -> Taken:
         """Take a snapshot. RUNNING or PAUSED. hooks: who takes part in it.
 
-        Raises StoreFullError, SnapshotError, MachineError, and what the hooks raise: then nothing is stored, and the
-        machine runs on if it ran. When cancelled the snapshot is finished first, and a machine that it stopped runs on.
+        Raises ChainTooLongError (before the pause), StoreFullError, SnapshotError, MachineError, and what the hooks
+        raise: then nothing is stored, and the machine runs on if it ran. When cancelled the snapshot is finished first,
+        and a machine that it stopped runs on.
         """
         every = AllHooks(hooks)
         taking = asyncio.ensure_future(self._take(description, then, every))
@@ -111,7 +112,10 @@ class SavedMachine:
             raise
 
     async def _take(self, description: Description, then: Then, hooks: AllHooks) -> Taken:
+        if is_crowded(self.ground, open_disks=len(self.machine.disk_chain)):
+            await self._surroundings.make_room()  # not within the lock: it changes the ground
         async with self._lock:
+            await asyncio.to_thread(self._check_room, last=then is Then.STOP)
             started = time.perf_counter()
             was_running = self.machine.state is RunState.RUNNING
             with self._surroundings.quiet():
@@ -123,11 +127,6 @@ class SavedMachine:
                     raise
                 self.snapshot, self.ground = manifest, ground
                 await asyncio.to_thread(self._settle)
-                if len(self.machine.disk_chain) > LONG_DISK_CHAIN and then is Then.RESUME:
-                    try:
-                        await self.machine.shorten_disk()
-                    except VmRuntimeError as error:  # the snapshot is complete, and the disk as it was
-                        _log.warning("Machine %s keeps a long chain of disks: %s", self.place.id, error)
             self._surroundings.published(self, stopped=then is Then.STOP)
             return Taken(
                 manifest=manifest,
@@ -182,6 +181,14 @@ class SavedMachine:
         old, self._base, self.ground = self._base, base, ground
         old.close()
         await asyncio.to_thread(self._settle)
+
+    async def shorten_open_disk(self) -> None:
+        """Let the VMM, too, open the disks of the ground instead of the longer chain that it has. Within `standing`.
+        Raises MachineError, DriverError, BrokenSnapshotError: it keeps what it has."""
+        kept = 1 + len(await asyncio.to_thread(self._frozen_disks))
+        if len(self.machine.disk_chain) - kept > len(self.ground.disks):
+            lower = [self._store.part_path(PartKind.DISK, disk.digest) for disk in self.ground.disks]
+            await self.machine.rebase_disk(lower, keep=kept)
 
     def unsaved_disks(self) -> tuple[Path, ...]:
         """Disk files with what was written since the last snapshot, oldest first. Blocking."""
@@ -274,6 +281,10 @@ class SavedMachine:
                 )
             )
         return tuple(disks)
+
+    def _check_room(self, *, last: bool) -> None:
+        new_disks = 1 + len(self._frozen_disks())
+        check_room(self.ground, new_disks=new_disks, open_disks=len(self.machine.disk_chain), last=last)
 
     def _frozen_disks(self) -> list[Path]:
         """Frozen files of this machine that no snapshot has yet, oldest first: also those of snapshots that failed, or

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vm_runtime.drivers.base import Driver, MachinePlace, PreparedMachine
-from vm_runtime.errors import MachineGoneError, MachineStateError
+from vm_runtime.errors import MachineGoneError, MachineStateError, VmRuntimeError
 from vm_runtime.machine import Machine, MemoryMapping
 from vm_runtime.saving.bases import Bases
-from vm_runtime.saving.flattening import Flattener, Shortened, rebased
+from vm_runtime.saving.chains import Shortened, may_need, rebased
+from vm_runtime.saving.flattening import Failure, Flattener, FlatteningStatus
 from vm_runtime.saving.forking import Child, Children, Forked
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import (
@@ -48,6 +49,9 @@ from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
 
 _log = logging.getLogger(__name__)
 
+# A snapshot over a chain that has become long waits for the flattening at most so long; a cell may wait for it.
+ROOM_LIMIT_S = 20.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
@@ -65,14 +69,28 @@ class Saver:
     """Makes `SavedMachine`s. `await close()` at the end; machines go on running.
 
     image_files: the files of an image by its digest; what it raises for one that is missing passes through `restore`.
+    on_flattening_failed: called in the event loop for each attempt to shorten a chain that failed.
     """
 
-    def __init__(self, *, store: SnapshotStore, driver: Driver, image_files: Callable[[str], ImageFiles]) -> None:
+    def __init__(
+        self,
+        *,
+        store: SnapshotStore,
+        driver: Driver,
+        image_files: Callable[[str], ImageFiles],
+        on_flattening_failed: Callable[[Failure], None] = lambda failure: None,
+    ) -> None:
         self._store = store
         self._driver = driver
         self._bases = Bases(store, seal=driver.capabilities.sealed_base)
         self._image_files = image_files
-        self._flattener = Flattener(store, self._bases, self._rebase)
+        self._flattener = Flattener(
+            store,
+            self._bases,
+            merge_disks=driver.merge_disks,
+            on_shortened=self._rebase,
+            on_failed=on_flattening_failed,
+        )
         self._live: set[SavedMachine] = set()
 
     async def restore(self, manifest: Manifest, *, place: MachinePlace) -> SavedMachine:
@@ -106,6 +124,8 @@ class Saver:
                 )
             on_error.pop_all()
             opened.close()
+            if may_need(ground):
+                self._flattener.want(manifest, stopped=False)
             return saved
 
     async def fork(
@@ -164,6 +184,10 @@ class Saver:
         finally:
             await asyncio.to_thread(forget_machine, self._store, place)
 
+    def flattening(self) -> FlatteningStatus:
+        """How far the chains are from being short."""
+        return self._flattener.status()
+
     async def settled(self) -> None:
         """Wait until no chain waits to be shortened: a restore of any snapshot taken so far is as quick as it gets."""
         await self._flattener.settled()
@@ -194,26 +218,36 @@ class Saver:
     def published(self, machine: SavedMachine, *, stopped: bool) -> None:
         self._flattener.want(machine.snapshot, stopped=stopped)
 
+    async def make_room(self) -> None:
+        await self._flattener.hurried(limit_s=ROOM_LIMIT_S)
+
     def ended(self, machine: SavedMachine) -> None:
         self._live.discard(machine)
 
     async def _rebase(self, shortened: Shortened) -> None:
-        """Let the running machines that lie on a flattened state take their next snapshots over the shorter form."""
+        """Let the running machines that lie on a flattened state take their next snapshots over the shorter form, and
+        their VMMs open it. Raises the last error of a machine that stays on its long chain, after all have been tried.
+        """
+        failed: Exception | None = None
         for saved in list(self._live):
             async with saved.standing():
                 ground = rebased(saved.ground, shortened)
-                if ground is None or saved not in self._live:
+                if saved not in self._live:
                     continue
                 try:
-                    await asyncio.to_thread(self._secure, saved.place, ground)
-                    await saved.rebase(ground, await self._bases.acquire(ground.memory.base))
+                    if ground is not None:
+                        await asyncio.to_thread(self._secure, saved.place, ground)
+                        await saved.rebase(ground, await self._bases.acquire(ground.memory.base))
+                    await saved.shorten_open_disk()
                 except SnapshotError as error:
                     # Removed meanwhile, with the snapshot it came from: the machine stays on what it has.
                     _log.info("Machine %s stays on its long chain: %s", saved.place.id, error)
                     await asyncio.to_thread(pin_machine, self._store, saved.place, saved.ground)
-                except OSError as error:
-                    # It has just died, and its directories are gone: its owner is about to see that.
-                    _log.info("Machine %s cannot be moved to a shorter chain: %s", saved.place.id, error)
+                except (VmRuntimeError, OSError) as error:
+                    if not saved.machine.is_dead:  # else its owner is about to see that
+                        failed = error
+        if failed is not None:
+            raise failed
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

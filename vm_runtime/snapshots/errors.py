@@ -6,6 +6,7 @@ SnapshotError
 |   +-- SnapshotInUseError        a live sandbox or another snapshot needs it
 +-- BrokenSnapshotError       the data's: truncated, tampered, foreign or of another version; it is refused
 +-- StoreFullError            the host's: no room left; nothing was stored
++-- ChainTooLongError         the host's: flattening has not kept up; nothing was stored
 +-- ProcessMemoryError        the VMM's memory cannot be read or written (it died, or the rights are missing)
 """
 
@@ -43,6 +44,22 @@ class BrokenSnapshotError(SnapshotError):
 
 class StoreFullError(SnapshotError):
     """There is no room for this; nothing of it was stored, and what ran goes on running."""
+
+
+class ChainTooLongError(SnapshotError):
+    """A snapshot would lie on more parts than a manifest can name; what ran was not even paused.
+
+    count: of `what` it would have; most: that there may be.
+    """
+
+    def __init__(self, what: str, *, count: int, most: int) -> None:
+        super().__init__(
+            f"The snapshot would have {count} {what} of at most {most}: those before could not be merged, or not fast "
+            "enough. `hypercelld doctor` tells why; try again later, or let the sandbox sleep."
+        )
+        self.what = what
+        self.count = count
+        self.most = most
 
 
 class ProcessMemoryError(SnapshotError):

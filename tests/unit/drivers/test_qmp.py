@@ -26,7 +26,7 @@ Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, value: object = None) -> dict[str, Any]:
     command: dict[str, Any] = json.loads(await reader.readline())
-    writer.write(json.dumps({"return": value}).encode() + b"\r\n")
+    writer.write(json.dumps({"return": value, "id": command["id"]}).encode() + b"\r\n")
     return command
 
 
@@ -88,7 +88,7 @@ async def test_a_refused_command_keeps_the_connection() -> None:
         await client.close()
 
 
-@pytest.mark.parametrize("rude", [b"no json\n", b"[]\n", b'"x"\n', b"\xff\xfe\n", b"x" * (MAX_LINE_BYTES + 65536), b""])
+@pytest.mark.parametrize("rude", [b"no json\n", b"[]\n", b'"x"\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n", b""])
 async def test_a_rude_peer_is_an_error_of_the_command(rude: bytes) -> None:
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
@@ -99,6 +99,55 @@ async def test_a_rude_peer_is_an_error_of_the_command(rude: bytes) -> None:
         with pytest.raises(VmmProtocolError):
             await client.execute("query-status")
         assert client.state is QmpState.CLOSED
+        assert str(await client.wait_lost())
+        await client.close()
+
+
+async def test_an_answer_that_is_too_long_fails_its_command_alone() -> None:
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        command = json.loads(await reader.readline())
+        writer.write(b'{"return": "' + b"x" * (2 * MAX_LINE_BYTES + 65536) + b'", "id": %d}\r\n' % command["id"])
+        await answer(reader, writer, {"running": True})
+        await reader.read()
+
+    async with served(peer) as path:
+        client = await Qmp.connect(path, ignore, timeout_s=5)
+        with pytest.raises(VmmProtocolError, match="more than"):
+            await client.execute("query-named-block-nodes")
+        assert await client.execute("query-status") == {"running": True}
+        await client.close()
+
+
+async def test_an_answer_of_several_mib_is_read() -> None:
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer(reader, writer, "x" * (4 << 20))
+        await reader.read()
+
+    async with served(peer) as path:
+        client = await Qmp.connect(path, ignore, timeout_s=5)
+        assert len(await client.execute("query-named-block-nodes")) == 4 << 20
+        await client.close()
+
+
+async def test_the_answer_to_a_command_that_was_given_up_is_not_taken_for_that_of_the_next() -> None:
+    read = asyncio.Event()
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = json.loads(await reader.readline())
+        read.set()
+        second = json.loads(await reader.readline())
+        for command in (first, second):
+            writer.write(json.dumps({"return": command["execute"], "id": command["id"]}).encode() + b"\r\n")
+        await reader.read()
+
+    async with served(peer) as path:
+        client = await Qmp.connect(path, ignore, timeout_s=5)
+        given_up = asyncio.create_task(client.execute("stop"))
+        await read.wait()
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        assert await client.execute("query-status") == "query-status"
         await client.close()
 
 

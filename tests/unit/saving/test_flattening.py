@@ -1,40 +1,222 @@
-"""What a running machine lies on after the state under it got a shorter form; pure values."""
+"""Flattening, with a real store and the real `qemu-img`: memory and disks each for itself; what becomes of failures."""
 
 from __future__ import annotations
 
-from vm_runtime.saving.flattening import Shortened, rebased
-from vm_runtime.saving.values import Ground
-from vm_runtime.snapshots.manifest import DiskPart, MemoryParts, Part
+import asyncio
+import datetime
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
-SIZE = 1 << 20
+import pytest
+
+from vm_runtime.confinement.host import find_confinement
+from vm_runtime.confinement.process import Spawner
+from vm_runtime.drivers.qemu import disk_merge, qcow2
+from vm_runtime.saving import flattening
+from vm_runtime.saving.bases import Bases
+from vm_runtime.saving.chains import LONG_CHAIN, MANY_DISKS, Shortened
+from vm_runtime.saving.flattening import Failure, Flattener
+from vm_runtime.snapshots.layers import encode_index
+from vm_runtime.snapshots.manifest import (
+    DiskPart,
+    Manifest,
+    MemoryParts,
+    PartKind,
+    Shape,
+    SnapshotContents,
+    Vmm,
+)
+from vm_runtime.snapshots.memory import PAGE_SIZE, memory_digest
+from vm_runtime.snapshots.store import Draft, SnapshotStore
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
+
+MEMORY_BYTES = 1 << 20
+DISK_BYTES = 64 << 20
 
 
-def part(name: str) -> Part:
-    return Part(digest=name * 64, size_bytes=SIZE)
+@dataclass
+class Bench:
+    store: SnapshotStore
+    flattener: Flattener
+    shortened: list[Shortened] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
 
 
-def ground(base: str, layers: str, disks: str) -> Ground:
-    chain: list[DiskPart] = []
-    for name in disks:
-        below = chain[-1].digest if chain else None
-        chain.append(DiskPart(digest=name * 64, size_bytes=SIZE, format="qcow2" if below else "raw", backing=below))
-    memory = MemoryParts(size_bytes=SIZE, base=part(base), layers=tuple(part(name) for name in layers))
-    return Ground(memory=memory, disks=tuple(chain))
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    store = SnapshotStore(tmp_path / "store")
+    spawner = Spawner()
+    host = await find_confinement(spawner, devices=())
+
+    async def merge_disks(overlays: object, target: Path) -> None:
+        await disk_merge.merge_overlays(overlays, target, spawner=spawner, host=host)  # type: ignore[arg-type]
+
+    async def on_shortened(shortened: Shortened) -> None:
+        made.shortened.append(shortened)
+
+    bases = Bases(store, seal=False)
+    flattener = Flattener(
+        store,
+        bases,
+        merge_disks=merge_disks,
+        on_shortened=on_shortened,
+        on_failed=lambda failure: made.failed.append(failure),
+    )
+    made = Bench(store=store, flattener=flattener)
+    try:
+        yield made
+    finally:
+        await flattener.close()
+        bases.close()
+        await spawner.close()
+        store.close()
 
 
-SHORTENED = Shortened(old=ground("0", "123", "ab"), new=ground("9", "", "ae"))
+def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
+    """A snapshot with as many small layers and disks, each with something of its own."""
+    with store.begin() as draft:
+        path = draft.path("base")
+        path.write_bytes(secrets.token_bytes(MEMORY_BYTES))
+        base = draft.add(PartKind.BASE, path, digest=memory_digest(path))
+        memory = MemoryParts(
+            size_bytes=MEMORY_BYTES,
+            base=base,
+            layers=tuple(
+                draft.add_bytes(
+                    PartKind.LAYER, encode_index(MEMORY_BYTES, [(number, 1)], []) + secrets.token_bytes(PAGE_SIZE)
+                )
+                for number in range(layers)
+            ),
+        )
+        contents = SnapshotContents(
+            created_at=datetime.datetime.now(datetime.UTC),
+            owner="someone",
+            sandbox_id="s1",
+            template="tiny",
+            image_digest="0" * 64,
+            shape=Shape(memory_mib=1, vcpus=1, disk_mib=64),
+            vmm=Vmm(driver="qemu", version="7.2.0", machine="m", cpu_model="max", accelerator="tcg"),
+            memory=memory,
+            device=draft.add_bytes(PartKind.DEVICE, secrets.token_bytes(16)),
+            disks=tuple(chain(draft, disks)),
+            wire_marker="0" * 32,
+        )
+        return draft.publish(contents)
 
 
-def test_a_machine_on_the_state_or_above_it_gets_the_shorter_form() -> None:
-    assert rebased(ground("0", "123", "ab"), SHORTENED) == ground("9", "", "ae")
-    assert rebased(ground("0", "12345", "abc"), SHORTENED) == ground("9", "45", "aec")
+def chain(draft: Draft, count: int) -> list[DiskPart]:
+    disks: list[DiskPart] = []
+    for number in range(count):
+        path = draft.path(f"disk-{number}")
+        if number:
+            # The host names of QEMU's compatible features, of which unknown ones are ignored, make each file another.
+            qcow2.create_overlay(path, virtual_bytes=DISK_BYTES)
+            with path.open("r+b") as file:
+                file.seek(80)
+                file.write(bytes([number]) * 8)
+        else:
+            path.touch()
+            os.truncate(path, DISK_BYTES)
+        part = draft.add(PartKind.DISK, path)
+        backing = disks[-1].digest if disks else None
+        disks.append(
+            DiskPart(
+                digest=part.digest, size_bytes=part.size_bytes, format="qcow2" if number else "raw", backing=backing
+            )
+        )
+    return disks
 
 
-def test_memory_and_disks_are_replaced_each_for_themselves() -> None:
-    assert rebased(ground("0", "1234", "ac"), SHORTENED) == ground("9", "4", "ac")
-    assert rebased(ground("8", "4", "abc"), SHORTENED) == ground("8", "4", "aec")
+async def until_failed(bench: Bench, count: int) -> None:
+    async with asyncio.timeout(20):
+        while len(bench.failed) < count:
+            await bench.flattener.settled()
+            await asyncio.sleep(0.01)
 
 
-def test_other_machines_stay_where_they_are() -> None:
-    for other in (ground("0", "12", "a"), ground("0", "21", "a"), ground("9", "123", "ac"), ground("0", "", "a")):
-        assert rebased(other, SHORTENED) is None
+async def test_memory_and_disks_get_shorter_forms(bench: Bench) -> None:
+    manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
+    bench.flattener.want(manifest, stopped=False)
+    await bench.flattener.settled()
+    flat = bench.store.flattened(manifest.id)
+    assert flat is not None
+    assert (len(flat.memory.layers), len(flat.disks)) == (1, 2)
+    assert bench.store.verify(flat.id) == []
+    assert bench.shortened[-1].new.disks == flat.disks
+    assert bench.shortened[-1].new.memory == flat.memory
+    status = bench.flattener.status()
+    assert (status.waiting, status.failures, status.failing) == (0, 0, ())
+    assert status.merged_bytes > 0
+
+
+async def test_disks_that_cannot_be_merged_do_not_keep_memory_long_and_are_tried_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flattening, "RETRY_S", (0.05,))
+    monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img-that-is-not-installed")
+    manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
+    bench.flattener.want(manifest, stopped=False)
+    await until_failed(bench, 2)
+    flat = bench.store.flattened(manifest.id)
+    assert flat is not None
+    assert (len(flat.memory.layers), len(flat.disks)) == (1, MANY_DISKS)
+    (failing,) = bench.flattener.status().failing
+    assert "not installed" in failing.reason
+    assert (failing.snapshot_id, failing.sandbox_id) == (manifest.id, "s1")
+    # A later snapshot of the sandbox does not make it try sooner, nor forget that it failed.
+    attempts = bench.flattener.status().failures
+    bench.flattener.want(manifest, stopped=False)
+    assert bench.flattener.status().failing
+    assert attempts >= 2
+    monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img")
+    await bench.flattener.hurried(limit_s=20)
+    flat = bench.store.flattened(manifest.id)
+    assert flat is not None
+    assert (len(flat.memory.layers), len(flat.disks)) == (1, 2)
+    assert bench.flattener.status().failing == ()
+
+
+async def test_memory_that_cannot_be_merged_does_not_keep_disks_long(bench: Bench) -> None:
+    manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
+    bench.store.part_path(PartKind.LAYER, manifest.memory.layers[0].digest).write_bytes(bytes(2 * PAGE_SIZE))
+    bench.flattener.want(manifest, stopped=False)
+    await bench.flattener.settled()
+    flat = bench.store.flattened(manifest.id)
+    assert flat is not None
+    assert (len(flat.memory.layers), len(flat.disks)) == (LONG_CHAIN, 2)
+    assert len(bench.failed) == 1
+
+
+async def test_what_was_removed_is_no_failure(bench: Bench) -> None:
+    manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
+    bench.store.rm(manifest.id)
+    bench.flattener.want(manifest, stopped=False)
+    await bench.flattener.settled()
+    assert bench.failed == []
+    assert bench.flattener.status().waiting == 0
+
+
+async def test_snapshots_that_are_being_taken_all_the_time_do_not_stop_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flattening, "PATIENCE_S", 0.1)
+    manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
+    with bench.flattener.quiet():
+        bench.flattener.want(manifest, stopped=False)
+        async with asyncio.timeout(20):
+            await bench.flattener.settled()
+    assert bench.store.flattened(manifest.id) is not None
+
+
+async def test_it_gives_up_when_it_is_closed(bench: Bench) -> None:
+    manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
+    with bench.flattener.quiet():
+        bench.flattener.want(manifest, stopped=False)
+        await bench.flattener.close()
+    assert bench.store.flattened(manifest.id) is None
+    assert list((bench.store.directory / "drafts").iterdir()) == []

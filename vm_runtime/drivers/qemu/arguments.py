@@ -151,9 +151,15 @@ def kernel_command_line(kernel: Kernel) -> str:
     return " ".join(words)
 
 
-def overlay_node(name: str, overlay: DiskFile) -> dict[str, Any]:
-    """The `blockdev-add` arguments of a fresh overlay that is about to be put on top of a running machine's disk."""
-    return _chain(name, [overlay], writable=True)
+def overlay_node(name: str, overlay: DiskFile, *, writable: bool = True, backing: str | None = None) -> dict[str, Any]:
+    """The options of one overlay: for `blockdev-add` of a fresh one that is about to be put on top of a running
+    machine's disk, and for `blockdev-reopen` of one that gets another node under it."""
+    return _chain(name, [overlay], writable=writable) | {"backing": backing}
+
+
+def lower_node(name: str, files: Sequence[DiskFile]) -> dict[str, Any]:
+    """The `blockdev-add` options of files that are about to be put under an overlay, lowest first."""
+    return _chain(name, files, writable=False)
 
 
 def _disk_node(disk: Sequence[DiskFile]) -> tuple[str, dict[str, Any]]:

@@ -21,11 +21,13 @@ _HARMLESS = re.compile(r"warning:", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was seen. shutdown_reason: of QMP's SHUTDOWN event. stderr, serial: the ends of what was printed."""
+    """What was seen. control_lost: why it was ended by us without a request. shutdown_reason: of QMP's SHUTDOWN event.
+    stderr, serial: the ends of what was printed."""
 
     requested: bool
     exit_status: int | None
     signal: int | None
+    control_lost: str | None
     oom_kills: int
     shutdown_reason: str | None
     guest_panicked: bool
@@ -37,6 +39,8 @@ def reason(evidence: Evidence) -> str:
     """One sentence, the most certain cause first."""
     if evidence.requested:
         return "It was ended on request."
+    if evidence.control_lost is not None:
+        return f"Its VMM was ended since it could not be controlled any more: {_quote(evidence.control_lost)}"
     if evidence.oom_kills:
         return "The host's kernel killed its VMM: it used more memory than its limit (cgroup out of memory)."
     panic = _PANIC.search(evidence.serial)

@@ -39,12 +39,16 @@ from vm_runtime.drivers.qemu.arguments import (
     Sockets,
     arguments,
 )
+from vm_runtime.drivers.qemu.disk_merge import merge_overlays
 from vm_runtime.drivers.qemu.host_clock import tsc_khz
 from vm_runtime.drivers.qemu.machine import (
+    FIRST_OVERLAY_FDSET,
     QMP_SOCKET,
+    ROOT_FDSET,
     SERIAL_SOCKET,
     WIRE_SOCKET,
     QemuMachine,
+    open_disk,
     remove_leftovers,
     remove_runtime_files,
 )
@@ -249,6 +253,9 @@ class QemuDriver(Driver):
             await machine.settle_disk()
         return machine
 
+    async def merge_disks(self, overlays: Sequence[Path], target: Path) -> None:
+        await merge_overlays(overlays, target, spawner=self._spawner, host=self._confinement)
+
     def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
         if machines_dir.is_dir():
             for directory in machines_dir.iterdir():
@@ -298,11 +305,12 @@ class QemuDriver(Driver):
                 fdsets: list[tuple[int, int]] = []
 
                 def disk_file(path: Path, *, writable: bool = False) -> DiskFile:
-                    fdset = len(fdsets) + 1
+                    format = "qcow2" if path in disk[1:] else "raw"
+                    fdset = FIRST_OVERLAY_FDSET if writable else ROOT_FDSET + len(fdsets)
                     for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
-                        fd = stack.enter_context(_closing(os.open(path, flags | os.O_CLOEXEC)))
+                        fd = stack.enter_context(_closing(open_disk(path, flags, format=format)))
                         fdsets.append((fdset, give(fd)))
-                    return DiskFile(fdset=fdset, format="qcow2" if path in disk[1:] else "raw")
+                    return DiskFile(fdset=fdset, format=format)
 
                 kernel = None
                 if kernel_files:

@@ -20,7 +20,7 @@ from vm_runtime.confinement.cgroups import Cgroup
 from vm_runtime.confinement.process import Process
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.drivers.qemu import qcow2
-from vm_runtime.drivers.qemu.arguments import DiskFile, overlay_node
+from vm_runtime.drivers.qemu.arguments import DiskFile, lower_node, overlay_node
 from vm_runtime.drivers.qemu.death import Evidence, printable, reason
 from vm_runtime.drivers.qemu.lending import may_lend
 from vm_runtime.drivers.qemu.qmp import Qmp
@@ -39,15 +39,19 @@ SERIAL_SOCKET = "serial.sock"
 CONSOLE_TAIL_BYTES = 16384
 # A server takes one client, and notices that the earlier one has gone when its main loop runs.
 _CONNECT_TIMEOUT_S = 10.0
+# A VMM that ends by itself closes its control socket first; one that lives on without it is ended then.
+_END_TIMEOUT_S = 2.0
 # What the guest or VMM printed before it died is in the pipes already; reading it must not take longer than this.
 _DRAIN_TIMEOUT_S = 0.5
 
-# Descriptor sets of overlays that are added to a running machine; the command line uses small numbers.
-_FIRST_OVERLAY_FDSET = 100
-_DEVICE_STATE_FDSET = 99
-_LENT_FDSET = 98
-_STREAM_JOB = "shorten"
-_ROOT_NODE = "rootfs"
+# Numbers of descriptor sets, below 2**31: the command line's from 1 on; the overlay `disk7` has FIRST_OVERLAY_FDSET +
+# 7; the files under the overlays, when they were replaced for the n-th time, _LOWER_FDSET + n * _LOWER_FDSETS and on.
+ROOT_FDSET = 1
+_DEVICE_STATE_FDSET = 10_000
+_LENT_FDSET = 10_001
+FIRST_OVERLAY_FDSET = 1 << 20
+_LOWER_FDSET = 1 << 30
+_LOWER_FDSETS = 512
 # The name of the descriptor from which a clone loads its device state.
 _DEVICE_FD_NAME = "device"
 
@@ -102,12 +106,12 @@ class QemuMachine(Machine):
         self._shutdown_reason: str | None = None
         self._guest_panicked = False
         self._kill_requested = False
+        self._control_lost: str | None = None
+        self._guard: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._death: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         self._disk_lock = asyncio.Lock()
         self._removed_fdsets: set[int] = set()
-        self._stream_ended = asyncio.Event()
-        self._stream_error: str | None = None
 
     # -- made and let go by the driver ----------------------------------------------------------------------------
 
@@ -144,6 +148,7 @@ class QemuMachine(Machine):
                             raise MachineGoneError(death.reason) from error
                 raise MachineError(f"The control socket of machine {self.id} does not answer: {error!r}") from error
             self._qmp = connecting.result()
+            self._guard = asyncio.create_task(self._end_without_control(self._qmp), name=f"control of {self.id}")
             return self._qmp
         finally:
             if not connecting.done():
@@ -271,9 +276,9 @@ class QemuMachine(Machine):
             qcow2.create_overlay(new_overlay, virtual_bytes=self.spec.shape.disk_mib << 20)
             self._set_record(next_overlay=new_overlay)
             try:
-                await self.add_disk_descriptors(fdset, new_overlay, writable=True)
-                overlay = overlay_node(node, DiskFile(fdset=fdset, format="qcow2"))
-                await self._execute("blockdev-add", overlay)
+                file = DiskFile(fdset=fdset, format="qcow2")
+                await self.add_disk_descriptors(file, new_overlay, writable=True)
+                await self._execute("blockdev-add", overlay_node(node, file))
                 await self._execute("blockdev-snapshot", {"node": record.disk_node, "overlay": node})
             except BaseException:
                 self._set_record(next_overlay=None)
@@ -296,8 +301,7 @@ class QemuMachine(Machine):
                 disk_chain=(*record.disk_chain, new_overlay), disk_node=node, overlay=new_overlay, next_overlay=None
             )
             return
-        with contextlib.suppress(VmmCommandError):  # it had not come so far
-            await self._execute("blockdev-del", {"node-name": node})
+        await self._delete_node(node)
         await self._remove_descriptors({fdset})
         self._set_record(next_overlay=None)
         new_overlay.unlink(missing_ok=True)
@@ -306,29 +310,42 @@ class QemuMachine(Machine):
         self._record = self._record.model_copy(update=changes)
         self._record.write(self.place.run_dir)
 
-    async def shorten_disk(self) -> None:
+    async def rebase_disk(self, lower: Sequence[Path], *, keep: int) -> None:
         require(self._state, RunState.RUNNING, RunState.PAUSED)
         async with self._disk_lock:
             record = self._record
-            nodes = await self._execute("query-named-block-nodes", {"flat": True})
-            # The disk's lowest file and the root file system are the only raw ones; the latter is a device's own node.
-            (lowest,) = [n["node-name"] for n in nodes if n["drv"] == "raw" and n["node-name"] != _ROOT_NODE]
-            self._stream_ended = asyncio.Event()
-            arguments = {"job-id": _STREAM_JOB, "device": record.disk_node, "base-node": lowest}
-            await self._execute("block-stream", {**arguments, "auto-dismiss": True})
-            ended = asyncio.create_task(self._stream_ended.wait())
+            first = _number(record.disk_node) - keep + 1
+            generation = record.disk_lower + 1
+            self._set_record(disk_lower=generation)  # whatever comes of it, its names are not used again
+            name, fdset = _lower_node(generation), _LOWER_FDSET + generation * _LOWER_FDSETS
+            files = [
+                DiskFile(fdset=fdset + number, format="qcow2" if number else "raw") for number in range(len(lower))
+            ]
             try:
-                await asyncio.wait([ended, self._watcher], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                ended.cancel()
-            if not self._stream_ended.is_set():
-                raise MachineGoneError((await self.wait_dead()).reason)
-            if self._stream_error is not None:
-                raise MachineError(f"The disk of machine {self.id} could not be shortened: {self._stream_error}")
-            self._set_record(disk_chain=(record.disk_chain[0], record.disk_chain[-1]))
-            used = _FIRST_OVERLAY_FDSET + int(record.disk_node.removeprefix("disk"))
-            fdsets = {each["fdset-id"] for each in await self._execute("query-fdsets")}
-            await self._remove_descriptors({fdset for fdset in fdsets if _FIRST_OVERLAY_FDSET < fdset < used})
+                for file, path in zip(files, lower, strict=True):
+                    await self.add_disk_descriptors(file, path, writable=False)
+                await self._execute("blockdev-add", lower_node(name, files))
+                overlay = DiskFile(fdset=FIRST_OVERLAY_FDSET + first, format="qcow2")
+                node = overlay_node(f"disk{first}", overlay, writable=keep == 1, backing=name)
+                await self._execute("blockdev-reopen", {"options": [node]})
+            except BaseException:
+                with contextlib.suppress(MachineError, VmmProtocolError):  # of what has not come so far; or it died
+                    await self._delete_node(name)
+                    await self._remove_descriptors({file.fdset for file in files})
+                raise
+            self._set_record(disk_chain=(*lower, *record.disk_chain[-keep:]), disk_floor=first)
+            for number in reversed(range(record.disk_floor, first)):
+                await self._delete_node(f"disk{number}")
+            # Also that of an attempt in which an earlier gateway was killed.
+            for number in (generation - 1, generation - 2):
+                await self._delete_node(_lower_node(number))
+            overlays = {FIRST_OVERLAY_FDSET + number for number in range(first, first + keep)}
+            used = {ROOT_FDSET, _LENT_FDSET, _DEVICE_STATE_FDSET, *overlays, *(file.fdset for file in files)}
+            await self._remove_descriptors({each["fdset-id"] for each in await self._execute("query-fdsets")} - used)
+
+    async def _delete_node(self, name: str) -> None:
+        with contextlib.suppress(VmmCommandError):  # there is none
+            await self._execute("blockdev-del", {"node-name": name})
 
     async def _remove_descriptors(self, fdsets: Iterable[int]) -> None:
         """QEMU closes what is removed only while the machine runs (monitor_fdset_cleanup); `resume` asks again."""
@@ -348,12 +365,12 @@ class QemuMachine(Machine):
         await self._execute("migrate-incoming", {"uri": f"fd:{_DEVICE_FD_NAME}"})
         await self.wait_running()
 
-    async def add_disk_descriptors(self, fdset: int, path: Path, *, writable: bool) -> None:
-        """Let the VMM open a file that it cannot see, for reading and, if asked, for writing."""
+    async def add_disk_descriptors(self, file: DiskFile, path: Path, *, writable: bool) -> None:
+        """Let the VMM open a file that it cannot see, for reading and, if asked, for writing. BrokenSnapshotError."""
         for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
-            fd = os.open(path, flags | os.O_CLOEXEC)
+            fd = open_disk(path, flags, format=file.format)
             try:
-                await self._execute("add-fd", {"fdset-id": fdset}, descriptors=(fd,))
+                await self._execute("add-fd", {"fdset-id": file.fdset}, descriptors=(fd,))
             finally:
                 os.close(fd)
 
@@ -433,15 +450,20 @@ class QemuMachine(Machine):
                 self._shutdown_reason = str(data.get("reason"))
             case "GUEST_PANICKED":
                 self._guest_panicked = True
-            case "BLOCK_JOB_COMPLETED" if data.get("device") == _STREAM_JOB:
-                self._stream_error = str(data["error"]) if "error" in data else None
-                self._stream_ended.set()
             case "RESUME" if self._state is not RunState.DEAD:
                 self.become(RunState.RUNNING)
             case "STOP" if self._state is RunState.RUNNING:
                 self.become(RunState.PAUSED)
             case _:
                 pass
+
+    async def _end_without_control(self, qmp: Qmp) -> None:
+        """End a VMM that can be neither paused nor asked any more, so that the machine's owner learns of it."""
+        error = await qmp.wait_lost()
+        await asyncio.wait([self._watcher], timeout=_END_TIMEOUT_S)
+        if not self._watcher.done():
+            self._control_lost = str(error)
+            self._process.send_signal(signal.SIGKILL)
 
     async def _watch(self) -> None:
         ended = await self._process.wait()
@@ -453,6 +475,7 @@ class QemuMachine(Machine):
             requested=self._kill_requested,
             exit_status=ended.exit_status,
             signal=ended.signal,
+            control_lost=self._control_lost,
             oom_kills=self._cgroup.oom_kills(),
             shutdown_reason=self._shutdown_reason,
             guest_panicked=self._guest_panicked,
@@ -472,10 +495,11 @@ class QemuMachine(Machine):
         self._death.set_result(death)
 
     async def _release(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._guard] if self._guard is not None else [])]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         if self._qmp is not None:
             await self._qmp.close()
 
@@ -510,8 +534,28 @@ def remove_leftovers(place: MachinePlace, record: MachineRecord) -> None:
 
 def _next_node(record: MachineRecord) -> tuple[str, int]:
     """Name and descriptor set of the overlay after the one that is being written."""
-    number = int(record.disk_node.removeprefix("disk")) + 1
-    return f"disk{number}", _FIRST_OVERLAY_FDSET + number
+    number = _number(record.disk_node) + 1
+    return f"disk{number}", FIRST_OVERLAY_FDSET + number
+
+
+def _number(overlay: str) -> int:
+    return int(overlay.removeprefix("disk"))
+
+
+def _lower_node(generation: int) -> str:
+    return f"lower{generation}"
+
+
+def open_disk(path: Path, flags: int, *, format: str) -> int:
+    """A descriptor of a disk's file for a VMM. An overlay's header is looked at first: BrokenSnapshotError."""
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        if format == "qcow2":
+            qcow2.virtual_bytes(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 async def _drain(connection: socket.socket, tail: Tail) -> None:

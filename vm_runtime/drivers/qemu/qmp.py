@@ -4,6 +4,9 @@ Knows no commands' meaning: one command at a time, descriptors passed along with
 Reference: QEMU's docs/interop/qmp-spec.txt. A server serves one client; a second one waits until the first has gone.
 
     CONNECTING -> READY -> CLOSED
+
+It is CLOSED by `close`, or lost when the VMM ends it or sends what is no QMP; `wait_lost` answers then. An answer that
+is too long, too late or not waited for any more fails its command alone: commands carry ids.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +24,8 @@ from typing import Any
 
 from vm_runtime.errors import VmmCommandError, VmmProtocolError
 
-# QEMU's largest answers (schemas, which we never ask for) have 200 KiB. A VMM that a guest broke into could send more.
-MAX_LINE_BYTES = 1 << 20
+# The limit of qemu.qmp and libvirt. A VMM that a guest broke into could send more.
+MAX_LINE_BYTES = 10 << 20
 # QEMU answers within milliseconds; on a busy host a main loop under TCG has been seen to take a second.
 COMMAND_TIMEOUT_S = 30.0
 
@@ -46,7 +50,10 @@ class Qmp:
         self._state = QmpState.CONNECTING
         self._lock = asyncio.Lock()
         self._greeting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ids = itertools.count(1)
+        self._asked = 0
         self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._lost: asyncio.Future[VmmProtocolError] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.create_task(self._read(), name="qmp reader")
 
     @classmethod
@@ -83,30 +90,34 @@ class Qmp:
         """Run a command and answer its `return` value. READY only.
 
         descriptors: sent along (for `add-fd` and `getfd`); the caller keeps its own copies.
-        Errors: VmmCommandError (refused), VmmProtocolError (connection lost, no answer in time: it is closed then).
+        Errors: VmmCommandError (refused), VmmProtocolError (connection lost, no answer in time, one that is too long).
         """
         async with self._lock:
             if self._state is not QmpState.READY:
                 raise VmmProtocolError(f"QMP is {self._state}; {command} needs it to be {QmpState.READY}.")
-            line = json.dumps({"execute": command, "arguments": dict(arguments or {})}).encode() + b"\n"
+            self._asked = next(self._ids)
+            message = {"execute": command, "arguments": dict(arguments or {}), "id": self._asked}
             self._answer = asyncio.get_running_loop().create_future()
+            sent = False
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT_S):
-                    await self._send(line, descriptors)
+                    await self._send(json.dumps(message).encode() + b"\n", descriptors)
+                    sent = True
                     answer = await self._answer
             except (OSError, TimeoutError) as error:
-                self._fail(VmmProtocolError(f"QMP gave no answer to {command}: {error!r}"))
                 raise VmmProtocolError(f"QMP gave no answer to {command}: {error!r}") from error
-            except asyncio.CancelledError:
-                # Its answer would be taken for that of the next command.
-                self._fail(VmmProtocolError(f"{command} was cancelled"))
-                raise
             finally:
                 self._answer = None
+                if not sent:  # half a line may be on its way
+                    self._lose(VmmProtocolError(f"{command} could not be sent to the VMM."))
         if "error" in answer:
             error_value = answer["error"]
             raise VmmCommandError(command, str(error_value.get("class")), str(error_value.get("desc")))
         return answer.get("return")
+
+    async def wait_lost(self) -> VmmProtocolError:
+        """Wait until the connection is lost, and answer why. Never, when it is closed from here."""
+        return await asyncio.shield(self._lost)
 
     async def close(self) -> None:
         """End the connection; twice is harmless."""
@@ -129,6 +140,7 @@ class Qmp:
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         buffer = bytearray()
+        skipping = False  # the rest of a line that is too long
         try:
             while True:
                 chunk = await loop.sock_recv(self._socket, 65536)
@@ -136,14 +148,20 @@ class Qmp:
                     raise VmmProtocolError("The VMM closed its control socket.")
                 buffer += chunk
                 while (end := buffer.find(b"\n")) >= 0:
-                    self._dispatch(json.loads(bytes(buffer[:end])))
+                    line = bytes(buffer[:end])
                     del buffer[: end + 1]
-                if len(buffer) > MAX_LINE_BYTES:
-                    raise VmmProtocolError(f"The VMM sent a line of more than {MAX_LINE_BYTES} bytes.")
+                    if not skipping:
+                        self._dispatch(json.loads(line))
+                    skipping = False
+                if len(buffer) > MAX_LINE_BYTES and not skipping:
+                    skipping = True
+                    self._refuse(VmmProtocolError(f"The VMM sent a line of more than {MAX_LINE_BYTES} bytes."))
+                if skipping:
+                    buffer.clear()
         except VmmProtocolError as error:
-            self._fail(error)
-        except (OSError, ValueError) as error:
-            self._fail(VmmProtocolError(f"The VMM's control socket broke: {error!r}"))
+            self._lose(error)
+        except (OSError, ValueError, RecursionError) as error:  # the last one: of JSON that is nested without end
+            self._lose(VmmProtocolError(f"The VMM's control socket broke: {error!r}"))
 
     def _dispatch(self, message: Any) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("error", {}), dict):
@@ -153,11 +171,23 @@ class Qmp:
         elif "QMP" in message:
             if not self._greeting.done():
                 self._greeting.set_result(None)
-        elif ("return" in message or "error" in message) and self._answer is not None and not self._answer.done():
-            self._answer.set_result(message)
+        elif "return" in message or "error" in message:
+            # Another id is that of a command which nobody waits for any more. Without one it is an error of the line.
+            answer = self._answer if message.get("id", self._asked) == self._asked else None
+            if answer is not None and not answer.done():
+                answer.set_result(message)
 
     def _fail(self, error: VmmProtocolError) -> None:
         self._state = QmpState.CLOSED
+        self._refuse(error)
+
+    def _lose(self, error: VmmProtocolError) -> None:
+        self._fail(error)
+        if not self._lost.done():
+            self._lost.set_result(error)
+
+    def _refuse(self, error: VmmProtocolError) -> None:
+        """Fail what is being waited for."""
         for future in (self._greeting, self._answer):
             if future is not None and not future.done():
                 future.set_exception(error)

@@ -1,8 +1,8 @@
 """`machine.json`: what a later gateway must know to find a running machine again.
 
-Written once the VMM has started, and before and after each disk freeze; removed with the machine. It lies in the
-runtime directory, so it is gone after a reboot. A record of another format version is not read: its machine is unknown
-then.
+Written once the VMM has started, and before and after each change of its disk's chain; removed with the machine. It
+lies in the runtime directory, so it is gone after a reboot. A record of another format version is not read: its machine
+is unknown then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ FILE_NAME = "machine.json"
 class MachineRecord(BaseModel):
     """pid with start_time (ticks since boot) and boot_id name the process. memory_inode: of the file that is mapped as
     guest RAM. memory_fd: its number in a booted VMM, None for a clone. overlay: the disk file to remove with it.
-    next_overlay: the file of a disk freeze that has begun; whether it has happened, only the VMM knows."""
+    next_overlay: the file of a disk freeze that has begun; whether it has happened, only the VMM knows.
+    disk_floor: number of the lowest overlay that still has a block node. disk_lower: how often what lies under the
+    overlays was replaced, or was about to be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,6 +44,8 @@ class MachineRecord(BaseModel):
     disk_node: str
     overlay: Path | None
     next_overlay: Path | None = None
+    disk_floor: int = 0
+    disk_lower: int = 0
     cgroups: tuple[Path, ...]
 
     @property
