@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from kernels.boundary import CellBoundary
 from kernels.capacity import Capacity
@@ -74,11 +75,12 @@ class Core:
         self.on_call: Callable[[str], CallHandler | None] = lambda sandbox_id: None
         self._endpoints: dict[str, Endpoints] = {}
         self._supervisors: dict[str, asyncio.Task[None]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
         self._remover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="remove")
 
     def lock(self, sandbox_id: str) -> asyncio.Lock:
+        """For any id, known or not: it exists for as long as someone holds it or waits for it."""
         return self._locks.setdefault(sandbox_id, asyncio.Lock())
 
     def get(self, sandbox_id: str) -> Sandbox:
@@ -251,7 +253,6 @@ class Core:
             stood_on = self.get(sandbox_id).snapshot_id
             self.registry.remove(sandbox_id)
             await self.removing(self._drop_snapshots, sandbox_id, stood_on)
-        self._locks.pop(sandbox_id, None)
 
     async def removing(self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs what removes from the store, in a thread of its own: it waits for snapshots that are being taken, and

@@ -82,7 +82,12 @@ async def _find(core: Core, naps: Naps, record: SandboxRecord) -> None:
     try:
         warm = await core.launcher.adopt(place, greeting)
         await core.go_live(sandbox.id, warm, configure=False)
-        if sandbox.state is SandboxState.PAUSED:
-            await naps.pause(sandbox.id)
     except (KernelsError, VmRuntimeError, SnapshotError) as error:
         naps.on_machine_lost(sandbox.id, str(error))
+        return
+    if sandbox.state is SandboxState.PAUSED:
+        try:
+            await naps.pause(sandbox.id)
+        except KernelsError as error:
+            # It is found again all the same. One that has just died is its supervisor's business.
+            log.warning("Sandbox %s was paused and runs now: %s", sandbox.id, error)

@@ -13,11 +13,13 @@ import statistics
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kernels.core import LEFT_AT, Core, is_automatic, utc_now
 from kernels.errors import CellRunsError, KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
+from kernels.live import LiveSandbox
 from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
@@ -42,13 +44,25 @@ MAX_NAMED = 100
 MAX_CHECKPOINTS = 200
 
 
+@dataclass
+class _Pace:
+    """How long the pauses of one machine's last checkpoints were, and until when there are none for that."""
+
+    pauses: deque[float] = field(default_factory=lambda: deque(maxlen=JUDGED_PAUSES))
+    slow_until: float = 0.0
+
+    def note(self, pause_ms: float, now: float) -> None:
+        self.pauses.append(pause_ms)
+        if len(self.pauses) == JUDGED_PAUSES and statistics.median(self.pauses) > MAX_PAUSE_MS:
+            self.slow_until = now + SLOW_INTERVAL_S
+
+
 class TimeLine:
     """The checkpoints of one service's sandboxes."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._slow_until: dict[str, float] = {}
-        self._pauses: dict[str, deque[float]] = {}
+        self._paces: WeakKeyDictionary[LiveSandbox, _Pace] = WeakKeyDictionary()
         # Sandboxes whose checkpoint after a cell waits for its turn: one that waits will have later cells in it, too.
         self._waiting: set[str] = set()
 
@@ -112,7 +126,8 @@ class TimeLine:
             if live is None or core.get(sandbox_id).execution_state == "busy":
                 return
             now = asyncio.get_running_loop().time()
-            if now < self._slow_until.get(sandbox_id, 0.0):
+            pace = self._paces.setdefault(live, _Pace())
+            if now < pace.slow_until:
                 await live.release_cells(waits=False)
                 return
             try:
@@ -123,10 +138,7 @@ class TimeLine:
             except (SnapshotError, VmRuntimeError) as error:
                 log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
                 return
-            pauses = self._pauses.setdefault(sandbox_id, deque(maxlen=JUDGED_PAUSES))
-            pauses.append(taken.pause_ms)
-            if len(pauses) == JUDGED_PAUSES and statistics.median(pauses) > MAX_PAUSE_MS:
-                self._slow_until[sandbox_id] = now + SLOW_INTERVAL_S
+            pace.note(taken.pause_ms, now)
             core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
         await self._core.removing(self._thin, sandbox_id)
 
@@ -148,14 +160,14 @@ class TimeLine:
 
     async def watch(self) -> None:
         """Takes the checkpoints of sandboxes whose policy is "timer:<minutes>", until cancelled."""
-        taken: dict[str, float] = {}
+        taken: WeakKeyDictionary[LiveSandbox, float] = WeakKeyDictionary()
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = asyncio.get_running_loop().time()
-            for sandbox_id in list(self._core.live):
+            for sandbox_id, live in list(self._core.live.items()):
                 minutes = timer_minutes(self._core.get(sandbox_id).checkpoints)
-                if minutes is not None and now - taken.setdefault(sandbox_id, now) >= minutes * 60:
-                    taken[sandbox_id] = now
+                if minutes is not None and now - taken.setdefault(live, now) >= minutes * 60:
+                    taken[live] = now
                     self._core.spawn(self._on_timer(sandbox_id))
 
     async def _on_timer(self, sandbox_id: str) -> None:
@@ -186,8 +198,8 @@ class TimeLine:
     async def _catch_up(self, sandbox_id: str, *, inside: bool) -> Sequence[Mapping[str, Any]]:
         """Has the checkpoint after a cell whose end its client knows already come before what it asks now. Answers the
         requests of cells that run or wait."""
-        live = self._core.live.get(sandbox_id)
-        if live is not None and self._core.get(sandbox_id).state is SandboxState.RUNNING:
+        sandbox, live = self._core.get(sandbox_id), self._core.live.get(sandbox_id)
+        if live is not None and sandbox.state is SandboxState.RUNNING:
             return await live.catch_up(inside=inside)
         return ()
 
