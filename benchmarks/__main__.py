@@ -21,7 +21,7 @@ from benchmarks.state_dirs import build_state_dir, template_snapshot
 from benchmarks.table import markdown, update_readme
 from benchmarks.topics import arrivals, burst, fork, memory, output, restore, round_trip, sdk, start, state
 from gateway.errors import GatewayError
-from gateway.places import default_state_dir
+from kernels.directories import default_state_dir
 from kernels.errors import KernelsError
 from vm_runtime.errors import VmRuntimeError
 

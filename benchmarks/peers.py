@@ -23,7 +23,7 @@ from benchmarks.client import GatewayClient
 from benchmarks.messages import BenchmarkError
 from benchmarks.processes import descendants, kill_remaining, named, stop
 from benchmarks.state_dirs import borrowed_state_dir
-from gateway.places import run_dir_of, well_known_file
+from kernels.directories import run_dir_of, well_known_file
 
 ROOT = Path(__file__).parents[1]
 # The command of this checkout, run by this interpreter.

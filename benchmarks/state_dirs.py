@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.messages import BenchmarkError
-from gateway.places import run_dir_of
 from gateway.presence import state_lock
+from kernels.directories import run_dir_of
 from kernels.service import SandboxService
 from kernels.settings import ServiceSettings
 from kernels.templates import TemplateRecord
@@ -79,7 +79,6 @@ def service_settings(state_dir: Path) -> ServiceSettings:
     """Of a service that does nothing by itself: no pool, no checkpoints, no sleep."""
     return ServiceSettings(
         state_dir=state_dir,
-        run_dir=run_dir_of(state_dir),
         pool_size=0,
         idle_timeout_s=0.0,
         stop_means_sleep=False,

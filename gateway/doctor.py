@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from gateway.places import default_state_dir, run_dir_of
 from gateway.version import VERSION
 from kernels.capacity import RESERVE_MIB, START_COST_MIB, available_mib
+from kernels.directories import default_state_dir, run_dir_of
 from kernels.templates import stored_templates
 from vm_runtime.drivers.qemu.accelerator import Wish, choose
 from vm_runtime.drivers.qemu.driver import QemuDriver

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gateway.errors import StartError
-from gateway.places import GATEWAY_FILE, well_known_file
+from kernels.directories import GATEWAY_FILE, well_known_file
 
 LOCK_FILE = "gateway.lock"
 

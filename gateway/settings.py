@@ -22,7 +22,6 @@ from pydantic_settings import (
 
 from gateway.auth import is_loopback
 from gateway.errors import StartError
-from gateway.places import default_state_dir, run_dir_of
 from kernels.settings import ServiceSettings
 
 # Jupyter servers take 8888 and the numbers after it; this one stays out of their way.
@@ -31,8 +30,9 @@ DEFAULT_PORT = 8870
 MAX_TOKEN_CHARACTERS = 256
 
 
-class GatewaySettings(BaseSettings):
-    """Read with `load_settings`; every field's description is the help text of its flag."""
+class GatewaySettings(ServiceSettings, BaseSettings):
+    """What the gateway needs beside what its service does. Read with `load_settings`; every field's description is the
+    help text of its flag."""
 
     model_config = SettingsConfigDict(env_prefix="HYPERCELL_", extra="forbid", frozen=True)
 
@@ -43,66 +43,7 @@ class GatewaySettings(BaseSettings):
         max_length=MAX_TOKEN_CHARACTERS,
         description="Token that clients must show; a random one is made and printed where none is given.",
     )
-    state_dir: Path = Field(
-        default_factory=default_state_dir, description="Directory of images, templates, disks and the index."
-    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
-
-    pool_size: int = Field(2, ge=0, le=64, description="Warm machines kept ready per kernelspec.")
-    pool_limit: int = Field(
-        8, ge=0, le=64, description="To how many of them that grows while starts find none ready (50 MiB each)."
-    )
-    accelerator: Literal["auto", "kvm", "tcg"] = Field(
-        "auto", description="Accelerator of the machines; auto tries with a real boot what works."
-    )
-    max_sandboxes: int = Field(1000, ge=1, description="Most sandboxes at a time, live and sleeping ones together.")
-    max_memory_mib: int = Field(8192, ge=64, description="Most memory that one request may ask for, in MiB.")
-    max_vcpus: int = Field(4, ge=1, description="Most virtual CPUs that one request may ask for.")
-    max_disk_mib: int = Field(65536, ge=64, description="Largest writable disk that one request may ask for, in MiB.")
-    memory_mib: int | None = Field(
-        None, ge=64, description="Memory of requests that name none; else as the recipe says."
-    )
-    vcpus: int | None = Field(
-        None, ge=1, description="Virtual CPUs of requests that name none; else as the recipe says."
-    )
-    disk_mib: int | None = Field(None, ge=64, description="Disk of requests that name none; else as the recipe says.")
-    restart_limit: int = Field(
-        5, ge=0, description="Restarts of a crashing kernel within restart_window_s before it is left dead."
-    )
-    restart_window_s: float = Field(
-        60.0, gt=0, description="Window in which crashes of a kernel are counted, in seconds."
-    )
-
-    idle_timeout_s: float = Field(
-        3600.0, ge=0, description="Sandboxes sleep after so many seconds without activity; 0 is never."
-    )
-    idle_timeouts_s: Annotated[dict[str, Annotated[float, Field(ge=0)]], NoDecode] = Field(
-        {}, description="The same for single kernelspecs: name=seconds, separated by commas."
-    )
-    delete_means_sleep: bool = Field(
-        True,
-        description="When a Jupyter client deletes a notebook's kernel, keep it asleep for the next who opens that "
-        "notebook (the sandbox API's delete is always real).",
-    )
-    stop_means_sleep: bool = Field(
-        True, description="When the gateway is stopped, put all sandboxes to sleep instead of ending them."
-    )
-    stop_limit_s: float = Field(
-        60.0,
-        ge=0,
-        description="Seconds that putting them to sleep may take; what is late then goes on from its last checkpoint.",
-    )
-    checkpoints: str = Field(
-        "cell",
-        pattern=r"^(off|cell|timer:[1-9][0-9]{0,5})$",
-        description="When checkpoints of a sandbox are taken by themselves: off, cell (after every one) or "
-        "timer:<minutes>.",
-    )
-    checkpoint_budget_mib: int = Field(
-        2048, ge=0, description="Disk that the checkpoints of one sandbox may take, in MiB; the oldest go first."
-    )
-    max_children: int = Field(64, ge=0, description="Most children by fork that one sandbox has at a time.")
-    max_depth: int = Field(1000, ge=0, description="Most generations of forks of forks.")
 
     # A browser tab opens one WebSocket per notebook; a hundred tabs on one kernel is someone's loop gone wrong.
     max_connections_per_kernel: int = Field(64, ge=1, description="Most WebSockets to one kernel.")
@@ -141,25 +82,12 @@ class GatewaySettings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("idle_timeouts_s", mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-            return {name.strip(): seconds.strip() for name, _, seconds in pairs}
-        return value
-
     @field_validator("token")
     @classmethod
     def _usable_token(cls, value: str | None) -> str | None:
         if value is not None and (not value or not value.isascii() or not value.isprintable() or " " in value):
             raise ValueError("a token has printable ASCII characters without spaces, at least one")
         return value
-
-    @field_validator("state_dir")
-    @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
 
     @model_validator(mode="after")
     def _no_open_door(self) -> GatewaySettings:
@@ -189,39 +117,6 @@ class GatewaySettings(BaseSettings):
             InitSettingsSource(settings_cls, init_kwargs=flags),
             env_settings,
             InitSettingsSource(settings_cls, init_kwargs=file),
-        )
-
-    @property
-    def run_dir(self) -> Path:
-        """Where sockets and records of live machines lie."""
-        return run_dir_of(self.state_dir)
-
-    def service_settings(self) -> ServiceSettings:
-        """The part that the kernels layer needs."""
-        return ServiceSettings(
-            state_dir=self.state_dir,
-            run_dir=self.run_dir,
-            pool_size=self.pool_size,
-            pool_limit=self.pool_limit,
-            max_sandboxes=self.max_sandboxes,
-            max_memory_mib=self.max_memory_mib,
-            max_vcpus=self.max_vcpus,
-            max_disk_mib=self.max_disk_mib,
-            memory_mib=self.memory_mib,
-            vcpus=self.vcpus,
-            disk_mib=self.disk_mib,
-            restart_limit=self.restart_limit,
-            restart_window_s=self.restart_window_s,
-            idle_timeout_s=self.idle_timeout_s,
-            idle_timeouts_s=self.idle_timeouts_s,
-            delete_means_sleep=self.delete_means_sleep,
-            stop_means_sleep=self.stop_means_sleep,
-            stop_limit_s=self.stop_limit_s,
-            checkpoints=self.checkpoints,
-            checkpoint_budget_mib=self.checkpoint_budget_mib,
-            max_children=self.max_children,
-            max_depth=self.max_depth,
-            accelerator=self.accelerator,
         )
 
 

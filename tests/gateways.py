@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gateway.places import run_dir_of
+from kernels.directories import run_dir_of
 from vm_runtime.snapshots.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent

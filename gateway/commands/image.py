@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.places import default_state_dir
+from kernels.directories import default_state_dir
 from kernels.templates import remove_template, stored_templates
 from vm_runtime.images.errors import ImageError
 from vm_runtime.images.progress import LineProgress, Progress, TerminalProgress

@@ -122,7 +122,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Serving]:
                 listener.tell(text)
 
             await _ensure_image(settings, progress)
-            async with open_service(settings.service_settings(), say=progress) as service:
+            async with open_service(settings, say=progress) as service:
                 await service.prepare(progress=progress)
                 async with serving(settings, service, listener) as gateway:
                     with gateway_files(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gateway.places import default_state_dir
+from kernels.directories import default_state_dir
 from vm_runtime.snapshots.archive import export_snapshot, import_snapshot
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import StartError
-from gateway.places import well_known_file
 from gateway.presence import gateway_files, state_lock
+from kernels.directories import well_known_file
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_idle_times_by_kernelspec(config: Path) -> None:
     assert load_settings(flags={"idle_timeouts_s": "python3=600, r=0"}).idle_timeouts_s == {"python3": 600, "r": 0}
     config.write_text("idle_timeouts_s = {python3 = 60}")
-    assert load_settings(config=config).service_settings().idle_timeouts_s == {"python3": 60}
+    assert load_settings(config=config).idle_timeouts_s == {"python3": 60}
     with pytest.raises(StartError, match="idle_timeouts_s"):
         load_settings(flags={"idle_timeouts_s": "python3"})
 
@@ -85,10 +85,3 @@ def test_a_broken_file_is_told(tmp_path: Path) -> None:
     path.write_text("colour = 1")
     with pytest.raises(StartError, match="no setting named colour"):
         load_settings(config=path)
-
-
-def test_the_kernels_layer_gets_its_part(tmp_path: Path) -> None:
-    settings = load_settings(flags={"state_dir": str(tmp_path), "pool_size": 4, "memory_mib": 512})
-    service = settings.service_settings()
-    assert (service.state_dir, service.pool_size, service.memory_mib) == (tmp_path, 4, 512)
-    assert service.run_dir == settings.run_dir

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 import shutil
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -42,12 +41,11 @@ class Service(SandboxService):
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    run_dir = Path(f"/tmp/hcu-{secrets.token_hex(4)}")  # sockets have short paths
-    settings = ServiceSettings(state_dir=tmp_path, run_dir=run_dir, pool_size=0)
+    settings = ServiceSettings(state_dir=tmp_path, pool_size=0)
     driver = await QemuDriver.start(accelerator=Accelerator.TCG)
     try:
         async with Service(settings, driver) as service:
             yield service
     finally:
         await driver.close()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.rmtree(settings.run_dir, ignore_errors=True)

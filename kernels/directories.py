@@ -1,4 +1,4 @@
-"""Where the gateway's directories lie by default (docs/architecture.md, "Where things lie"). Reads only environment."""
+"""Where a service's directories lie by default (docs/architecture.md, "Where things lie"). Reads only environment."""
 
 from __future__ import annotations
 
