@@ -103,7 +103,11 @@ class LiveSandbox:
         await asyncio.gather(*news)
 
     async def _start(self, env: Mapping[str, str], cwd: str | None) -> None:
-        await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
+        answer = await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
+        if answer.get("replaces") is True:  # the environment needs a new process; greetings went to the old one
+            greeted, self._greeted = self._greeted, {}
+            for each in greeted.values():
+                each.stream.reset()
 
     async def release_cells(self, *, waits: bool) -> None:
         """The next cell may begin. waits: whether the kernel pauses after it again. One that cannot be told goes on by

@@ -223,8 +223,8 @@ class TemplateStore:
             stack.push_async_callback(session.close)
             step("Warming up the kernel")
             recipe = image.manifest.recipe
-            await session.call("template.prepare", {"warmup": recipe.warmup}, timeout_s=WARM_UP_TIMEOUT_S)
-            await session.call("kernel.start", {"env": dict(recipe.environment)}, timeout_s=WARM_UP_TIMEOUT_S)
+            prepare = {"warmup": recipe.warmup, "env": dict(recipe.environment)}
+            await session.call("template.prepare", prepare, timeout_s=WARM_UP_TIMEOUT_S)
             await session.close()
             step("Taking the snapshot")
             description = Description(

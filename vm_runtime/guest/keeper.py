@@ -13,12 +13,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vm_runtime.guest.calls import Calls, PeerError, PeerGoneError
+from vm_runtime.guest.environment import needs_new_process
+from vm_runtime.guest.interpreter import python_command
 from vm_runtime.guest.paths import Paths
 from vm_runtime.wire.greeting import KernelStatus
 
@@ -35,6 +37,9 @@ KILL_LIMIT_S = 30.0
 
 # No longer pause before SIGKILL than this, whatever is asked for: a stop must end.
 GRACE_MAX_S = 60.0
+
+# Where scripts find the module `sandbox`.
+_SANDBOX_PATH = str(Path(__file__).parent / "sandbox/path")
 
 # A throwaway key for a kernel that is started before anyone gave one (template.prepare).
 KEY_BYTES = 32
@@ -92,6 +97,7 @@ class KernelKeeper:
         self._key = secrets.token_hex(KEY_BYTES)
         self._env: dict[str, str] = {}
         self._cwd: str | None = None
+        self._is_new = True  # nobody has been given a kernel yet
 
     async def __aenter__(self) -> KernelKeeper:
         self._start_zygote()
@@ -107,7 +113,10 @@ class KernelKeeper:
 
     def environment(self) -> dict[str, str]:
         """What a kernel that started now would get; commands get it, too."""
-        return {**self._base_env(), **self._env}
+        env = {**self._base_env(), **self._env}
+        if "PYTHONPATH" in self._env:
+            env["PYTHONPATH"] += f"{os.pathsep}{_SANDBOX_PATH}"
+        return env
 
     def describe(self) -> KernelStatus | None:
         """The kernel for WELCOME, or None without one. Its state is Jupyter's word: starting, idle or busy."""
@@ -117,17 +126,25 @@ class KernelKeeper:
         state = "starting" if not kernel.ready.done() else "busy" if kernel.busy else "idle"
         return KernelStatus(state=state, pid=kernel.pid, busy=kernel.busy)
 
-    async def start(self, *, key: str | None, env: Mapping[str, str], cwd: str | None) -> int:
-        """Start the kernel and return its pid. If one runs already (a template's), it takes over key, env and cwd."""
+    async def start(self, *, key: str | None, env: Mapping[str, str], cwd: str | None) -> tuple[int, bool]:
+        """Start the kernel; its pid, and whether it took another one's place. If one runs already (a template's), it
+        adopts key, env and cwd. It cannot adopt some variables (`environment`): if it is new, it is replaced; in one
+        that has a state they have no effect before a restart."""
         async with self._changing:
+            old = self.environment()
             self._env.update(env)
             self._cwd = cwd if cwd is not None else self._cwd
             if key is not None and key != self._key:
                 await self.renew(key=key)
+            is_new, self._is_new = self._is_new, False
+            replaces = self._kernel is not None and is_new and needs_new_process(old, env)
+            if replaces:
+                await self._end_kernel(grace_s=0.0)
             if self._kernel is None:
-                return await self._fork()
-            await self._ask_kernel("configure", env=dict(env), cwd=cwd)
-            return self._kernel.pid
+                return await self._fork(), replaces
+            now = self.environment()
+            await self._ask_kernel("configure", env={name: now[name] for name in env}, cwd=cwd)
+            return self._kernel.pid, False
 
     async def restart(self, *, env: Mapping[str, str]) -> int:
         """A new kernel with the same sockets and key, forked from the zygote. Returns its pid."""
@@ -166,9 +183,13 @@ class KernelKeeper:
         """Let cells begin. waits: whether there is to be a pause after each from now on."""
         await self._ask_kernel("release", waits=waits)
 
-    async def prepare(self, *, warmup: str) -> int:
-        """Run the recipe's warm-up in the zygote, start a kernel if none runs, warm it. Returns its pid."""
+    async def prepare(self, *, warmup: str, env: Mapping[str, str]) -> int:
+        """Run the recipe's warm-up in the zygote, start a kernel if none runs, warm it. Returns its pid. env: the
+        recipe's, for the zygote and all kernels."""
         async with self._changing, asyncio.timeout(PREPARE_LIMIT_S):
+            if env:
+                self._env.update(env)
+                self._end_zygote()
             zygote = await self._running_zygote()
             try:
                 answer = await zygote.ask("prepare", code=warmup)
@@ -204,7 +225,6 @@ class KernelKeeper:
 
     async def _fork(self) -> int:
         zygote = await self._running_zygote()
-        directory = self._paths.kernel_dir
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
         exited: asyncio.Future[None] = loop.create_future()
@@ -216,10 +236,12 @@ class KernelKeeper:
                     "fork",
                     fds=[theirs.fileno()],
                     env=self.environment(),
-                    cwd=self._cwd or str(self._paths.home),
-                    fallback_cwd=str(self._paths.home),
-                    key=self._key,
-                    directory=str(directory),
+                    settings={
+                        "directory": str(self._paths.kernel_dir),
+                        "key": self._key,
+                        "cwd": self._cwd or str(self._paths.home),
+                        "fallback_cwd": str(self._paths.home),
+                    },
                 )
         except (PeerError, PeerGoneError) as error:
             calls.close()
@@ -291,11 +313,11 @@ class KernelKeeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._zygote_process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vm_runtime.guest.zygote", str(theirs.fileno())],
+                python_command("zygote", "main", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd=self._paths.home,
-                env={**self._base_env(), "PYTHONPATH": str(self._paths.code)},
+                env=self.environment(),
                 start_new_session=True,
                 **_run_as(self._user),
             )
@@ -363,7 +385,7 @@ class KernelKeeper:
             "PIP_BREAK_SYSTEM_PACKAGES": "1",
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else debugpy warns about frozen modules in the first traceback
             # So that scripts can `import sandbox` too, and find the agent.
-            "PYTHONPATH": str(self._paths.code / "vm_runtime/guest/sandbox/path"),
+            "PYTHONPATH": _SANDBOX_PATH,
             "HYPERCELL_RUN": str(self._paths.run),
             "CLICOLOR": "1",
             "PAGER": "cat",

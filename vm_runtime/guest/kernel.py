@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import logging
 import os
 import random
@@ -21,16 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ipykernel
 import zmq
 from ipykernel import kernelapp
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.subshell_manager import UnknownSubshellError
-from jupyter_client.session import Session
+from jupyter_client.session import Session, new_id
 from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
 from vm_runtime.guest.cells import Cells
+from vm_runtime.guest.environment import adopt
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
 from vm_runtime.guest.replies import ReplyStream, abort_for, answer_for
@@ -54,7 +57,7 @@ _request: ContextVar[Sequence[Any]] = ContextVar("request", default=())
 class KernelSettings:
     """directory: for the sockets; key: of the messages' HMAC; cwd: where it starts, else in `fallback_cwd`."""
 
-    directory: Path
+    directory: str
     key: str
     cwd: str
     fallback_cwd: str
@@ -199,13 +202,18 @@ def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
     """Run a kernel in this process until it ends. The caller has set environment, signals and standard streams."""
     side = SideChannel(side_socket)
     inherited = frozenset(sys.modules)
+    # As if it had been started by itself, which is what programs look for.
+    directory = Path(settings.directory)
+    connection_file = _write_connection_file(directory, settings.key)
+    sys.argv = [str(Path(ipykernel.__file__).parents[1] / "ipykernel_launcher.py"), "-f", connection_file]
+    sys.orig_argv = [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]]
     try:
         app = _initialized_app(settings, side)
     except BaseException:
         side.notify("failed", reason=traceback.format_exc()[-TRACEBACK_CHARS_MAX:])
         raise
     reseed()
-    side.handlers.update(_handlers(app, inherited=inherited))
+    side.handlers.update(_handlers(app, directory, inherited=inherited))
     side.start()
     side.notify("ready")
     app.start()
@@ -251,28 +259,30 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
         os.chdir(settings.cwd)
     except OSError:
         os.chdir(settings.fallback_cwd)
-    connection_file = settings.directory / "kernel.json"
-    connection_file.unlink(missing_ok=True)
     config = Config()
     config.IPKernelApp.kernel_class = HypercellKernel
     config.IPKernelApp.outstream_class = "vm_runtime.guest.iopub.BoundedOutStream"
     config.IPKernelApp.log_level = logging.CRITICAL
     # The banner's tip is drawn with `random` at every kernel_info: a new client would change a seeded sequence.
     config.InteractiveShell.enable_tip = False
-    config.Session.key = settings.key.encode()
     HypercellKernel.side = side
     app = HypercellKernelApp.instance(config=config)
-    app.transport = "ipc"
-    app.ip = str(settings.directory / "k")
-    app.connection_file = str(connection_file)
-    for channel, port in CHANNEL_PORTS.items():
-        setattr(app, f"{channel}_port", port)
-    app.initialize([])
+    app.initialize(sys.argv[1:])
     load(app.shell)
     return app
 
 
-def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str, Any]:
+def _write_connection_file(directory: Path, key: str) -> str:
+    """For the kernel itself, `%connect_info` and clients in here. Returns its path."""
+    path = directory / "kernel.json"
+    ports = {f"{channel}_port": port for channel, port in CHANNEL_PORTS.items()}
+    info = {"transport": "ipc", "ip": str(directory / "k"), "key": key, "signature_scheme": "hmac-sha256", **ports}
+    path.write_text(json.dumps(info))
+    path.chmod(0o600)
+    return str(path)
+
+
+def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[str]) -> dict[str, Any]:
     """What the agent may ask for; later hooks (resume, fork) are added here. inherited: modules of the zygote."""
     session: Session = app.session
 
@@ -285,7 +295,10 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
             app.iopub_thread.outbox.resign(session.sign)
             for stream in (app.kernel.shell_stream, app.kernel.control_stream):
                 stream.resign(session.sign)
+            _write_connection_file(directory, request["key"])
         if request["restored"]:
+            session.session = new_id()  # part of each message's id, of which no other copy may make the same
+            app.kernel.ident = str(uuid.uuid4())
             reseed(keep_random=request["keep_random"])
         drop = request["drop_requests"] and bool(app.kernel.unanswered)
         if drop:  # else 2 MiB of the kernel's memory would be written to for nothing, in every clone
@@ -294,7 +307,9 @@ def _handlers(app: HypercellKernelApp, *, inherited: frozenset[str]) -> dict[str
 
     def configure(request: dict[str, Any]) -> dict[str, Any]:
         """Environment and directory of a kernel that was started before anyone knew for whom."""
-        os.environ.update(request["env"])
+        adopt(request["env"])
+        if notebook := os.environ.get("JPY_SESSION_NAME"):
+            app.kernel.shell.user_ns["__session__"] = notebook  # as IPythonKernel does at its start
         if request["cwd"] is not None:
             with contextlib.suppress(OSError):  # as at a start: it stays where it is
                 os.chdir(request["cwd"])

@@ -8,11 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """run: a tmpfs directory of the agent; code: the directory that holds the package `vm_runtime`;
-    home: the kernel user's home; ports: the directory where vmlinux names the virtio ports; dev: their device nodes."""
+    """run: a tmpfs directory of the agent; home: the kernel user's home; ports: the directory where vmlinux names the
+    virtio ports; dev: their device nodes."""
 
     run: Path = Path("/run/hypercell")
-    code: Path = Path("/run/hypercell/python")
     home: Path = Path("/home/user")
     ports: Path = Path("/sys/class/virtio-ports")
     dev: Path = Path("/dev")

@@ -55,10 +55,10 @@ async def _kernel_start(guest: Guest, incoming: Incoming) -> None:
     params = incoming.params
     if params.get("argv") is not None:
         raise OpenRejectedError("not_supported", "This agent starts ipykernel only; leave argv out.")
-    pid = await guest.keeper.start(
+    pid, replaces = await guest.keeper.start(
         key=param(params, "key", str, None), env=environment(params), cwd=param(params, "cwd", str, None)
     )
-    await incoming.answer({"pid": pid})
+    await incoming.answer({"pid": pid, "replaces": replaces})
 
 
 async def _kernel_restart(guest: Guest, incoming: Incoming) -> None:
@@ -102,7 +102,8 @@ async def _tunnel(guest: Guest, incoming: Incoming) -> None:
 
 
 async def _template_prepare(guest: Guest, incoming: Incoming) -> None:
-    pid = await guest.keeper.prepare(warmup=param(incoming.params, "warmup", str, ""))
+    params = incoming.params
+    pid = await guest.keeper.prepare(warmup=param(params, "warmup", str, ""), env=environment(params))
     await incoming.answer({"pid": pid})
 
 

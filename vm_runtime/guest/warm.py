@@ -1,11 +1,14 @@
 """The first requests of a template's kernel, sent through its own sockets, so that every clone has run that code.
 
-Leaves no trace: namespace, execution count, history and spool are as new afterwards.
+Leaves no trace: namespace, last results and errors, execution count, history and spool are as new afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import zmq
@@ -41,24 +44,32 @@ def warm_up(app: Any, code: str) -> str | None:
         iopub.subscribe(b"")
         iopub.connect(f"ipc://{app.ip}-{app.iopub_port}")
         deadline_s = time.monotonic() + WARM_UP_LIMIT_S
-        recipe = _ask(session, shell, iopub, "execute_request", _cell(code), deadline_s=deadline_s)
-        for message_type, content in _REQUESTS:
-            _ask(session, shell, iopub, message_type, content, deadline_s=deadline_s)
-        for cell in _CELLS:
-            _ask(session, shell, iopub, "execute_request", _cell(cell), deadline_s=deadline_s)
-        _ask(
-            session,
-            shell,
-            iopub,
-            "execute_request",
-            _cell("get_ipython().reset(new_session=False)"),
-            deadline_s=deadline_s,
-        )
+        with _nothing_left(app.shell):
+            recipe = _ask(session, shell, iopub, "execute_request", _cell(code), deadline_s=deadline_s)
+            for message_type, content in _REQUESTS:
+                _ask(session, shell, iopub, message_type, content, deadline_s=deadline_s)
+            for cell in _CELLS:
+                _ask(session, shell, iopub, "execute_request", _cell(cell), deadline_s=deadline_s)
     finally:
         context.destroy(linger=0)
     _forget_subscriber(app, deadline_s)
     app.session.digest_history = set()
     return f"{recipe['ename']}: {recipe['evalue']}" if recipe["status"] == "error" else None
+
+
+@contextlib.contextmanager
+def _nothing_left(ip: Any) -> Iterator[None]:
+    """Put back what cells change in IPython and in `sys`. (Its own `reset` takes __spec__ and more from __main__.)"""
+    namespace, hidden = dict(ip.user_ns), dict(ip.user_ns_hidden)
+    yield
+    ip.displayhook.flush()  # Out, _ and what they refer to
+    for now, before in ((ip.user_ns, namespace), (ip.user_ns_hidden, hidden)):
+        now.clear()
+        now.update(before)
+    ip.last_execution_result = ip._last_traceback = ip.InteractiveTB.tb = None
+    ip.last_execution_succeeded = True
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):  # what %debug goes by
+        vars(sys).pop(name, None)
 
 
 def _cell(code: str) -> dict[str, Any]:

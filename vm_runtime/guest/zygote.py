@@ -2,6 +2,7 @@
 
 It has no ZMQ context, no event loop and no threads of its own, so that a fork of it is a whole process.
 Commands come as JSON datagrams from the agent over the socket whose descriptor number is the first argument.
+A kernel that cannot be a copy of this process (its environment, packages installed since) gets a new interpreter.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import json
 import os
 import select
 import signal
+import site
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vm_runtime.guest.environment import adopt, needs_new_process
+from vm_runtime.guest.interpreter import python_command
 from vm_runtime.guest.kernel import KernelSettings, reseed, run_kernel, trim_memory
 from vm_runtime.guest.side import DATAGRAM_BYTES_MAX, TRACEBACK_CHARS_MAX
 
@@ -44,6 +49,8 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         # A Ctrl-C meant for the kernel must not end what kernels are made from.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._own_modules = _top_level(sys.modules)
+        self._path_files = _path_files()
 
     def serve(self) -> Callable[[], None] | None:
         poll = select.poll()
@@ -55,7 +62,10 @@ class Zygote:
                 self._wakeup.recv(4096)
                 self._reap()
             if self._agent.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(self._agent, DATAGRAM_BYTES_MAX, 1)
+                try:
+                    data, fds, _, _ = socket.recv_fds(self._agent, DATAGRAM_BYTES_MAX, 1)
+                except ConnectionResetError:
+                    return None
                 if not data:
                     return None
                 request = json.loads(data)
@@ -97,17 +107,16 @@ class Zygote:
             side.close()
             self._answer(request, {"pid": pid})
             return None
-        self._become_kernel(request["env"])
-        directory = Path(request["directory"])
-        settings = KernelSettings(
-            directory=directory,
-            key=request["key"],
-            cwd=request["cwd"],
-            fallback_cwd=request["fallback_cwd"],
-        )
+        self._become_kernel()
+        settings = KernelSettings(**request["settings"])
+        env = request["env"]
+        if needs_new_process(os.environ, env) or self._has_outdated_modules(env):
+            _start_anew(settings, side, env)
+        adopt(env)
+        reseed()
         return lambda: run_kernel(settings, side)
 
-    def _become_kernel(self, env: dict[str, str]) -> None:
+    def _become_kernel(self) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -116,13 +125,22 @@ class Zygote:
         os.setsid()  # its own process group: what an interrupt is sent to
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         set_oom_score_adj(KERNEL_OOM_SCORE_ADJ)
-        os.environ.clear()
-        os.environ.update(env)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         os.close(null)
-        reseed()
+
+    def _has_outdated_modules(self, env: Mapping[str, str]) -> bool:
+        """Whether a new interpreter would find another version of what is imported here (pip has installed one since),
+        or more of the files that add to sys.path."""
+        if _path_files() - self._path_files:
+            return True
+        preloaded = _top_level(sys.modules) - self._own_modules
+        for directory in (site.getusersitepackages(), *env.get("PYTHONPATH", "").split(os.pathsep)):
+            for name in preloaded & {entry.partition(".")[0] for entry in _entries(directory)}:
+                if not (getattr(sys.modules[name], "__file__", None) or "").startswith(directory):
+                    return True
+        return False
 
     def _reap(self) -> None:
         while True:
@@ -140,6 +158,37 @@ class Zygote:
         self._agent.send(json.dumps({"answer": request["id"], "result": result}).encode())
 
 
+def _top_level(modules: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def _entries(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def _path_files() -> set[tuple[str, int]]:
+    """The files that add to sys.path (module `site`) where pip installs to, and when each was changed."""
+    found = set()
+    for path in Path(site.getusersitepackages()).glob("*.pth"):
+        with contextlib.suppress(OSError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def _start_anew(settings: KernelSettings, side: socket.socket, env: Mapping[str, str]) -> None:
+    """Replace this process by a new interpreter with `env` that runs the kernel."""
+    reader, writer = os.pipe()
+    os.write(writer, json.dumps(asdict(settings)).encode())  # a pipe has room for it
+    os.close(writer)
+    side.set_inheritable(True)
+    os.set_inheritable(reader, True)
+    command = python_command("zygote", "main_kernel", str(side.fileno()), str(reader))
+    os.execve(command[0], command, env)
+
+
 def set_oom_score_adj(value: int) -> None:
     Path("/proc/self/oom_score_adj").write_text(str(value))
 
@@ -153,5 +202,9 @@ def main() -> None:
         job()
 
 
-if __name__ == "__main__":
-    main()
+def main_kernel() -> None:
+    """A kernel with an interpreter of its own."""
+    side, reader = int(sys.argv[1]), int(sys.argv[2])
+    with os.fdopen(reader, "rb") as pipe:
+        settings = KernelSettings(**json.loads(pipe.read()))
+    run_kernel(settings, socket.socket(fileno=side))

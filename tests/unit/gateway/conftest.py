@@ -22,7 +22,6 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.websocket import WebSocketClientConnection
 
-import vm_runtime
 from gateway.app import make_application
 from gateway.listener import make_server
 from gateway.metrics import Metrics
@@ -89,7 +88,7 @@ class AgentService:
 async def agent_box(directory: Path) -> AsyncIterator[Box]:
     home = directory / "home"
     home.mkdir()
-    paths = Paths(run=directory, code=Path(vm_runtime.__file__).parents[1], home=home)
+    paths = Paths(run=directory, home=home)
     async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
         ours, theirs = [SocketCarrier(*await asyncio_connection(end)) for end in socket.socketpair()]
         serving = asyncio.create_task(agent.serve(theirs))

@@ -14,7 +14,6 @@ import pytest
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
-import vm_runtime
 from vm_runtime.guest.agent import Agent, AgentSettings
 from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
 from vm_runtime.wire.carriers import SocketCarrier
@@ -83,7 +82,7 @@ class Host:
 async def host(tmp_path: Path) -> AsyncIterator[Host]:
     """A host with a session; no kernel yet."""
     (tmp_path / "home").mkdir()
-    paths = Paths(run=tmp_path, code=Path(vm_runtime.__file__).parents[1], home=tmp_path / "home")
+    paths = Paths(run=tmp_path, home=tmp_path / "home")
     async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
         host = Host(agent=agent, paths=paths)
         await host.hello()

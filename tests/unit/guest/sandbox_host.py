@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import vm_runtime
 from tests.unit.guest.conftest import KEY, Host
 from vm_runtime.guest.agent import Agent, AgentSettings
 from vm_runtime.guest.paths import Paths
@@ -115,7 +114,7 @@ class SandboxHost(Host):
 async def sandbox_host(tmp_path: Path) -> AsyncIterator[SandboxHost]:
     """A host with a session and a kernel. Becomes a fixture where it is used."""
     (tmp_path / "home").mkdir()
-    paths = Paths(run=tmp_path, code=Path(vm_runtime.__file__).parents[1], home=tmp_path / "home")
+    paths = Paths(run=tmp_path, home=tmp_path / "home")
     async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
         host = SandboxHost(agent=agent, paths=paths)
         await host.begin()
