@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import signal
 import socket
 import struct
@@ -28,6 +29,10 @@ RB_POWER_OFF = 0x4321FEDC  # linux/reboot.h
 
 # The agent must outlive what the kernel does to memory. See man proc_pid_oom_score_adj.
 OOM_SCORE_ADJ = -1000
+
+# Open files of the agent and of all that it starts, soft and hard: far above Linux's 1,024 and 4,096, which are for
+# machines with many users, and what containers usually give.
+OPEN_FILES = (65_536, 1_048_576)
 
 # How long processes have between SIGTERM and SIGKILL when the machine is powered off.
 POWER_OFF_GRACE_S = 2.0
@@ -173,6 +178,7 @@ def main() -> NoReturn:
     mount_all()
     keep_pages_in_place()
     loopback_up()
+    resource.setrlimit(resource.RLIMIT_NOFILE, OPEN_FILES)
     Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     paths = Paths()
     paths.run.mkdir(parents=True, exist_ok=True)

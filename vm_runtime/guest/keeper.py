@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from vm_runtime.guest.calls import Calls, PeerError, PeerGoneError
-from vm_runtime.guest.environment import needs_new_process
 from vm_runtime.guest.interpreter import python_command
 from vm_runtime.guest.paths import Paths
 from vm_runtime.wire.greeting import KernelStatus
@@ -97,7 +96,6 @@ class KernelKeeper:
         self._key = secrets.token_hex(KEY_BYTES)
         self._env: dict[str, str] = {}
         self._cwd: str | None = None
-        self._is_new = True  # nobody has been given a kernel yet
 
     async def __aenter__(self) -> KernelKeeper:
         self._start_zygote()
@@ -131,27 +129,25 @@ class KernelKeeper:
         adopts key, env and cwd. It cannot adopt some variables (`environment`): if it is new, it is replaced; in one
         that has a state they have no effect before a restart."""
         async with self._changing:
-            old = self.environment()
             self._env.update(env)
             self._cwd = cwd if cwd is not None else self._cwd
             if key is not None and key != self._key:
                 await self.renew(key=key)
-            is_new, self._is_new = self._is_new, False
-            replaces = self._kernel is not None and is_new and needs_new_process(old, env)
-            if replaces:
-                await self._end_kernel(grace_s=0.0)
             if self._kernel is None:
-                return await self._fork(), replaces
+                return await self._fork(is_restart=False), False
             now = self.environment()
-            await self._ask_kernel("configure", env={name: now[name] for name in env}, cwd=cwd)
-            return self._kernel.pid, False
+            answer = await self._ask_kernel("configure", env={name: now[name] for name in env}, cwd=cwd)
+            if answer["adopted"]:
+                return self._kernel.pid, False
+            await self._end_kernel(grace_s=0.0)
+            return await self._fork(is_restart=False), True
 
     async def restart(self, *, env: Mapping[str, str]) -> int:
         """A new kernel with the same sockets and key, forked from the zygote. Returns its pid."""
         async with self._changing:
             self._env.update(env)
             await self._end_kernel(grace_s=0.0)
-            return await self._fork()
+            return await self._fork(is_restart=True)
 
     async def stop(self, *, grace_s: float) -> None:
         """SIGTERM, then SIGKILL after `grace_s`. Without a kernel nothing happens."""
@@ -197,7 +193,7 @@ class KernelKeeper:
                 raise KernelError("warmup_failed", f"The warm-up ended the process that ran it: {error}") from error
             if answer["error"]:
                 raise KernelError("warmup_failed", f"The warm-up failed: {answer['error']}")
-            pid = self._kernel.pid if self._kernel else await self._fork()
+            pid = self._kernel.pid if self._kernel else await self._fork(is_restart=False)
             answer = await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code=warmup)
             if answer["error"]:
                 raise KernelError("warmup_failed", f"The warm-up failed in the kernel: {answer['error']}")
@@ -223,7 +219,7 @@ class KernelKeeper:
         except (PeerError, PeerGoneError) as error:
             raise KernelError("kernel_failed", f"The kernel could not {op}: {error}") from error
 
-    async def _fork(self) -> int:
+    async def _fork(self, *, is_restart: bool) -> int:
         zygote = await self._running_zygote()
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
@@ -241,6 +237,7 @@ class KernelKeeper:
                         "key": self._key,
                         "cwd": self._cwd or str(self._paths.home),
                         "fallback_cwd": str(self._paths.home),
+                        "is_restart": is_restart,
                     },
                 )
         except (PeerError, PeerGoneError) as error:

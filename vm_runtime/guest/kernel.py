@@ -33,7 +33,7 @@ from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
 from vm_runtime.guest.cells import Cells
-from vm_runtime.guest.environment import adopt
+from vm_runtime.guest.environment import adopt, needs_new_process
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
 from vm_runtime.guest.replies import ReplyStream, abort_for, answer_for
@@ -55,24 +55,31 @@ _request: ContextVar[Sequence[Any]] = ContextVar("request", default=())
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """directory: for the sockets; key: of the messages' HMAC; cwd: where it starts, else in `fallback_cwd`."""
+    """directory: for the sockets; key: of the messages' HMAC; cwd: where it starts, else in `fallback_cwd`.
+    is_restart: clients are sent `starting`, which would mean to a first one that its kernel was lost."""
 
     directory: str
     key: str
     cwd: str
     fallback_cwd: str
+    is_restart: bool
 
 
 class HypercellKernel(IPythonKernel):
     """IPythonKernel that tells the agent when it runs cells, and pauses between them for checkpoints."""
 
     side: SideChannel
+    is_restart: bool
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.cells = Cells(self._cells_change)
         self.ended_cell = 0  # the number of the last one that ended
         self.unanswered = Unanswered()
+
+    def _publish_status(self, status: str, *args: Any, **kwargs: Any) -> None:
+        if status != "starting" or self.is_restart:
+            super()._publish_status(status, *args, **kwargs)
 
     async def shell_channel_thread_main(self, msg: Any) -> None:
         """A request comes in."""
@@ -265,7 +272,7 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     config.IPKernelApp.log_level = logging.CRITICAL
     # The banner's tip is drawn with `random` at every kernel_info: a new client would change a seeded sequence.
     config.InteractiveShell.enable_tip = False
-    HypercellKernel.side = side
+    HypercellKernel.side, HypercellKernel.is_restart = side, settings.is_restart
     app = HypercellKernelApp.instance(config=config)
     app.initialize(sys.argv[1:])
     load(app.shell)
@@ -285,6 +292,8 @@ def _write_connection_file(directory: Path, key: str) -> str:
 def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[str]) -> dict[str, Any]:
     """What the agent may ask for; later hooks (resume, fork) are added here. inherited: modules of the zygote."""
     session: Session = app.session
+    names: dict[str, Any] = app.kernel.shell.user_ns
+    initial = set(names)
 
     def renew(request: dict[str, Any]) -> None:
         """A new HMAC key (None keeps the old one); after a restore new random numbers, and what waited runs or not."""
@@ -306,14 +315,17 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
         app.kernel.cells.greeted(drop=drop)
 
     def configure(request: dict[str, Any]) -> dict[str, Any]:
-        """Environment and directory of a kernel that was started before anyone knew for whom."""
+        """Environment and directory of a kernel that was started before anyone knew for whom. Not adopted: another
+        process is needed, and none of a user's state would be lost with this one."""
+        if needs_new_process(os.environ, request["env"]) and app.kernel.execution_count == 1 and set(names) == initial:
+            return {"adopted": False}
         adopt(request["env"])
         if notebook := os.environ.get("JPY_SESSION_NAME"):
-            app.kernel.shell.user_ns["__session__"] = notebook  # as IPythonKernel does at its start
+            names["__session__"] = notebook  # as IPythonKernel does at its start
         if request["cwd"] is not None:
             with contextlib.suppress(OSError):  # as at a start: it stays where it is
                 os.chdir(request["cwd"])
-        return {"cwd": str(Path.cwd())}
+        return {"adopted": True}
 
     def warm(request: dict[str, Any]) -> dict[str, Any]:
         app.kernel.cells.release(waits=False)  # its cells are none that a host would keep
@@ -321,7 +333,8 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
         app.kernel.cells.release(waits=True)
         trim_memory()
         gc.freeze()  # see the zygote's: here it is the kernel's own objects
-        return {"error": error, "modules": [name for name in sys.modules if name not in inherited]}
+        # `sandbox` is given to each kernel; to import it is for other processes, and changes sys.path.
+        return {"error": error, "modules": [name for name in sys.modules if name not in inherited | {"sandbox"}]}
 
     def answer(request: dict[str, Any]) -> None:
         if request["reply_to"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
+import zmq.asyncio
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.session import Session
 
 from tests.unit.guest.conftest import KEY, Host, client, run
+from vm_runtime.guest.paths import CHANNEL_PORTS
 
 PROBE = Path(__file__).with_name("kernel_probe.py").read_text()
 WARM_UP = "import numpy, matplotlib.pyplot"
@@ -178,6 +183,27 @@ async def test_variables_have_the_effect_that_they_have_on_a_local_kernel(
     assert plain == first == second
     same = [a for a, b in zip(plain.splitlines(), without.splitlines(), strict=False) if a == b]
     assert same == []  # each variable has an effect, and this shows it
+
+
+async def test_a_kernel_in_the_place_of_the_templates_does_not_look_restarted(host: Host) -> None:
+    await new_kernel(host, PYTHONHASHSEED="0")
+    context = zmq.asyncio.Context()
+    session = Session(key=KEY.encode())
+    try:
+        iopub = context.socket(zmq.SUB)
+        iopub.subscribe(b"")
+        iopub.connect(f"ipc://{host.paths.kernel_socket(CHANNEL_PORTS['iopub'])}")
+        shell = context.socket(zmq.DEALER)
+        shell.connect(f"ipc://{host.paths.kernel_socket(CHANNEL_PORTS['shell'])}")
+        session.send(shell, "kernel_info_request", {})
+        states: list[str] = []
+        while "idle" not in states:
+            async with asyncio.timeout(20):
+                _, frames = session.feed_identities(await iopub.recv_multipart())
+            states += [session.deserialize(frames)["content"].get("execution_state", "")]
+    finally:
+        context.destroy(linger=0)
+    assert "starting" not in states
 
 
 async def test_a_kernel_that_was_used_keeps_its_state_whatever_the_environment(host: Host) -> None:

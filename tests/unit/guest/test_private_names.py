@@ -29,6 +29,7 @@ USED: dict[object, set[str]] = {
         "_allow_stdin",
         "_get_shell_context_var",
         "_post_dummy_stop_aborting_message",
+        "_publish_status",
         "_send_abort_reply",
         "_shell_parent_ident",
         "_topic",
