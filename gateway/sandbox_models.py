@@ -278,6 +278,14 @@ class SnapshotAnswer(Answer):
         )
 
 
+class DeleteQuery(BaseModel):
+    """DELETE /api/sandboxes/{id}. descendants: also all that came from it by forks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    descendants: bool = False
+
+
 class SnapshotsQuery(BaseModel):
     """GET /api/snapshots. owner: only theirs."""
 

@@ -243,8 +243,13 @@ class Core:
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
 
+    async def end(self, sandbox_id: str) -> None:
+        """Ends a sandbox for good, when nobody else changes it. Unknown ids are fine."""
+        async with self.lock(sandbox_id):
+            await self.forget(sandbox_id)
+
     async def forget(self, sandbox_id: str) -> None:
-        """Ends a sandbox for good: machine, endpoints, record, and its claim on snapshots."""
+        """The same within its lock: machine, endpoints, record, and its claim on snapshots."""
         await self.take_down(sandbox_id)
         endpoints = self._endpoints.pop(sandbox_id, None)
         if endpoints is not None:

@@ -43,28 +43,14 @@ class Forks:
         self.outcomes = outcomes
 
     def tree(self, sandbox_id: str) -> list[Sandbox]:
-        """A sandbox's whole family as far as it is there, parents before children. Errors: UnknownSandboxError."""
-        everyone = {record.sandbox.id: record.sandbox for record in self._core.registry.records()}
-        root = self._core.get(sandbox_id)
-        while root.parent_id in everyone:
-            root = everyone[root.parent_id]
-        family, found = [root], {root.id}
-        for sandbox in everyone.values():  # oldest first: parents come before their children
-            if sandbox.parent_id in found:
-                family.append(sandbox)
-                found.add(sandbox.id)
-        return family
-
-    def is_descendant(self, sandbox_id: str, ancestor_id: str) -> bool:
-        """Whether `sandbox_id` came from `ancestor_id` by forks. Unknown ids are no one's descendants."""
-        while sandbox_id in self._core.registry:
-            parent_id = self._core.get(sandbox_id).parent_id
-            if parent_id is None:
-                return False
-            if parent_id == ancestor_id:
-                return True
-            sandbox_id = parent_id
-        return False
+        """A sandbox's whole family as far as it exists, parents before children, each with the nearest ancestor that
+        exists as its parent. Errors: UnknownSandboxError."""
+        self._core.get(sandbox_id)
+        registry, lineage = self._core.registry, self._core.registry.lineage
+        family = lineage.family(sandbox_id)
+        # Oldest first: parents come before their children.
+        members = [record.sandbox for record in registry.records() if record.sandbox.id in family]
+        return [replace(member, parent_id=lineage.parent(member.id)) for member in members]
 
     async def fork(
         self,
@@ -115,7 +101,7 @@ class Forks:
         core, settings = self._core, self._core.settings
         if count < 1:
             raise LimitError(f"A fork makes 1 child or more, not {count}.")
-        alive = sum(record.sandbox.parent_id == parent.sandbox.id for record in core.registry.records())
+        alive = len(core.registry.lineage.children(parent.sandbox.id))
         if alive + count > settings.max_children:
             raise LimitError(
                 f"A sandbox has at most {settings.max_children} children at a time (max_children); this one has "
@@ -263,6 +249,7 @@ class Forks:
             await core.take_down(parent_id)
             core.registry.move(parent_id, SandboxState.ASLEEP)
             await core.go_live(parent_id, warm, configure=False, snapshot=snapshot)
+            core.registry.adopt(child_id, parent_id)
             await core.forget(child_id)
         await self.outcomes.forget(child_id=child_id)
         return core.get(parent_id)

@@ -91,7 +91,7 @@ class GuestCalls:
     async def _kill(self, me: str, incoming: Incoming) -> None:
         target = self._descendant(me, _text(incoming, "id"))
         # Not broken off with the stream: half-forgotten, it would be nobody's.
-        await _away(self._core, self._end(target))
+        await _away(self._core, self._core.end(target))
         await incoming.answer()
 
     # Forks
@@ -110,7 +110,7 @@ class GuestCalls:
     async def _exit(self, me: str, incoming: Incoming) -> None:
         value = await self._value(me, await incoming.accept())
         await self._record(me, incoming, "exited", value)
-        self._core.spawn(self._end(me))
+        self._core.spawn(self._core.end(me))
 
     async def _offer(self, me: str, incoming: Incoming) -> None:
         stream = await incoming.accept()
@@ -134,10 +134,6 @@ class GuestCalls:
                 value,
             )  # fmt: skip
 
-    async def _end(self, sandbox_id: str) -> None:
-        async with self._core.lock(sandbox_id):
-            await self._core.forget(sandbox_id)
-
     async def _result(self, me: str, incoming: Incoming) -> None:
         child_id = _text(incoming, "id")
         outcome = self._outcome_of(me, child_id)
@@ -156,7 +152,7 @@ class GuestCalls:
     async def _wait(self, me: str, incoming: Incoming) -> None:
         ids = incoming.params.get("ids")
         if ids is None:
-            ids = [record.sandbox.id for record in self._core.registry.records() if record.sandbox.parent_id == me]
+            ids = self._core.registry.lineage.children(me)
         if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
             raise RequestError("ids must be a list of children's ids.")
         for child_id in ids:
@@ -213,9 +209,11 @@ class GuestCalls:
 
     def _descendant(self, me: str, target: str) -> str:
         """The id of a descendant from its id or the beginning of it. Errors: UnknownSandboxError."""
-        known = [record.sandbox.id for record in self._core.registry.records()]
-        found = [each for each in known if len(target) >= 4 and each.startswith(target)]
-        if len(found) == 1 and self._forks.is_descendant(found[0], me):
+        lineage = self._core.registry.lineage
+        if lineage.is_descendant(target, me) and target in self._core.registry:
+            return target
+        found = [each for each in lineage.descendants(me) if len(target) >= 4 and each.startswith(target)]
+        if len(found) == 1:
             return found[0]
         raise UnknownSandboxError(target)
 

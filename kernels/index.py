@@ -53,6 +53,7 @@ class Index:
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS sandboxes (id TEXT PRIMARY KEY, state TEXT NOT NULL, record TEXT NOT NULL)"
             )
+            self._db.execute("CREATE TABLE IF NOT EXISTS ancestors (id TEXT PRIMARY KEY, parent_id TEXT)")
             self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         except sqlite3.DatabaseError as error:
             self._db.close()
@@ -68,6 +69,18 @@ class Index:
     def remove(self, sandbox_id: str) -> None:
         """Forgets one record; unknown ids are fine."""
         self._db.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
+
+    def put_ancestor(self, sandbox_id: str, parent_id: str | None) -> None:
+        """Remembers the parent of a sandbox that is about to be removed and has descendants."""
+        self._db.execute("INSERT OR REPLACE INTO ancestors VALUES (?, ?)", (sandbox_id, parent_id))
+
+    def remove_ancestor(self, sandbox_id: str) -> None:
+        """Unknown ids are fine."""
+        self._db.execute("DELETE FROM ancestors WHERE id = ?", (sandbox_id,))
+
+    def ancestors(self) -> dict[str, str | None]:
+        """Parents of sandboxes that have been removed, by id."""
+        return dict(self._db.execute("SELECT id, parent_id FROM ancestors"))
 
     def all(self) -> list[SandboxRecord]:
         """Every record, oldest first."""

@@ -149,7 +149,7 @@ class Naps:
             for record in self._core.registry.records():
                 sandbox = record.sandbox
                 if _is_over(sandbox):
-                    self._core.spawn(self._end(sandbox.id))
+                    self._core.spawn(self._core.end(sandbox.id))
                 elif _is_idle(sandbox) and not self._core.lock(sandbox.id).locked():
                     self._core.spawn(self._sleep_if_idle(sandbox.id))
 
@@ -161,10 +161,6 @@ class Naps:
                 except KernelsError as error:
                     log.warning("Sandbox %s is idle but cannot sleep: %s", sandbox_id, error)
                     self._core.registry.touch(sandbox_id)  # else it would be tried again at once
-
-    async def _end(self, sandbox_id: str) -> None:
-        async with self._core.lock(sandbox_id):
-            await self._core.forget(sandbox_id)
 
     async def sleep_all(self, *, limit_s: float, progress: Progress) -> list[str]:
         """Puts everything to sleep, several at a time; answers the ids of those that could not be in time."""

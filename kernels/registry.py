@@ -13,20 +13,33 @@ from typing import Any
 from kernels.errors import UnknownSandboxError
 from kernels.events import EventBus
 from kernels.index import Index, SandboxRecord
+from kernels.lineage import Lineage
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.states import check
 
 
 class Registry:
-    """Records by sandbox id, oldest first. `index` must be open; `load()` reads what an earlier gateway wrote."""
+    """Records by sandbox id, oldest first. `index` must be open; `load()` reads what an earlier gateway wrote.
+
+    lineage: who came from whom; changed only here.
+    """
 
     def __init__(self, index: Index, bus: EventBus) -> None:
         self._index = index
         self._bus = bus
         self._records: dict[str, SandboxRecord] = {}
+        self.lineage = Lineage()
 
     def load(self) -> None:
         self._records = {record.sandbox.id: record for record in self._index.all()}
+        for sandbox_id, parent_id in self._index.ancestors().items():
+            self.lineage.add(sandbox_id, parent_id, gone=sandbox_id not in self._records)
+        for record in self._records.values():
+            self.lineage.add(record.sandbox.id, record.sandbox.parent_id)
+        for sandbox_id in self._index.ancestors().keys() - self._records.keys():
+            # Only where a gateway was killed while it removed the last descendant.
+            for forgotten in self.lineage.remove(sandbox_id):
+                self._index.remove_ancestor(forgotten)
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._records
@@ -49,6 +62,7 @@ class Registry:
 
     def add(self, record: SandboxRecord) -> None:
         self._records[record.sandbox.id] = record
+        self.lineage.add(record.sandbox.id, record.sandbox.parent_id)
         self._index.put(record)
         self._publish(record.sandbox.id, EventKind.CREATED, {"state": record.sandbox.state})
 
@@ -112,9 +126,22 @@ class Registry:
         """Forgets a sandbox; unknown ids are fine."""
         record = self._records.pop(sandbox_id, None)
         if record is not None:
+            forgotten = self.lineage.remove(sandbox_id)
+            if not forgotten:
+                self._index.put_ancestor(sandbox_id, record.sandbox.parent_id)
             self._index.remove(sandbox_id)
+            for ancestor_id in forgotten:
+                self._index.remove_ancestor(ancestor_id)
             data = {"state": SandboxState.GONE, "parent_id": record.sandbox.parent_id}
             self._publish(sandbox_id, EventKind.DELETED, data)
+
+    def adopt(self, sandbox_id: str, parent_id: str) -> None:
+        """The children of a sandbox become those of its parent, which goes on in its state."""
+        for child_id in self.lineage.adopt(sandbox_id, parent_id):
+            if child_id in self._records:
+                self.change(child_id, parent_id=parent_id)
+            else:
+                self._index.put_ancestor(child_id, parent_id)
 
     def flush(self) -> None:
         """Writes what was kept in memory only (activity, execution state)."""

@@ -251,11 +251,13 @@ class SandboxService:
             log.warning("Sandbox %s was left by its client: %s", sandbox_id, error)
         self._core.registry.change(sandbox_id, released=True)
 
-    async def delete(self, sandbox_id: str) -> None:
-        """Ends a sandbox for good. Errors: UnknownSandboxError."""
+    async def delete(self, sandbox_id: str, *, descendants: bool = False) -> None:
+        """Ends a sandbox for good. descendants: and all that came from it by forks, those that are being made
+        included. Errors: UnknownSandboxError."""
         self.get(sandbox_id)
-        async with self._core.lock(sandbox_id):
-            await self._core.forget(sandbox_id)
+        await self._core.end(sandbox_id)
+        while descendants and (left := self._core.registry.lineage.descendants(sandbox_id)):
+            await asyncio.gather(*(self._core.end(each) for each in left))
 
     async def interrupt(self, sandbox_id: str) -> None:
         """Interrupts the cell that runs. Errors: UnknownSandboxError, SandboxStateError, MachineFailedError."""

@@ -9,7 +9,7 @@ from gateway.auth import is_loopback
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.errors import ApiError
 from gateway.handlers.kernels import CREATE_ERRORS
-from gateway.sandbox_models import ConnectionAnswer, NewSandbox, SandboxAnswer, SandboxChanges, UsageAnswer
+from gateway.sandbox_models import ConnectionAnswer, DeleteQuery, NewSandbox, SandboxAnswer, SandboxChanges, UsageAnswer
 from kernels.models import Sandbox
 from kernels.service import SandboxService
 
@@ -56,7 +56,7 @@ async def get_usage(call: Call) -> Reply:
 
 
 async def delete_sandbox(call: Call) -> Reply:
-    await call.gateway.service.delete(call.path["sandbox_id"])
+    await call.gateway.service.delete(call.path["sandbox_id"], descendants=call.query.descendants)
     return Reply(status=204)
 
 
@@ -108,10 +108,11 @@ ENDPOINTS = (
             ),
             "DELETE": Operation(
                 name="deleteSandbox",
-                summary="Ends a sandbox for good.",
+                summary="Ends a sandbox for good; its children by fork go on, unless it is asked to end them, too.",
                 run=delete_sandbox,
+                query=DeleteQuery,
                 status=204,
-                errors=(404,),
+                errors=(400, 404),
             ),
         },
     ),

@@ -109,7 +109,8 @@ async def test_generations_to_the_limit_and_parents_that_go_first(fork_gateway: 
         assert await value_of(fork_gateway, line[generation], "line") == list(range(generation + 1))
     tree = await api.call("GET", f"/api/sandboxes/{line[-1]}/tree")
     assert [node["id"] for node in tree["nodes"]] == line[2:]
-    await end(api, *line[2:])
+    await api.call("DELETE", f"/api/sandboxes/{line[2]}?descendants=true", status=204)
+    assert not set(line) & {each["id"] for each in await api.call("GET", "/api/sandboxes")}
 
 
 async def test_more_children_than_allowed_are_refused_before_the_first(fork_gateway: RunningGateway, api: Api) -> None:
