@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from tornado import httputil, web
+from tornado.iostream import StreamClosedError
 
 from gateway.auth import host_allowed, origin_allowed, token_from, token_matches
 from gateway.errors import ApiError, api_error, phrase
@@ -176,7 +177,8 @@ class JsonHandler(web.RequestHandler):
         return "GET"
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        if isinstance(value, ApiError | KernelsError | web.HTTPError):
+        # A client that has left is nobody's failure.
+        if isinstance(value, ApiError | KernelsError | web.HTTPError | StreamClosedError):
             log.debug("%s %s: %s", self.request.method, self.request.path, value)
         else:
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=(typ, value, tb))

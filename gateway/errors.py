@@ -18,9 +18,11 @@ from kernels.errors import (
     KernelsError,
     LimitError,
     MachineFailedError,
+    MachineLeftError,
     RequestError,
     SandboxExistsError,
     SandboxStateError,
+    SnapshotExistsError,
     SnapshotInUseError,
     TemplateError,
     UnknownSandboxError,
@@ -77,6 +79,14 @@ _STATUS_OF_REFUSAL = {
     "disk_full": 507,
 }
 
+_STATUS_OF_LEFT = {
+    "asleep": (409, "wrong_state"),
+    "elsewhere": (409, "wrong_state"),
+    "deleted": (404, "sandbox_not_found"),
+    "died": (502, "machine_failed"),
+    "stopping": (503, "stopping"),
+}
+
 # The first class that matches counts; KernelsError itself stands last.
 _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (UnknownSandboxError, 404, "sandbox_not_found"),
@@ -84,6 +94,7 @@ _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (UnknownSnapshotError, 404, "snapshot_not_found"),
     (SnapshotInUseError, 409, "snapshot_in_use"),
     (SandboxExistsError, 409, "sandbox_exists"),
+    (SnapshotExistsError, 409, "snapshot_exists"),
     (LimitError, 403, "limit_exceeded"),
     (SandboxStateError, 409, "wrong_state"),
     (RequestError, 400, "invalid_request"),
@@ -99,6 +110,8 @@ def api_error(error: KernelsError) -> ApiError:
     if isinstance(error, GuestRefusedError):
         status = _STATUS_OF_REFUSAL.get(error.code, 502)
         return ApiError(status, error.code if error.code in _STATUS_OF_REFUSAL else "guest_failed", str(error))
+    if isinstance(error, MachineLeftError):
+        return ApiError(*_STATUS_OF_LEFT[error.why], str(error))
     status, code = next((status, code) for kind, status, code in _STATUS_OF if isinstance(error, kind))
     return ApiError(status, code, str(error))
 

@@ -68,6 +68,7 @@ class MkdirRequest(SandboxRequest):
     path: FilePath
     mode: Mode | None = None
     parents: bool = True
+    exist_ok: bool = False
 
 
 class RenameRequest(SandboxRequest):

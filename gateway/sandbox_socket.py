@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # What a client may send in one message: standard input in pieces, or a command with its environment.
 MAX_MESSAGE_BYTES = 1024 * 1024
 CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
 CLOSE_FAILED = 1011
 
 
@@ -109,7 +110,7 @@ class SandboxSocket(JsonHandler, WatchedSocket):
             await self.send(value)
         except WebSocketClosedError:
             return
-        self.close(CLOSE_FAILED, error.code)
+        self.close(CLOSE_GOING_AWAY if error.code == "stopping" else CLOSE_FAILED, error.code)
 
     async def send(self, message: bytes | BaseModel | dict[str, Any]) -> None:
         """Binary for bytes, JSON text for the rest. Waits until it has left this process, so that a slow client holds

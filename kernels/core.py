@@ -73,6 +73,7 @@ class Core:
         self.on_request: Callable[[str], None] = lambda sandbox_id: None
         self.on_machine_lost: Callable[[str, str], None] = lambda sandbox_id, reason: None
         self.on_call: Callable[[str], CallHandler | None] = lambda sandbox_id: None
+        self.is_stopping = False
         self._endpoints: dict[str, Endpoints] = {}
         self._supervisors: dict[str, asyncio.Task[None]] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -223,12 +224,12 @@ class Core:
         )
         return await self.launcher.restore(snapshot, greeting, on_running=on_running)
 
-    async def take_down(self, sandbox_id: str) -> None:
-        """Ends the machine, if there is one. The record stays as it is."""
+    async def take_down(self, sandbox_id: str, why: str) -> None:
+        """Ends the machine, if there is one. The record stays as it is. why: a word of `kernels.errors.LEFT`."""
         await self._stop_supervising(sandbox_id)
         live = self.live.pop(sandbox_id, None)
         if live is not None:
-            await live.close()
+            await live.close("stopping" if self.is_stopping else why)
 
     async def detach(self, sandbox_id: str) -> None:
         """Lets go of the machine, which runs on; a later gateway finds it again."""
@@ -250,7 +251,7 @@ class Core:
 
     async def forget(self, sandbox_id: str) -> None:
         """The same within its lock: machine, endpoints, record, and its claim on snapshots."""
-        await self.take_down(sandbox_id)
+        await self.take_down(sandbox_id, "deleted")
         endpoints = self._endpoints.pop(sandbox_id, None)
         if endpoints is not None:
             await endpoints.close()
@@ -407,7 +408,7 @@ class _Notices:
     async def machine_dead(self, reason: str) -> None:
         async with self._core.lock(self._sandbox_id):
             if self._sandbox_id in self._core.live:
-                await self._core.take_down(self._sandbox_id)
+                await self._core.take_down(self._sandbox_id, "died")
                 self._core.on_machine_lost(self._sandbox_id, reason)
 
 

@@ -7,11 +7,13 @@ KernelsError
 |   +-- UnknownSnapshotError      no snapshot or checkpoint is meant by this
 |   +-- SnapshotInUseError        a sandbox needs it
 |   +-- SandboxExistsError        the id asked for is taken
+|   +-- SnapshotExistsError       the sandbox has a checkpoint of this name
 |   +-- LimitError                more than the configured maximum
 |   +-- SandboxStateError         not possible in the state the sandbox is in
 |   +-- GuestRefusedError         the guest's own system would not do it (no such file, disk full); `code` says what
 +-- CapacityError             the host's: no memory, disk or slot left now; try later
 +-- MachineFailedError        the machine died or did not start
++-- MachineLeftError          nobody's: the sandbox lost its machine while something used it; `why` says for what
 +-- CellRunsError             nobody's: the kernel is not between two cells
 +-- TemplateError             the template could not be built
 """
@@ -51,6 +53,10 @@ class SandboxExistsError(RequestError):
     """The id asked for is taken."""
 
 
+class SnapshotExistsError(RequestError):
+    """The sandbox has a checkpoint of this name."""
+
+
 class LimitError(RequestError):
     """More was asked for than the configured maximum."""
 
@@ -78,6 +84,23 @@ class CapacityError(KernelsError):
 
 class MachineFailedError(KernelsError):
     """The machine of a sandbox died or did not start; the message holds the reason and the end of its serial log."""
+
+
+class MachineLeftError(KernelsError):
+    """The sandbox lost its machine while something used it. why: one of `LEFT`."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{LEFT[why]} while this was in use.")
+        self.why = why
+
+
+LEFT = {
+    "asleep": "The sandbox was put to sleep (commands go on when it wakes, and can be attached to)",
+    "elsewhere": "The sandbox went to another state of its time line",
+    "deleted": "The sandbox was deleted",
+    "died": "The sandbox's machine died",
+    "stopping": "The gateway began to stop (commands go on in its next start, and can be attached to)",
+}
 
 
 class CellRunsError(KernelsError):

@@ -232,9 +232,11 @@ class SandboxFiles:
         """Replaces a file that is there, as rename(2) does."""
         return FileInfo.parse(await self._call("files.rename", old_path=old_path, new_path=new_path))
 
-    async def mkdir(self, path: str, *, mode: int | None = None, parents: bool = True) -> FileInfo:
-        """parents: make those that are missing, and be content with a directory that is there."""
-        return FileInfo.parse(await self._call("files.mkdir", path=path, mode=mode, parents=parents))
+    async def mkdir(
+        self, path: str, *, mode: int | None = None, parents: bool = True, exist_ok: bool = False
+    ) -> FileInfo:
+        """parents: make those that are missing. exist_ok: be content with a directory that is there."""
+        return FileInfo.parse(await self._call("files.mkdir", path=path, mode=mode, parents=parents, exist_ok=exist_ok))
 
     async def watch(self, path: str, *, recursive: bool = False) -> FileWatch:
         return FileWatch(await self._stream("files.watch", path=path, recursive=recursive))

@@ -246,7 +246,7 @@ class Forks:
                     raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
                 raise
             await core.keep(parent_id, snapshot)
-            await core.take_down(parent_id)
+            await core.take_down(parent_id, "elsewhere")
             core.registry.move(parent_id, SandboxState.ASLEEP)
             await core.go_live(parent_id, warm, configure=False, snapshot=snapshot)
             core.registry.adopt(child_id, parent_id)

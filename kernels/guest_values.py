@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kernels.errors import GuestRefusedError, MachineFailedError
+from kernels.errors import LEFT, GuestRefusedError, MachineFailedError, MachineLeftError
 from vm_runtime.wire.chunks import ChunkError
 from vm_runtime.wire.command_frames import CommandFrameError
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
@@ -24,12 +24,14 @@ MAX_MESSAGE_CHARACTERS = 5000
 
 @contextmanager
 def guest_errors() -> Iterator[None]:
-    """Errors of a stream to the agent as those of this layer: GuestRefusedError, MachineFailedError."""
+    """Errors of a stream to the agent as this layer's: GuestRefusedError, MachineFailedError, MachineLeftError."""
     try:
         yield
     except (OpenRejectedError, StreamResetError) as error:
         raise GuestRefusedError(error.code, error.reason[:MAX_MESSAGE_CHARACTERS]) from error
     except LinkClosedError as error:
+        if error.code in LEFT:
+            raise MachineLeftError(error.code) from error
         raise MachineFailedError(f"The connection to the sandbox's machine ended: {error}") from error
     except (ChunkError, CommandFrameError) as error:
         raise MachineFailedError(f"What the guest sent is broken: {error}") from error

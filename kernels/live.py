@@ -234,11 +234,11 @@ class LiveSandbox:
     async def detach(self) -> None:
         """Lets go of the session and leaves the machine running, for the next gateway to adopt."""
         await self._endpoints.detach()
-        await self.session.close()
+        await self.session.close("stopping")
         await self.saved.detach()
 
-    async def close(self) -> None:
-        """Ends session and machine; twice is harmless."""
+    async def close(self, why: str) -> None:
+        """Ends session and machine; twice is harmless. why: a word of `kernels.errors.LEFT`."""
         await self._endpoints.detach()
-        await self.session.close()
+        await self.session.close(why)
         await self.saved.kill()

@@ -55,7 +55,7 @@ class Naps:
                 await live.go_on()
             live.start()
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
-        await core.take_down(sandbox_id)
+        await core.take_down(sandbox_id, "asleep")
         return core.registry.move(sandbox_id, SandboxState.ASLEEP)
 
     async def wake(self, sandbox_id: str) -> Sandbox:

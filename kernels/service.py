@@ -49,7 +49,7 @@ from vm_runtime.snapshots import errors as snapshot_errors
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
-from vm_runtime.spec import MachineShape
+from vm_runtime.spec import DISK_STEP_MIB, MEMORY_STEP_MIB, MachineShape
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class SandboxService:
     async def _stop(self) -> None:
         """Everything sleeps, or what could not in time ends; then what is left of machines ends, too."""
         core = self._core
+        core.is_stopping = True
         if self._settings.stop_means_sleep:
             for sandbox_id in await self._naps.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._say):
                 self._say(f"Sandbox {sandbox_id} could not be put to sleep; it runs on, and the next start finds it.")
@@ -401,19 +402,33 @@ class SandboxService:
     def _shape(self, image: Image, request: CreateSandbox) -> MachineShape:
         recipe, settings = image.manifest.recipe, self._settings
 
-        def size(what: str, asked: int | None, configured: int | None, usual: int, maximum: int) -> int:
+        def size(what: str, asked: int | None, configured: int | None, usual: int, maximum: int, step: int = 1) -> int:
+            if asked is not None and asked % step:
+                following = asked + step - asked % step
+                raise RequestError(
+                    f"{what} comes in steps of {step}: {asked} is none of them, {following} is the next."
+                )
             value = asked if asked is not None else configured if configured is not None else usual
             if not 0 < value <= maximum:
                 raise LimitError(f"{what} must be between 1 and {maximum}; {value} was asked for.")
             return value
 
-        memory = size("memory_mib", request.memory_mib, settings.memory_mib, recipe.memory_mib, settings.max_memory_mib)
+        memory = size(
+            "memory_mib",
+            request.memory_mib,
+            settings.memory_mib,
+            recipe.memory_mib,
+            settings.max_memory_mib,
+            MEMORY_STEP_MIB,
+        )
         if memory < MIN_MEMORY_MIB:
             raise LimitError(f"memory_mib must be at least {MIN_MEMORY_MIB}; {memory} was asked for.")
         return MachineShape(
             memory_mib=memory,
             vcpus=size("vcpus", request.vcpus, settings.vcpus, recipe.vcpus, settings.max_vcpus),
-            disk_mib=size("disk_mib", request.disk_mib, settings.disk_mib, recipe.disk_mib, settings.max_disk_mib),
+            disk_mib=size(
+                "disk_mib", request.disk_mib, settings.disk_mib, recipe.disk_mib, settings.max_disk_mib, DISK_STEP_MIB
+            ),
         ).rounded()
 
 

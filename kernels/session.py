@@ -186,9 +186,9 @@ class GuestSession:
         await self._link.wait_closed()
         return str(self._link.error)
 
-    async def close(self) -> None:
-        """Says goodbye; twice is harmless."""
-        await self._link.close()
+    async def close(self, why: str = "closed") -> None:
+        """Says goodbye; twice is harmless. why: a word of `kernels.errors.LEFT` for those who use its streams."""
+        await self._link.close(why)
 
     async def _accept(self, incoming: Incoming) -> None:
         if incoming.kind == "sandbox.call":

@@ -18,7 +18,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kernels.core import LEFT_AT, Core, is_automatic, utc_now
-from kernels.errors import CellRunsError, KernelsError, MachineFailedError, RequestError, UnknownSnapshotError
+from kernels.errors import (
+    CellRunsError,
+    KernelsError,
+    MachineFailedError,
+    RequestError,
+    SnapshotExistsError,
+    UnknownSnapshotError,
+)
 from kernels.live import LiveSandbox
 from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
@@ -75,13 +82,16 @@ class TimeLine:
         """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, MachineFailedError (it runs on)."""
         if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
             raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
-        if name is not None:
-            await asyncio.to_thread(self._check_named, sandbox_id)
         async with self._core.lock(sandbox_id):
+            if name is not None:
+                await asyncio.to_thread(self._check_named, sandbox_id, name)
             return _checkpoint(await self._take(sandbox_id, name=name))
 
-    def _check_named(self, sandbox_id: str) -> None:
-        """Errors: RequestError where there are so many that only their owner can decide which may go."""
+    def _check_named(self, sandbox_id: str, name: str) -> None:
+        """Errors: SnapshotExistsError; RequestError where there are so many that only their owner can decide which may
+        go."""
+        if any(manifest.name == name for manifest in self._core.store.ls(sandbox_id=sandbox_id)):
+            raise SnapshotExistsError(f"This sandbox has a checkpoint named {name!r} already.")
         named = [manifest for manifest in self._core.store.ls(sandbox_id=sandbox_id) if not is_automatic(manifest)]
         budget_mib = self._core.settings.checkpoint_budget_mib
         if len(named) >= MAX_NAMED or sum(map(_own_bytes, named)) > budget_mib << 20:
@@ -281,7 +291,7 @@ class TimeLine:
             if state is not SandboxState.PAUSED and not live.saved.machine.is_dead:
                 await live.go_on()
             raise
-        await core.take_down(sandbox_id)
+        await core.take_down(sandbox_id, "elsewhere")
         core.registry.move(sandbox_id, SandboxState.ASLEEP)
 
     def _find(self, sandbox_id: str, target: str) -> Manifest:

@@ -39,14 +39,14 @@ def register(subparsers: Subparsers) -> None:
         flag = "--" + name.replace("_", "-")
         if field.annotation is bool:
             action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=None, help=field.description)
+            parser.add_argument(flag, action=action, default=None, help=_help(field))
         else:
             parser.add_argument(flag, default=None, metavar="VALUE", help=_help(field))
     parser.set_defaults(func=run)
 
 
 def _help(field: FieldInfo) -> str:
-    default = field.get_default()
+    default = field.get_default(call_default_factory=True)
     text = str(field.description)
     if default in (None, (), {}):
         return text

@@ -38,7 +38,9 @@ async def stat_file(call: Call) -> Reply:
 async def make_directory(call: Call) -> Reply:
     request: MkdirRequest = call.body
     files = await call.gateway.service.files(call.path["sandbox_id"])
-    made = await files.mkdir(request.path, mode=mode_number(request.mode), parents=request.parents)
+    made = await files.mkdir(
+        request.path, mode=mode_number(request.mode), parents=request.parents, exist_ok=request.exist_ok
+    )
     return Reply(status=201, body=FileAnswer.of(made))
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hypercell.errors import MissingPackageError as MissingPackageError
     from hypercell.errors import NoGatewayError as NoGatewayError
     from hypercell.errors import NotFoundError as NotFoundError
+    from hypercell.errors import PermissionDeniedError as PermissionDeniedError
     from hypercell.errors import StateError as StateError
     from hypercell.errors import TokenError as TokenError
     from hypercell.errors import UnsupportedError as UnsupportedError
@@ -67,7 +68,8 @@ __version__ = "0.2.0"
 _ERRORS = (
     "CapacityError ClosedError CodeError CodeTimeoutError CommandFailedError ConnectionLostError ContentBrokenError "
     "DiskFullError ForkError GatewayRefusedError HypercellError InvalidRequestError KernelDiedError LimitError "
-    "MachineFailedError MissingPackageError NoGatewayError NotFoundError StateError TokenError UnsupportedError"
+    "MachineFailedError MissingPackageError NoGatewayError NotFoundError PermissionDeniedError StateError TokenError "
+    "UnsupportedError"
 )
 _VALUES = (
     "CheckpointInfo CommandInfo CommandResult FileChange FileInfo ForkFailure SandboxEvent SandboxInfo SandboxMetrics "

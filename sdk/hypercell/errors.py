@@ -5,6 +5,7 @@ HypercellError
 |   +-- ConnectionLostError       the connection broke during a call that must not be repeated blindly
 +-- GatewayRefusedError       the gateway answered with an error (carries its status and its words)
 |   +-- TokenError                it does not take this token
+|   +-- PermissionDeniedError     not allowed: by a file's rights, or by the gateway's settings
 |   +-- InvalidRequestError       it does not understand the request, or the values in it
 |   +-- NotFoundError             no such sandbox, snapshot, command or file
 |   +-- StateError                not possible in the state in which the sandbox, file or command is
@@ -66,6 +67,10 @@ class GatewayRefusedError(HypercellError):
 
 class TokenError(GatewayRefusedError):
     """The gateway does not take this token, or none was given."""
+
+
+class PermissionDeniedError(GatewayRefusedError):
+    """Not allowed: the file's rights do not let the user do it, or the gateway's settings; `code` says which."""
 
 
 class InvalidRequestError(GatewayRefusedError):
@@ -187,6 +192,7 @@ _OF_CODE: dict[str, type[GatewayRefusedError]] = {
 _OF_STATUS: dict[int, type[GatewayRefusedError]] = {
     400: InvalidRequestError,
     401: TokenError,
+    403: PermissionDeniedError,
     404: NotFoundError,
     405: InvalidRequestError,
     409: StateError,

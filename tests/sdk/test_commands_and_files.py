@@ -21,6 +21,7 @@ from hypercell import (
     DiskFullError,
     InvalidRequestError,
     NotFoundError,
+    PermissionDeniedError,
     Sandbox,
     SandboxEvent,
     StateError,
@@ -135,6 +136,16 @@ def test_files(sandbox: Sandbox) -> None:
     assert [entry.name for entry in files.list("dir", depth=2)] == ["deep", "a.txt"]
     assert files.exists("dir/deep") and not files.exists("dir/no")
     files.mkdir("dir/other")
+    files.mkdir("dir/other", exist_ok=True)
+    with pytest.raises(StateError, match="exists"):
+        files.mkdir("dir/other")
+    for use in (lambda: files.write("/etc/passwd", ""), lambda: files.read("/root/x"), lambda: files.list("/root")):
+        with pytest.raises(PermissionDeniedError):
+            use()
+    assert not files.exists("/root/x")
+    with pytest.raises(PermissionDeniedError):
+        files.remove(".", recursive=True)
+    assert files.exists("dir/other")
     files.rename("dir/deep/a.txt", "dir/other/b.txt")
     assert files.read("dir/other/b.txt") == "grüße".encode()
     with pytest.raises(StateError):

@@ -21,14 +21,17 @@ from hypercell import (
     AsyncSandbox,
     ClosedError,
     Command,
+    CommandResult,
     ConnectionLostError,
     HypercellError,
+    InvalidRequestError,
     KernelDiedError,
     LimitError,
     MachineFailedError,
     NoGatewayError,
     NotFoundError,
     Sandbox,
+    SandboxEvent,
     StateError,
     TokenError,
 )
@@ -87,7 +90,12 @@ def test_an_unknown_id(at_gateway: RunningGateway) -> None:
 
 def test_more_than_the_maximum(at_gateway: RunningGateway) -> None:
     with pytest.raises(LimitError, match="memory_mib"):
-        Sandbox.create(memory_mib=10_000_000)
+        Sandbox.create(memory_mib=10_000_128)
+    # Sizes are told as they are, and not made larger without a word.
+    with pytest.raises(InvalidRequestError, match="512 is the next"):
+        Sandbox.create(memory_mib=300)
+    with pytest.raises(InvalidRequestError, match="1024 is the next"):
+        Sandbox.create(disk_mib=256)
 
 
 def test_a_sandbox_that_is_gone(at_gateway: RunningGateway) -> None:
@@ -197,6 +205,55 @@ async def test_a_killed_machine_comes_back_from_its_checkpoint(at_gateway: Runni
         assert (await sandbox.run_code("value", timeout_s=60)).text == "'kept'"
 
 
+async def test_a_command_is_told_why_its_machine_left(at_gateway: RunningGateway) -> None:
+    async with (
+        await AsyncSandbox.create(checkpoints="off") as sandbox,
+        await AsyncSandbox.connect(sandbox.id) as other,
+    ):
+
+        async def running() -> asyncio.Task[CommandResult]:
+            began = asyncio.Event()
+            task = asyncio.create_task(sandbox.commands.run("echo on; sleep 600", on_stdout=lambda text: began.set()))
+            await began.wait()
+            return task
+
+        command, events = await running(), asyncio.create_task(_all_of(sandbox.events()))
+        watch = await sandbox.files.watch(".")
+        await other.sleep()
+        for task in (command, asyncio.ensure_future(anext(watch))):
+            with pytest.raises(StateError, match="was put to sleep"):
+                await asyncio.wait_for(task, 60)
+        (left,) = await sandbox.commands.list()
+        assert left.running
+        command = await running()
+        await other.kill()
+        with pytest.raises(NotFoundError, match="was deleted"):
+            await asyncio.wait_for(command, 60)
+        assert (await asyncio.wait_for(events, 60))[-1].kind == "deleted"
+
+
+async def _all_of(events: AsyncIterator[SandboxEvent]) -> list[SandboxEvent]:
+    return [event async for event in events]
+
+
+async def test_a_callback_that_fails_ends_the_code(at_gateway: RunningGateway) -> None:
+    def failing(text: str) -> None:
+        raise ZeroDivisionError
+
+    async with await AsyncSandbox.create(checkpoints="off") as sandbox:
+        code = "print('on', flush=True)\nimport time\ntime.sleep(600)"
+        for running in (
+            sandbox.run_code(code, on_stdout=failing),
+            sandbox.commands.run("echo on; sleep 600", on_stdout=failing),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                await running
+        assert (await asyncio.wait_for(sandbox.run_code("1"), 60)).text == "1"
+        async with asyncio.timeout(60):
+            while any(one.running for one in await sandbox.commands.list()):  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.1)
+
+
 def test_ctrl_c_interrupts_the_code_that_a_blocking_call_waits_for(sandbox: Sandbox) -> None:
     command = [sys.executable, "-c", INTERRUPTED, sandbox.id]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
@@ -226,11 +283,12 @@ async def test_commands_and_files_when_the_gateway_is_restarted(state_dir: Path)
                 sandbox.commands.run("echo on; sleep 600", on_stdout=lambda text: began.set())
             )
             background = await sandbox.commands.start("for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 1; done")
+            events = asyncio.create_task(_all_of(sandbox.events()))
             upload = asyncio.create_task(sandbox.files.write("whole", endless()))
             await began.wait()
             await sent.wait()
             await asyncio.to_thread(first.kill)
-            for task in (foreground, upload, asyncio.create_task(background.wait())):
+            for task in (foreground, upload, events, asyncio.create_task(background.wait())):
                 with pytest.raises(ConnectionLostError):
                     await asyncio.wait_for(task, 60)
             first = await asyncio.to_thread(
@@ -245,6 +303,25 @@ async def test_commands_and_files_when_the_gateway_is_restarted(state_dir: Path)
             assert (await sandbox.commands.kill(left.command_id)).signal == "SIGKILL"
     finally:
         await asyncio.to_thread(first.stop)
+
+
+async def test_a_gateway_that_stops_is_told_as_such(state_dir: Path) -> None:
+    gateway = start_gateway(state_dir, "--pool-size", "0")
+    try:
+        async with await AsyncSandbox.create(url=gateway.url, token=gateway.token, checkpoints="off") as sandbox:
+            began = asyncio.Event()
+            command = asyncio.create_task(
+                sandbox.commands.run("echo on; sleep 600", on_stdout=lambda text: began.set())
+            )
+            events = asyncio.create_task(_all_of(sandbox.events()))
+            await began.wait()
+            await asyncio.to_thread(gateway.stop)
+            for task in (command, events):
+                with pytest.raises(ConnectionLostError):
+                    await asyncio.wait_for(task, 60)
+            await sandbox.close()
+    finally:
+        await asyncio.to_thread(gateway.stop)
 
 
 async def test_a_gateway_restarted_in_the_middle_loses_nothing(state_dir: Path) -> None:

@@ -60,6 +60,8 @@ def test_snapshots_and_time_travel(at_gateway: RunningGateway) -> None:
     with Sandbox.create(checkpoints="off") as sandbox:
         sandbox.run_code("value = 'then'")
         made = sandbox.create_snapshot("base-for-test")
+        with pytest.raises(StateError, match="base-for-test"):
+            sandbox.create_snapshot("base-for-test")
         sandbox.run_code("value = 'now'")
         with Sandbox.create(snapshot=made.id) as other:
             assert other.run_code("value").text == "'then'"

@@ -48,6 +48,7 @@ _CODES = {
     errno.ENOSPC: "disk_full",
     errno.EDQUOT: "disk_full",
     errno.EFBIG: "disk_full",
+    errno.EBUSY: "permission_denied",
     errno.ENAMETOOLONG: "bad_path",
     errno.ELOOP: "bad_path",
     errno.EINVAL: "bad_path",
@@ -149,7 +150,7 @@ async def _remove(files: Files, incoming: Incoming) -> None:
 async def _rename(files: Files, incoming: Incoming) -> None:
     old, new = files.path(incoming.params, "old_path"), files.path(incoming.params, "new_path")
     with _refusing(old):
-        await files.threads.run(os.rename, old, new)
+        await files.threads.run(_rename_path, old, new)
         await incoming.answer(await files.threads.run(lambda: status_of(new, follow=False)))
 
 
@@ -157,8 +158,9 @@ async def _mkdir(files: Files, incoming: Incoming) -> None:
     path = files.path(incoming.params)
     mode = whole_number(incoming.params, "mode", 0, 0o7777, None)
     parents = param(incoming.params, "parents", bool, True)
+    exist_ok = param(incoming.params, "exist_ok", bool, False)
     with _refusing(path):
-        await files.threads.run(_make_directory, path, mode, parents)
+        await files.threads.run(_make_directory, path, mode, parents, exist_ok)
         await incoming.answer(await files.threads.run(lambda: status_of(path, follow=True)))
 
 
@@ -229,9 +231,24 @@ async def _made(threads: UserThreads, make: Callable[[], Any]) -> Any:
     return made[0]
 
 
+def _rename_path(old: str, new: str) -> None:
+    try:
+        Path(old).rename(new)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EXDEV):
+            raise
+        Path(old).lstat()  # else it is the old name that is wrong
+        raise OSError(error.errno, os.strerror(error.errno or 0), new) from error
+
+
 def _remove_path(path: str, recursive: bool) -> None:
     is_directory = stat.S_ISDIR(Path(path).lstat().st_mode)
     if is_directory and recursive:
+        # Before all that is in it is gone.
+        if not os.access(Path(path).resolve().parent, os.W_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, "Its directory may not be written", path)
+        if os.path.ismount(path):
+            raise OSError(errno.EBUSY, "A file system is mounted there", path)
         shutil.rmtree(path)  # safe against links that appear meanwhile: it works with descriptors of directories
     elif is_directory:
         Path(path).rmdir()
@@ -239,8 +256,8 @@ def _remove_path(path: str, recursive: bool) -> None:
         Path(path).unlink()
 
 
-def _make_directory(path: str, mode: int | None, parents: bool) -> None:
-    Path(path).mkdir(parents=parents, exist_ok=parents)
+def _make_directory(path: str, mode: int | None, parents: bool, exist_ok: bool) -> None:
+    Path(path).mkdir(parents=parents, exist_ok=exist_ok)
     if mode is not None:
         Path(path).chmod(mode)
 
@@ -252,7 +269,7 @@ def _refusing(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         code = _CODES.get(error.errno or 0, "io_error")
-        where = os.fsencode(path).decode("utf-8", "replace")
+        where = os.fsencode(error.filename if isinstance(error.filename, str) else path).decode("utf-8", "replace")
         raise OpenRejectedError(code, f"{where}: {error.strerror or error}") from error
     except ChunkError as error:
         raise OpenRejectedError("content_broken", str(error)) from error

@@ -138,18 +138,21 @@ class AsyncFiles:
         return FileInfo.parse(answer)
 
     async def exists(self, path: str) -> bool:
-        """Whether there is something of this name."""
+        """Whether there is something of this name that the user may know of."""
         try:
             await self.stat(path, follow=False)
         except GatewayRefusedError as error:
-            if error.code in {"file_not_found", "not_a_directory"}:
+            if error.code in {"file_not_found", "not_a_directory", "permission_denied"}:
                 return False
             raise
         return True
 
-    async def mkdir(self, path: str, *, mode: str | None = None, parents: bool = True) -> FileInfo:
-        """A new directory. Raises StateError if there is something of this name."""
-        body: dict[str, Any] = {"path": path, "parents": parents}
+    async def mkdir(
+        self, path: str, *, mode: str | None = None, parents: bool = True, exist_ok: bool = False
+    ) -> FileInfo:
+        """A new directory. mode: octal, like "0755". parents: make missing ones above it. exist_ok: a directory of this
+        name is fine. Raises StateError if there is something of this name."""
+        body: dict[str, Any] = {"path": path, "parents": parents, "exist_ok": exist_ok}
         if mode is not None:
             body["mode"] = mode
         return FileInfo.parse(await self._transport.call("POST", f"{self._path}/mkdir", body=body))

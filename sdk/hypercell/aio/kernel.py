@@ -68,19 +68,19 @@ class _Pending:
         self.idle = False
         # What the reader saw, which callbacks may be far behind: the kernel works on it (or did), and is done with it.
         self.began: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._has_ended = False
+        self.has_ended = False
 
     @property
     def is_running(self) -> bool:
         """The kernel works on it, so that an interrupt reaches it and not what another client runs there."""
-        return self.began.done() and not self._has_ended
+        return self.began.done() and not self.has_ended
 
     def notice(self, message: KernelMessage) -> None:
         """Called by the reader for each message, before it waits for callbacks."""
         if not self.began.done():
             self.began.set_result(None)
         if message.msg_type == "status" and message.content.get("execution_state") == "idle":
-            self._has_ended = True
+            self.has_ended = True
 
 
 class AsyncKernel:
@@ -133,8 +133,8 @@ class AsyncKernel:
         """Runs code; `take` gets every message that belongs to it, in order, up to its end.
 
         timeout_s: from when the kernel begins with it (its `status: busy`), since other clients' code may run before;
-        then it is interrupted. Cancelled, it is interrupted as well, unless the kernel has not begun with it: it runs
-        in its turn then, because an interrupt would hit another client's code.
+        then it is interrupted. Cancelled, or where `take` fails, it is interrupted as well, unless the kernel has not
+        begun with it: it runs in its turn then, because an interrupt would hit another client's code.
         Raises CodeTimeoutError, KernelDiedError, ConnectionLostError, GatewayRefusedError.
         """
         async with self._turns.setdefault(context_id, asyncio.Lock()):
@@ -154,7 +154,10 @@ class AsyncKernel:
                 if not following.done() and pending.is_running:
                     await self._stop(following, context_id, timeout_s)
                 await following
-            except asyncio.CancelledError:
+            except CodeTimeoutError:
+                raise
+            except BaseException:
+                # Cancelled, or a callback failed: nobody wants the rest.
                 if pending.is_running:
                     # First, so that the reader waits for no callback: it has to hear how the interrupt went.
                     self._forget(pending)
@@ -392,6 +395,7 @@ class AsyncKernel:
         self._pending = {msg_id: pending for msg_id, pending in self._pending.items() if not pending.is_probe}
 
     def _fail(self, pending: _Pending, error: HypercellError) -> None:
+        pending.has_ended = True
         if pending.messages.full():
             # Whoever takes the messages is far behind; the end is what it must not miss.
             pending.messages.get_nowait()

@@ -89,10 +89,11 @@ class AsyncSandbox:
         """A new sandbox.
 
         template: the kernelspec it is made from (None: the gateway's default). snapshot: start from this snapshot (id
-        or name) instead. name: for people. env: variables of its kernel. memory_mib, vcpus, disk_mib: its size (None:
-        as the template says). timeout_s: it is deleted after so long (None: never). idle_timeout_s: it sleeps after so
-        long without activity (0: never, None: as the gateway says). checkpoints: "off", "cell" (after every cell) or
-        "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and HYPERCELL_TOKEN, or the one running here).
+        or name) instead. name: for people. env: variables of its kernel. memory_mib (a multiple of 256), vcpus,
+        disk_mib (of 1024): its size (None: as the template says). timeout_s: it is deleted after so long (None: never).
+        idle_timeout_s: it sleeps after so long without activity (0: never, None: as the gateway says). checkpoints:
+        "off", "cell" (after every cell) or "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and
+        HYPERCELL_TOKEN, or the one running here).
 
         Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
         """
@@ -284,7 +285,7 @@ class AsyncSandbox:
 
     async def create_snapshot(self, name: str | None = None) -> CheckpointInfo:
         """Saves memory, disk and kernel of this instant; the sandbox goes on. `create(snapshot=name)` starts from it,
-        `goto(name)` returns to it."""
+        `goto(name)` returns to it. Raises StateError if this sandbox has a snapshot of that name."""
         body = {} if name is None else {"name": name}
         answer = await self._transport.call("POST", f"{self._path}/checkpoints", body=body, timeout_s=START_TIMEOUT_S)
         return CheckpointInfo.parse(answer)
@@ -348,15 +349,20 @@ class AsyncSandbox:
         return self._update(await self._transport.call("PATCH", self._path, body=fields))
 
     async def events(self) -> AsyncGenerator[SandboxEvent, None]:
-        """Its changes from now on, until it is gone or the iteration is closed."""
+        """Its changes from now on, until it is gone, or the iteration or the sandbox is closed. Raises
+        ConnectionLostError: the gateway ended, or this was too slow, and changes may be missed."""
+        kind = ""
         try:
             async with self._transport.stream("GET", f"{self._path}/events", timeout_s=None) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data:"):
                         value = json.loads(line.removeprefix("data:"))
-                        yield SandboxEvent(sandbox_id=self.id, kind=str(value["kind"]), data=value.get("data", {}))
+                        kind = str(value["kind"])
+                        yield SandboxEvent(sandbox_id=self.id, kind=kind, data=value.get("data", {}))
         except ClosedError:
             return  # `close` ends it
+        if kind != "deleted":
+            raise ConnectionLostError(f"The gateway tells no more of sandbox {self.id}; changes may be missed.")
 
     async def kill(self) -> None:
         """Ends the sandbox for good. One that is gone already is fine."""

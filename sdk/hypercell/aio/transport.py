@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 from weakref import WeakKeyDictionary, WeakSet
 
-from hypercell.errors import ClosedError, ConnectionLostError, GatewayRefusedError, NoGatewayError, refused
+from hypercell.errors import (
+    ClosedError,
+    ConnectionLostError,
+    GatewayRefusedError,
+    HypercellError,
+    NoGatewayError,
+    refused,
+)
 from hypercell.locate import Gateway
 
 if TYPE_CHECKING:
@@ -39,6 +46,8 @@ RETRY_LONGEST_S = 2.0
 # As much as the gateway sends in one message by default (`max_message_mib`).
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 PING_INTERVAL_S = 20.0
+# The gateway's words for why it does nothing now (gateway/listener.py).
+NOT_SERVING = frozenset({"starting", "stopping"})
 # A gateway that does not answer a goodbye in this time is left without.
 CLOSE_TIMEOUT_S = 2.0
 # RFC 6455, 7.4.1: all was sent.
@@ -233,8 +242,8 @@ class Transport:
             "See whether `hypercelld serve` runs there."
         )
 
-    def refusal(self, status: int, content: bytes, phrase: str = "") -> GatewayRefusedError:
-        """The exception for an answer of 400 or more."""
+    def refusal(self, status: int, content: bytes, phrase: str = "") -> HypercellError:
+        """The exception for an answer of 400 or more: NoGatewayError while the gateway starts or stops."""
         try:
             answer = json.loads(content)
         except ValueError:
@@ -242,6 +251,8 @@ class Transport:
         value = answer if isinstance(answer, dict) else {}
         code = str(value.get("code") or "")
         words = str(value.get("message") or value.get("reason") or phrase or "no reason was given")
+        if code in NOT_SERVING:
+            return NoGatewayError(words)
         if status == 401:
             words = (
                 f"The gateway at {self.gateway.url} does not take this token ({words}). "
@@ -301,8 +312,10 @@ _STATUS_OF_PHRASE = {status.phrase: status.value for status in HTTPStatus} | {
 }
 
 
-def refusal_in(frame: Mapping[str, Any]) -> GatewayRefusedError:
+def refusal_in(frame: Mapping[str, Any]) -> HypercellError:
     """The exception for a WebSocket's `{"type": "error", "reason", "message", "code"}` (docs/exec_and_files.md)."""
+    if frame["code"] in NOT_SERVING:
+        return ConnectionLostError(str(frame["message"]))
     status = _STATUS_OF_PHRASE.get(str(frame.get("reason")), 500)
     return refused(str(frame["message"]), status=status, code=str(frame["code"]))
 

@@ -67,12 +67,14 @@ class Files(Wrapper):
         return BlockingCall().run(self._async.stat(path, follow=follow))
 
     def exists(self, path: str) -> bool:
-        """Whether there is something of this name."""
+        """Whether there is something of this name that the user may know of."""
         return BlockingCall().run(self._async.exists(path))
 
-    def mkdir(self, path: str, *, mode: str | None = None, parents: bool = True) -> FileInfo:
-        """A new directory. Raises StateError if there is something of this name."""
-        return BlockingCall().run(self._async.mkdir(path, mode=mode, parents=parents))
+    def mkdir(self, path: str, *, mode: str | None = None, parents: bool = True, exist_ok: bool = False) -> FileInfo:
+        """A new directory. mode: octal, like "0755". parents: make missing ones above it. exist_ok: a directory of this
+        name is fine. Raises StateError if there is something of this name.
+        """
+        return BlockingCall().run(self._async.mkdir(path, mode=mode, parents=parents, exist_ok=exist_ok))
 
     def rename(self, old_path: str, new_path: str) -> FileInfo:
         """Renames or moves; a file of the new name is replaced. Raises NotFoundError, StateError."""

@@ -68,10 +68,11 @@ class Sandbox(Wrapper):
         """A new sandbox.
 
         template: the kernelspec it is made from (None: the gateway's default). snapshot: start from this snapshot (id
-        or name) instead. name: for people. env: variables of its kernel. memory_mib, vcpus, disk_mib: its size (None:
-        as the template says). timeout_s: it is deleted after so long (None: never). idle_timeout_s: it sleeps after so
-        long without activity (0: never, None: as the gateway says). checkpoints: "off", "cell" (after every cell) or
-        "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and HYPERCELL_TOKEN, or the one running here).
+        or name) instead. name: for people. env: variables of its kernel. memory_mib (a multiple of 256), vcpus,
+        disk_mib (of 1024): its size (None: as the template says). timeout_s: it is deleted after so long (None: never).
+        idle_timeout_s: it sleeps after so long without activity (0: never, None: as the gateway says). checkpoints:
+        "off", "cell" (after every cell) or "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and
+        HYPERCELL_TOKEN, or the one running here).
 
         Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
         """
@@ -215,7 +216,7 @@ class Sandbox(Wrapper):
 
     def create_snapshot(self, name: str | None = None) -> CheckpointInfo:
         """Saves memory, disk and kernel of this instant; the sandbox goes on. `create(snapshot=name)` starts from it,
-        `goto(name)` returns to it.
+        `goto(name)` returns to it. Raises StateError if this sandbox has a snapshot of that name.
         """
         return BlockingCall().run(self._async.create_snapshot(name))
 
@@ -265,7 +266,9 @@ class Sandbox(Wrapper):
         return BlockingCall().run(self._async.rename(name))
 
     def events(self) -> Iterator[SandboxEvent]:
-        """Its changes from now on, until it is gone or the iteration is closed."""
+        """Its changes from now on, until it is gone, or the iteration or the sandbox is closed. Raises
+        ConnectionLostError: the gateway ended, or this was too slow, and changes may be missed.
+        """
         return iterate(self._async.events())
 
     def kill(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.command.output import Progress, print_json, progress, size
 from hypercell.command.sandboxes import connect
-from hypercell.errors import GatewayRefusedError, HypercellError, StateError
+from hypercell.errors import GatewayRefusedError, HypercellError
 from hypercell.values import FileInfo
 
 # What is left out is named up to so many times; the rest is counted.
@@ -71,7 +71,9 @@ async def _upload(sandbox: AsyncSandbox, source: str, target: str, *, is_recursi
     copied = []
     async with progress("Copying") as shown:
         for directory in tree.directories:
-            await _make_directory(sandbox, base / directory.relative_to(local).as_posix(), _mode(directory))
+            place = base / directory.relative_to(local).as_posix()
+            mode = f"{_mode(directory) | OWNER_MAY_ALL:04o}"
+            await sandbox.files.mkdir(str(place), mode=mode, exist_ok=True)
         for number, file in enumerate(tree.files, start=1):
             place = base if file is local else base / file.relative_to(local).as_posix()
             shown.text = f"Copying {number} of {len(tree.files)}: {file.name}, {size(file.stat().st_size)}"
@@ -108,15 +110,6 @@ def _look_below(top: Path) -> _Tree:
                 else:
                     tree.left_out.append(path)
     return tree
-
-
-async def _make_directory(sandbox: AsyncSandbox, path: PurePosixPath, mode: int) -> None:
-    """It may be there already, and keeps its mode then."""
-    try:
-        await sandbox.files.mkdir(str(path), mode=f"{mode | OWNER_MAY_ALL:04o}")
-    except StateError:
-        if not await _is_directory(sandbox, str(path)):
-            raise
 
 
 async def _is_directory(sandbox: AsyncSandbox, path: str) -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from tornado import web
 
+from gateway.endpoint import Call, Endpoint, EndpointHandler, Operation, Reply
+from gateway.listener import listening
+from gateway.metrics import Metrics
+from gateway.settings import GatewaySettings
+from gateway.state import Gateway
 from tests.gateways import RunningGateway
 from tests.unit.gateway.client import request
 
@@ -123,3 +132,42 @@ async def test_what_is_open_and_what_is_counted(gateway: RunningGateway) -> None
     numbers = (await request(gateway, "GET", "/metrics")).body.decode()
     for name in ("sandbox_start_seconds_bucket", "pool_ready", "websockets", "back_pressure_seconds_total"):
         assert f"hypercell_{name}" in numbers
+
+
+async def test_a_client_that_leaves_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked, left, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def slow(call: Call) -> Reply:
+        asked.set()
+        await left.wait()
+        return Reply(body={})
+
+    class Handler(EndpointHandler):
+        def on_connection_close(self) -> None:
+            super().on_connection_close()
+            left.set()
+
+        def on_finish(self) -> None:
+            super().on_finish()
+            done.set()
+
+    gateway = Gateway(
+        settings=GatewaySettings(state_dir=tmp_path),
+        token="t",
+        service=cast(Any, None),
+        sessions=cast(Any, None),
+        hub=cast(Any, None),
+        metrics=Metrics(states=list, pool_ready=int),
+    )
+    operation = Operation(name="slow", summary="Slow.", run=slow, public=True)
+    endpoint = Endpoint(path="/slow", operations={"GET": operation})
+    async with listening(host="127.0.0.1", port=0) as listener:
+        listener.application = web.Application(
+            [("/slow", Handler, {"gateway": gateway, "endpoint": endpoint})], gateway=gateway
+        )
+        _, writer = await asyncio.open_connection(*listener.url.removeprefix("http://").split(":"))
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await asyncio.wait_for(asked.wait(), 20)
+        writer.close()
+        await asyncio.wait_for(done.wait(), 20)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cli import main
 from gateway.errors import StartError
 from gateway.settings import GatewaySettings, load_settings
+from kernels.directories import default_state_dir
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +87,13 @@ def test_a_broken_file_is_told(tmp_path: Path) -> None:
     path.write_text("colour = 1")
     with pytest.raises(StartError, match="no setting named colour"):
         load_settings(config=path)
+
+
+def test_the_help_names_every_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    told = capsys.readouterr().out
+    assert "Undefined" not in told
+    assert f"Default: {default_state_dir()}" in told
+    assert "Default: True" in told

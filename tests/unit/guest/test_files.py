@@ -16,6 +16,7 @@ import pytest
 
 import vm_runtime
 from tests.unit.guest.conftest import Host
+from vm_runtime.guest.files import _remove_path
 from vm_runtime.guest.keeper import User
 from vm_runtime.guest.user_threads import UserThreads
 from vm_runtime.guest.watch import WATCHES_MAX, Watch
@@ -260,9 +261,36 @@ async def test_stat_rename_remove(host: Host, home: Path) -> None:
     assert await code_of(host.call("files.remove", path="nothing")) == "file_not_found"
 
 
+async def test_a_refusal_names_the_path_that_is_wrong(host: Host, home: Path) -> None:
+    (home / "a").touch()
+    (home / "d/e").mkdir(parents=True)
+    for old, new, wrong in (("a", "no/b", "no/b"), ("no", "b", "no"), ("a", "a/b", "a/b"), ("d", "d/e/f", "d/e/f")):
+        with pytest.raises(OpenRejectedError) as raised:
+            await host.call("files.rename", old_path=old, new_path=new)
+        assert raised.value.reason.startswith(f"{home}/{wrong}: ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+@pytest.mark.parametrize("path", [".", "..", "sub/.."])
+async def test_what_cannot_be_removed_is_not_emptied(path: str, tmp_path: Path) -> None:
+    home = tmp_path / "above/home"
+    (home / "sub").mkdir(parents=True)
+    (home / "kept").touch()
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(0o755)
+    for given in (home, home / "sub", home / "kept"):
+        os.chown(given, 65534, 65534)
+    threads = UserThreads(User(name="nobody", uid=65534, gid=65534))
+    with pytest.raises(PermissionError):
+        await threads.run(_remove_path, f"{home}/{path}", True)
+    threads.close()
+    assert names(home) == ["kept", "sub"]
+
+
 async def test_mkdir(host: Host, home: Path) -> None:
     assert (await host.call("files.mkdir", path="a/b/c", mode=0o700))["mode"] == 0o700
-    await host.call("files.mkdir", path="a/b/c")
+    await host.call("files.mkdir", path="a/b/c", exist_ok=True)
+    assert await code_of(host.call("files.mkdir", path="a/b/c")) == "file_exists"
     assert await code_of(host.call("files.mkdir", path="a/b", parents=False)) == "file_exists"
     (home / "file").touch()
     assert await code_of(host.call("files.mkdir", path="file")) == "file_exists"
