@@ -135,7 +135,7 @@ class Forks:
         now = utc_now()
         lifetime_s = parent.sandbox.max_lifetime_s
         if lifetime_s:  # counted from the child's own birth, ends when the parent's does
-            lifetime_s = max(1.0, lifetime_s - (now - parent.sandbox.created_at).total_seconds())
+            lifetime_s = max(1.0, lifetime_s - self._core.registry.age_s(parent.sandbox.id))
         sandbox = replace(
             parent.sandbox,
             id=new_sandbox_id(),

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from kernels.errors import KernelsError
 from kernels.models import Sandbox
 
-FORMAT_VERSION = 1
+# 1: without boot_id and born_s, which only a record of this version needs.
+FORMAT_VERSION = 2
 
 
 class SandboxRecord(BaseModel):
@@ -23,6 +24,7 @@ class SandboxRecord(BaseModel):
     machine_id: its machine ("" where there is none).
     key: the kernel's HMAC key. marker: what opens the next session on its wire (hex). env, cwd: as asked for.
     depth: generations of forks above it.
+    boot_id, born_s: a boot of the host, and what its CLOCK_BOOTTIME was, or would have been, when the sandbox was made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +36,8 @@ class SandboxRecord(BaseModel):
     env: dict[str, str]
     cwd: str | None
     depth: int = 0
+    boot_id: str = ""
+    born_s: float = 0.0
 
 
 class Index:
@@ -46,7 +50,7 @@ class Index:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, FORMAT_VERSION):
+            if not 0 <= version <= FORMAT_VERSION:
                 raise KernelsError(
                     f"{path} has format {version}, this version writes {FORMAT_VERSION}. Use another --state-dir."
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from kernels.core import Core, utc_now
+from kernels.core import Core
 from kernels.errors import CapacityError, KernelsError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
 from kernels.templates import Progress
@@ -148,14 +148,14 @@ class Naps:
             await asyncio.sleep(WATCH_INTERVAL_S)
             for record in self._core.registry.records():
                 sandbox = record.sandbox
-                if _is_over(sandbox):
+                if self._is_over(sandbox):
                     self._core.spawn(self._core.end(sandbox.id))
-                elif _is_idle(sandbox) and not self._core.lock(sandbox.id).locked():
+                elif self._is_idle(sandbox) and not self._core.lock(sandbox.id).locked():
                     self._core.spawn(self._sleep_if_idle(sandbox.id))
 
     async def _sleep_if_idle(self, sandbox_id: str) -> None:
         async with self._core.lock(sandbox_id):
-            if sandbox_id in self._core.registry and _is_idle(self._core.get(sandbox_id)):
+            if sandbox_id in self._core.registry and self._is_idle(self._core.get(sandbox_id)):
                 try:
                     await self._sleep(sandbox_id)
                 except KernelsError as error:
@@ -187,13 +187,10 @@ class Naps:
         await asyncio.gather(*tasks, return_exceptions=True)
         return list(left)
 
+    def _is_idle(self, sandbox: Sandbox) -> bool:
+        may_sleep = sandbox.state is SandboxState.RUNNING and sandbox.execution_state != "busy"
+        return may_sleep and 0 < sandbox.idle_timeout_s < self._core.registry.idle_s(sandbox.id)
 
-def _is_idle(sandbox: Sandbox) -> bool:
-    if sandbox.state is not SandboxState.RUNNING or sandbox.idle_timeout_s <= 0 or sandbox.execution_state == "busy":
-        return False
-    return (utc_now() - sandbox.last_activity).total_seconds() > sandbox.idle_timeout_s
-
-
-def _is_over(sandbox: Sandbox) -> bool:
-    limit_s = sandbox.max_lifetime_s
-    return limit_s is not None and (utc_now() - sandbox.created_at).total_seconds() > limit_s
+    def _is_over(self, sandbox: Sandbox) -> bool:
+        limit_s = sandbox.max_lifetime_s
+        return limit_s is not None and self._core.registry.age_s(sandbox.id) > limit_s

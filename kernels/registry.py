@@ -1,13 +1,16 @@
 """The registry: every sandbox's record in memory, on disk and on the event bus, changed in one place.
 
-Guards the state table. Knows nothing of machines.
+Guards the state table. Knows nothing of machines. Times that are shown are the host's wall clock's, which may be set;
+what is decided by time is decided by clocks that only run: a life counts suspends of the host, idleness does not.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from kernels.errors import UnknownSandboxError
@@ -28,10 +31,17 @@ class Registry:
         self._index = index
         self._bus = bus
         self._records: dict[str, SandboxRecord] = {}
+        self._active: dict[str, float] = {}  # CLOCK_MONOTONIC at the last activity
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.lineage = Lineage()
 
     def load(self) -> None:
-        self._records = {record.sandbox.id: record for record in self._index.all()}
+        for record in self._index.all():
+            sandbox = record.sandbox
+            if record.boot_id != self._boot_id:  # only the wall clock can tell
+                record = self._born(record, _since(sandbox.created_at))
+            self._records[sandbox.id] = record
+            self._active[sandbox.id] = time.monotonic() - _since(sandbox.last_activity)
         for sandbox_id, parent_id in self._index.ancestors().items():
             self.lineage.add(sandbox_id, parent_id, gone=sandbox_id not in self._records)
         for record in self._records.values():
@@ -61,7 +71,9 @@ class Registry:
         return list(self._records.values())
 
     def add(self, record: SandboxRecord) -> None:
+        record = self._born(record, 0.0)
         self._records[record.sandbox.id] = record
+        self._active[record.sandbox.id] = time.monotonic()
         self.lineage.add(record.sandbox.id, record.sandbox.parent_id)
         self._index.put(record)
         self._publish(record.sandbox.id, EventKind.CREATED, {"state": record.sandbox.state})
@@ -98,6 +110,7 @@ class Registry:
         record = self._records.get(sandbox_id)
         if record is None or record.sandbox.execution_state == state:
             return
+        self._active[sandbox_id] = time.monotonic()
         self._replace(record, execution_state=state, last_activity=datetime.now(UTC))
         self._publish(sandbox_id, EventKind.EXECUTION_STATE, {"execution_state": state})
 
@@ -105,7 +118,17 @@ class Registry:
         """A client did something. Not written to disk at once: activity comes with every message."""
         record = self._records.get(sandbox_id)
         if record is not None:
+            self._active[sandbox_id] = time.monotonic()
             self._replace(record, last_activity=datetime.now(UTC))
+
+    def age_s(self, sandbox_id: str) -> float:
+        """Since it was made. Errors: UnknownSandboxError."""
+        return _boot_time_s() - self.record(sandbox_id).born_s
+
+    def idle_s(self, sandbox_id: str) -> float:
+        """Since it did something, or a client did. Errors: UnknownSandboxError."""
+        self.record(sandbox_id)
+        return time.monotonic() - self._active[sandbox_id]
 
     def fail(self, sandbox_id: str, reason: str) -> None:
         """The sandbox has lost its machine and has nothing to go back to."""
@@ -126,6 +149,7 @@ class Registry:
         """Forgets a sandbox; unknown ids are fine."""
         record = self._records.pop(sandbox_id, None)
         if record is not None:
+            del self._active[sandbox_id]
             forgotten = self.lineage.remove(sandbox_id)
             if not forgotten:
                 self._index.put_ancestor(sandbox_id, record.sandbox.parent_id)
@@ -148,9 +172,21 @@ class Registry:
         for record in self._records.values():
             self._index.put(record)
 
+    def _born(self, record: SandboxRecord, age_s: float) -> SandboxRecord:
+        return record.model_copy(update={"boot_id": self._boot_id, "born_s": _boot_time_s() - age_s})
+
     def _replace(self, record: SandboxRecord, **changes: Any) -> None:
         sandbox = replace(record.sandbox, **changes)
         self._records[sandbox.id] = record.model_copy(update={"sandbox": sandbox})
 
     def _publish(self, sandbox_id: str, kind: EventKind, data: Mapping[str, Any]) -> None:
         self._bus.publish(SandboxEvent(sandbox_id=sandbox_id, kind=kind, data=data))
+
+
+def _since(moment: datetime) -> float:
+    """Seconds by the wall clock, which may have been set back meanwhile."""
+    return max(0.0, (datetime.now(UTC) - moment).total_seconds())
+
+
+def _boot_time_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

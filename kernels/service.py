@@ -371,6 +371,10 @@ class SandboxService:
         except VmRuntimeError as error:
             raise MachineFailedError(str(error)) from error
 
+    def age_s(self, sandbox_id: str) -> float:
+        """Of which `max_lifetime_s` is the most. Errors: UnknownSandboxError."""
+        return self._core.registry.age_s(sandbox_id)
+
     def configure(self, sandbox_id: str, **changes: Any) -> Sandbox:
         """Changes name, notebook, idle_timeout_s, max_lifetime_s or checkpoints.
 

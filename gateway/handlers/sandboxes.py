@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 
 from gateway.auth import is_loopback
 from gateway.endpoint import Call, Endpoint, Operation, Reply
@@ -36,8 +35,8 @@ async def get_sandbox(call: Call) -> Reply:
 async def change_sandbox(call: Call) -> Reply:
     service, body = call.gateway.service, call.body
     sandbox = service.get(call.path["sandbox_id"])
-    age_s = (datetime.now(UTC) - sandbox.created_at).total_seconds()
-    return Reply(body=SandboxAnswer.of(service.configure(sandbox.id, **body.changes(age_s=age_s))))
+    changes = body.changes(age_s=service.age_s(sandbox.id))
+    return Reply(body=SandboxAnswer.of(service.configure(sandbox.id, **changes)))
 
 
 def _state_change(
