@@ -33,7 +33,8 @@ from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
 from vm_runtime.saving.forking import Forked
 from vm_runtime.saving.values import Description, Taken, Then
-from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.index import SnapshotEntry
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 from vm_runtime.spec import ImageFiles
@@ -261,22 +262,22 @@ class Core:
             await self.removing(self._drop_snapshots, sandbox_id, stood_on)
 
     async def removing(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Runs what removes from the store, in a thread of its own: it waits for snapshots that are being taken, and
-        these need the other threads."""
+        """Runs what removes from the store, in a thread of its own: snapshots that are being taken need the others."""
         return await asyncio.get_running_loop().run_in_executor(self._remover, function, *arguments)
 
     def _drop_snapshots(self, sandbox_id: str, stood_on: str | None) -> None:
         """All that only this sandbox needed; what a child still stands on goes with the child (`stood_on`)."""
         self.store.unpin(pin_name(sandbox_id))
-        doomed = [manifest for manifest in self.store.ls(sandbox_id=sandbox_id) if is_automatic(manifest)]
+        doomed = [entry.id for entry in self.store.ls(sandbox_id=sandbox_id) if is_automatic(entry)]
         if stood_on is not None:
             with contextlib.suppress(SnapshotError):
                 manifest = self.store.get(stood_on)
                 if is_automatic(manifest) and manifest.sandbox_id not in (None, sandbox_id, *self.registry.ids()):
-                    doomed.append(manifest)
-        for manifest in doomed:
-            with contextlib.suppress(SnapshotInUseError, UnknownSnapshotError):
-                self.store.rm(manifest.id)
+                    doomed.append(manifest.id)
+        try:
+            self.store.rm_many(doomed)
+        except SnapshotError as error:  # the sandbox has ended all the same
+            log.error("The checkpoints of sandbox %s could not be removed: %s", sandbox_id, error)
 
     async def drop_snapshots_of_strangers(self) -> None:
         """What is kept for sandboxes that are not there: their gateway was killed while it forgot them."""
@@ -370,7 +371,7 @@ class Core:
         return self.images.get(digest).files
 
 
-def is_automatic(snapshot: Manifest) -> bool:
+def is_automatic(snapshot: Manifest | SnapshotEntry) -> bool:
     """Whether nobody asked for this checkpoint by name: it goes when there are too many, or with its sandbox."""
     return snapshot.name is None or snapshot.name.startswith(LEFT_AT)
 

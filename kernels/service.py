@@ -76,6 +76,10 @@ class SandboxService:
             stack.callback(index.close)
             store = await asyncio.to_thread(SnapshotStore, self._settings.state_dir / "snapshots")
             stack.callback(store.close)
+            try:
+                await asyncio.to_thread(store.gc)
+            except snapshot_errors.BrokenSnapshotError as error:
+                log.error("What an earlier gateway left in the store is not removed: %s", error)
             core = self._core = Core(self._settings, self._driver, index, store)
             naps = self._naps = Naps(core)
             time_line = self._time_line = TimeLine(core)
@@ -351,7 +355,7 @@ class SandboxService:
 
     async def snapshots(self, *, owner: str | None = None) -> Sequence[Snapshot]:
         """All snapshots in the store, oldest first."""
-        return [snapshot_of(manifest) for manifest in await asyncio.to_thread(self._core.store.ls, owner=owner)]
+        return [snapshot_of(entry) for entry in await asyncio.to_thread(self._core.store.ls, owner=owner)]
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Errors: UnknownSnapshotError, SnapshotInUseError."""

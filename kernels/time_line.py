@@ -11,7 +11,7 @@ import contextlib
 import logging
 import statistics
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,14 +24,15 @@ from kernels.errors import (
     MachineFailedError,
     RequestError,
     SnapshotExistsError,
+    UnknownSandboxError,
     UnknownSnapshotError,
 )
 from kernels.live import LiveSandbox
 from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
-from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError
-from vm_runtime.snapshots.errors import UnknownSnapshotError as UnknownStoredSnapshotError
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.index import SnapshotEntry
 from vm_runtime.snapshots.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class TimeLine:
     def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
         """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError."""
         self._core.get(sandbox_id)
-        return [_checkpoint(manifest) for manifest in self._core.store.ls(sandbox_id=sandbox_id)]
+        return [_checkpoint(entry) for entry in self._core.store.ls(sandbox_id=sandbox_id)]
 
     async def checkpoint(self, sandbox_id: str, *, name: str | None) -> Checkpoint:
         """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, MachineFailedError (it runs on)."""
@@ -85,16 +86,17 @@ class TimeLine:
         async with self._core.lock(sandbox_id):
             if name is not None:
                 await asyncio.to_thread(self._check_named, sandbox_id, name)
-            return _checkpoint(await self._take(sandbox_id, name=name))
+            manifest = await self._take(sandbox_id, name=name)
+            return _checkpoint(await asyncio.to_thread(self._core.store.entry, manifest.id))
 
     def _check_named(self, sandbox_id: str, name: str) -> None:
         """Errors: SnapshotExistsError; RequestError where there are so many that only their owner can decide which may
         go."""
-        if any(manifest.name == name for manifest in self._core.store.ls(sandbox_id=sandbox_id)):
+        if self._core.store.ls(sandbox_id=sandbox_id, name=name):
             raise SnapshotExistsError(f"This sandbox has a checkpoint named {name!r} already.")
-        named = [manifest for manifest in self._core.store.ls(sandbox_id=sandbox_id) if not is_automatic(manifest)]
+        loose, named, freed = self._removable(sandbox_id)
         budget_mib = self._core.settings.checkpoint_budget_mib
-        if len(named) >= MAX_NAMED or sum(map(_own_bytes, named)) > budget_mib << 20:
+        if len(named) >= MAX_NAMED or freed[-1] - freed[len(loose)] > budget_mib << 20:
             raise RequestError(
                 f"This sandbox has {len(named)} named checkpoints, at most {MAX_NAMED} and {budget_mib} MiB are kept. "
                 "Delete some (`DELETE /api/snapshots/{id}`) first."
@@ -150,29 +152,37 @@ class TimeLine:
                 return
             pace.note(taken.pause_ms, now)
             core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
-        await self._core.removing(self._thin, sandbox_id)
 
-    def _thin(self, sandbox_id: str) -> None:
-        """Removes the oldest checkpoints that nobody named while there are too many or they take too much."""
+    def _removable(self, sandbox_id: str) -> tuple[list[str], list[str], list[int]]:
+        """The checkpoints that may go by themselves, those with a name, and what removing the first 0, 1, ... of both,
+        in this order, would free. The newest, and what the sandbox wakes from, are neither."""
         core = self._core
-        if sandbox_id not in core.registry:
-            return
         kept = core.get(sandbox_id).snapshot_id
-        manifests = core.store.ls(sandbox_id=sandbox_id)
-        loose = [manifest for manifest in manifests if is_automatic(manifest) and manifest.id != kept]
-        used = sum(_own_bytes(manifest) for manifest in manifests)
-        budget = core.settings.checkpoint_budget_mib << 20
-        while loose and (used > budget or len(loose) > MAX_CHECKPOINTS):
-            oldest = loose.pop(0)
-            with contextlib.suppress(SnapshotInUseError, UnknownStoredSnapshotError):  # a child stands on it
-                core.store.rm(oldest.id)
-                used -= _own_bytes(oldest)
+        entries = [entry for entry in core.store.ls(sandbox_id=sandbox_id)[:-1] if entry.id != kept]
+        loose = [entry.id for entry in entries if is_automatic(entry)]
+        named = [entry.id for entry in entries if not is_automatic(entry)]
+        return loose, named, [0, *core.store.freed_bytes([*loose, *named])]
+
+    def _thin(self, sandbox_ids: Iterable[str]) -> None:
+        """Removes the oldest checkpoints that nobody named where there are too many or they take too much."""
+        budget_bytes = self._core.settings.checkpoint_budget_mib << 20
+        for sandbox_id in sandbox_ids:
+            with contextlib.suppress(UnknownSandboxError):  # its checkpoints are being removed
+                loose, _, freed = self._removable(sandbox_id)
+                self._core.store.rm_many(loose[: too_many(freed, loose=len(loose), budget_bytes=budget_bytes)])
 
     async def watch(self) -> None:
-        """Takes the checkpoints of sandboxes whose policy is "timer:<minutes>", until cancelled."""
+        """Until cancelled: takes the checkpoints of sandboxes whose policy is "timer:<minutes>", and thins out those of
+        each sandbox that has new ones, whatever took them."""
         taken: WeakKeyDictionary[LiveSandbox, float] = WeakKeyDictionary()
+        newest = 0
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            try:
+                grown, newest = await asyncio.to_thread(self._core.store.sandboxes_since, newest)
+                await self._core.removing(self._thin, grown)
+            except SnapshotError as error:
+                log.error("Checkpoints could not be thinned out: %s", error)
             now = asyncio.get_running_loop().time()
             for sandbox_id, live in list(self._core.live.items()):
                 minutes = timer_minutes(self._core.get(sandbox_id).checkpoints)
@@ -185,8 +195,6 @@ class TimeLine:
             await self.checkpoint(sandbox_id, name=None)
         except KernelsError as error:
             log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
-            return
-        await self._core.removing(self._thin, sandbox_id)
 
     async def goto(self, sandbox_id: str, target: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Takes a sandbox back (or forth) to a checkpoint: an id or its beginning, a name, or a cell's number.
@@ -195,15 +203,15 @@ class TimeLine:
         """
         unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
-            manifest = await asyncio.to_thread(self._find, sandbox_id, target)
-            return await self._goto(sandbox_id, manifest, reply_to, unanswered)
+            entry = await asyncio.to_thread(self._find, sandbox_id, target)
+            return await self._goto(sandbox_id, entry, reply_to, unanswered)
 
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
         unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
-            manifest = await asyncio.to_thread(self._before, sandbox_id)
-            return await self._goto(sandbox_id, manifest, reply_to, unanswered)
+            entry = await asyncio.to_thread(self._before, sandbox_id)
+            return await self._goto(sandbox_id, entry, reply_to, unanswered)
 
     async def _catch_up(self, sandbox_id: str, *, inside: bool) -> Sequence[Mapping[str, Any]]:
         """Has the checkpoint after a cell whose end its client knows already come before what it asks now. Answers the
@@ -213,7 +221,7 @@ class TimeLine:
             return await live.catch_up(inside=inside)
         return ()
 
-    def _before(self, sandbox_id: str) -> Manifest:
+    def _before(self, sandbox_id: str) -> SnapshotEntry:
         """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
         (which has no checkpoint of its own where they are rarer than cells)."""
         by_id = {each.id: each for each in self._core.store.ls(sandbox_id=sandbox_id)}
@@ -225,20 +233,24 @@ class TimeLine:
         while found is not None:
             if _cell_of(found) not in (None, last):
                 return found
-            found = by_id.get(found.parents[0]) if found.parents else None
+            found = by_id.get(found.parent or "")
         raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
 
     async def _goto(
         self,
         sandbox_id: str,
-        manifest: Manifest,
+        entry: SnapshotEntry,
         reply_to: dict[str, Any] | None,
         unanswered: Sequence[Mapping[str, Any]],
     ) -> Sandbox:
         """unanswered: requests of the state that is left; whoever sent them is told that they are not run."""
         core = self._core
-        when = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
-        cell = _cell_of(manifest)
+        try:
+            manifest = await asyncio.to_thread(core.store.get, entry.id)
+        except SnapshotError as error:
+            raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
+        when = f"{entry.created_at:%Y-%m-%d %H:%M:%S} UTC"
+        cell = _cell_of(entry)
         text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")
         extra: dict[str, Any] = {"aborted": [each for each in unanswered if not _is_same(each, reply_to)]}
         if reply_to is not None:
@@ -294,11 +306,11 @@ class TimeLine:
         await core.take_down(sandbox_id, "elsewhere")
         core.registry.move(sandbox_id, SandboxState.ASLEEP)
 
-    def _find(self, sandbox_id: str, target: str) -> Manifest:
-        manifests = self._core.store.ls(sandbox_id=sandbox_id)
-        named = [each for each in manifests if each.name == target]
-        by_id = [each for each in manifests if len(target) >= 4 and each.id.startswith(target)]
-        by_cell = [each for each in manifests if target.isdecimal() and _cell_of(each) == int(target)]
+    def _find(self, sandbox_id: str, target: str) -> SnapshotEntry:
+        entries = self._core.store.ls(sandbox_id=sandbox_id)
+        named = [each for each in entries if each.name == target]
+        by_id = [each for each in entries if len(target) >= 4 and each.id.startswith(target)]
+        by_cell = [each for each in entries if target.isdecimal() and _cell_of(each) == int(target)]
         for found in (named, by_cell, by_id):
             if found:
                 return found[-1]
@@ -327,34 +339,29 @@ def _is_same(request: Mapping[str, Any], other: Mapping[str, Any] | None) -> boo
             return False
 
 
-def _cell_of(manifest: Manifest) -> int | None:
+def too_many(freed: Sequence[int], *, loose: int, budget_bytes: int) -> int:
+    """How many of the oldest checkpoints go, of `loose` that may: none, or so many that the rest fits.
+
+    freed: what removing the first 0, 1, ... of all would free, those too that may not go; the last is what they take.
+    """
+    least = max(0, loose - MAX_CHECKPOINTS)
+    enough = (count for count in range(least, loose) if freed[-1] - freed[count] <= budget_bytes)
+    return next(enough, loose)
+
+
+def _cell_of(entry: SnapshotEntry) -> int | None:
     """The cell after which it was taken; None if one was running."""
-    if manifest.kernel is None or manifest.kernel.state != "idle":
-        return None
-    return manifest.kernel.execution_count
+    return entry.execution_count if entry.kernel_state == "idle" else None
 
 
-def _own_bytes(manifest: Manifest) -> int:
-    """What this snapshot added: its last layer and its device state."""
-    last_layer = manifest.memory.layers[-1].size_bytes if manifest.memory.layers else 0
-    return manifest.device.size_bytes + last_layer
-
-
-def _checkpoint(manifest: Manifest) -> Checkpoint:
+def _checkpoint(entry: SnapshotEntry) -> Checkpoint:
     return Checkpoint(
-        id=manifest.id,
-        name=manifest.name,
-        cell=_cell_of(manifest),
-        created_at=manifest.created_at,
-        bytes=_own_bytes(manifest),
+        id=entry.id, name=entry.name, cell=_cell_of(entry), created_at=entry.created_at, bytes=entry.added_bytes
     )
 
 
-def snapshot_of(manifest: Manifest) -> Snapshot:
+def snapshot_of(entry: SnapshotEntry) -> Snapshot:
     """What users see of a snapshot."""
     return Snapshot(
-        **asdict(_checkpoint(manifest)),
-        owner=manifest.owner,
-        sandbox_id=manifest.sandbox_id,
-        template=manifest.template,
+        **asdict(_checkpoint(entry)), owner=entry.owner, sandbox_id=entry.sandbox_id, template=entry.template
     )

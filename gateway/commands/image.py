@@ -180,11 +180,11 @@ def users_of(state_dir: Path, image_digest: str) -> list[str]:
     if not directory.exists():
         return []
     with SnapshotStore(directory) as store:
-        snapshots = [manifest for manifest in store.ls() if manifest.image_digest == image_digest]
-        bases = {manifest.memory.base.digest for manifest in snapshots}
+        snapshots = [entry.id for entry in store.ls() if entry.image_digest == image_digest]
+        bases = {store.get(snapshot_id).memory.base.digest for snapshot_id in snapshots}
         running = [user for user, pin in store.pins().items() if user.startswith("machine-") and bases & set(pin.bases)]
         of_templates = {record.snapshot for record, _ in stored_templates(state_dir / "templates", store)}
-        return [manifest.id for manifest in snapshots if manifest.id not in of_templates] + running
+        return [snapshot_id for snapshot_id in snapshots if snapshot_id not in of_templates] + running
 
 
 def _remove_templates(state_dir: Path, image_digest: str) -> None:

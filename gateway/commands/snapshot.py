@@ -14,7 +14,6 @@ from pathlib import Path
 from kernels.directories import default_state_dir
 from vm_runtime.snapshots.archive import export_snapshot, import_snapshot
 from vm_runtime.snapshots.errors import SnapshotError
-from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import Collected, SnapshotStore
 
 _Command = Callable[[SnapshotStore, argparse.Namespace], int]
@@ -62,21 +61,20 @@ def _run(command: _Command, arguments: argparse.Namespace) -> int:
 
 
 def _ls(store: SnapshotStore, arguments: argparse.Namespace) -> int:
-    manifests = store.ls(sandbox_id=arguments.sandbox, owner=arguments.owner)
+    entries = store.ls(sandbox_id=arguments.sandbox, owner=arguments.owner)
     if arguments.json:
-        _print_json([manifest.model_dump(mode="json") for manifest in manifests])
+        _print_json([store.get(entry.id).model_dump(mode="json") for entry in entries])
         return 0
     pinned: dict[str, list[str]] = {}
     for user, pin in store.pins().items():
         for snapshot_id in pin.snapshots:
             pinned.setdefault(snapshot_id, []).append(user)
     print(f"{'ID':12}  {'CREATED':19}  {'MIB':>8}  {'LAYERS':>6}  {'TEMPLATE':14}  {'NAME':20}  NEEDED BY")
-    for manifest in manifests:
-        created = manifest.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    for entry in entries:
+        created = entry.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         print(
-            f"{manifest.id[:12]}  {created}  {_stored_bytes(store, manifest) / (1 << 20):8.1f}  "
-            f"{len(manifest.memory.layers):6}  {manifest.template:14.14}  {manifest.name or '':20.20}  "
-            f"{', '.join(pinned.get(manifest.id, []))}"
+            f"{entry.id[:12]}  {created}  {entry.added_bytes / (1 << 20):8.1f}  {entry.layers:6}  "
+            f"{entry.template:14.14}  {entry.name or '':20.20}  {', '.join(pinned.get(entry.id, []))}"
         )
     return 0
 
@@ -138,12 +136,6 @@ def _import(store: SnapshotStore, arguments: argparse.Namespace) -> int:
     else:
         print(f"{manifest.id}  imported")
     return 0
-
-
-def _stored_bytes(store: SnapshotStore, manifest: Manifest) -> int:
-    """What the parts take on disk; a base is mostly holes."""
-    paths = [store.part_path(kind, part.digest) for kind, part in manifest.parts()]
-    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
 
 
 def _collected_json(collected: Collected) -> dict[str, int]:

@@ -7,6 +7,7 @@ SnapshotError
 +-- BrokenSnapshotError       the data's: truncated, tampered, foreign or of another version; it is refused
 +-- StoreFullError            the host's: no room left; nothing was stored
 +-- ChainTooLongError         the host's: flattening has not kept up; nothing was stored
++-- StoreIndexError           the host's: the store's index cannot be read or written
 +-- ProcessMemoryError        the VMM's memory cannot be read or written (it died, or the rights are missing)
 """
 
@@ -60,6 +61,10 @@ class ChainTooLongError(SnapshotError):
         self.what = what
         self.count = count
         self.most = most
+
+
+class StoreIndexError(SnapshotError):
+    """The store's index is damaged, or another process does not let go of it; snapshots and parts are as they were."""
 
 
 class ProcessMemoryError(SnapshotError):

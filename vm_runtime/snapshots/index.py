@@ -1,140 +1,386 @@
-"""The store's index: which snapshots there are, in SQLite, so that listing two hundred reads one file.
+"""The store's index, in SQLite: which snapshots there are, which parts each of them needs, and what is pinned.
 
-A cache of the manifests and nothing more: it is thrown away and made again whenever it cannot be trusted.
+All of it can be read again from the store's files, and is when it is lost. A change of the store happens within
+`exclusive`, SQLite's write transaction, which excludes other threads and processes; it is held for milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from vm_runtime.snapshots.digests import FileIdentity
-from vm_runtime.snapshots.errors import StoreFullError
+from vm_runtime.snapshots.errors import StoreFullError, StoreIndexError
 from vm_runtime.snapshots.manifest import Manifest, PartKind
 
-_SCHEMA_VERSION = 2
-_SCHEMA = f"""
+PartKey = tuple[PartKind, str]
+
+SCHEMA_VERSION = 3
+# number: of a snapshot never given again, so that "newer than" can be asked. parent: the first of the manifest's.
+# added_bytes: of the parts that no older snapshot had. pinned_*: by user; a draft's own pins begin with a dot.
+SCHEMA = f"""
     CREATE TABLE snapshot (
-        id TEXT PRIMARY KEY, name TEXT, owner TEXT NOT NULL, sandbox_id TEXT, created_at TEXT NOT NULL,
-        flattened_from TEXT, manifest BLOB NOT NULL
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, name TEXT, owner TEXT NOT NULL,
+        sandbox_id TEXT, created_at TEXT NOT NULL, template TEXT NOT NULL, image_digest TEXT NOT NULL, parent TEXT,
+        kernel_state TEXT, execution_count INTEGER, layers INTEGER NOT NULL, added_bytes INTEGER NOT NULL,
+        flattened_from TEXT
     ) STRICT;
     CREATE INDEX snapshot_by_sandbox ON snapshot (sandbox_id, created_at);
     CREATE INDEX snapshot_by_origin ON snapshot (flattened_from);
+    CREATE TABLE part (
+        number INTEGER PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, stored_bytes INTEGER NOT NULL,
+        UNIQUE (kind, digest)
+    ) STRICT;
+    CREATE TABLE snapshot_part (
+        snapshot INTEGER NOT NULL REFERENCES snapshot ON DELETE CASCADE, part INTEGER NOT NULL REFERENCES part,
+        PRIMARY KEY (snapshot, part)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX snapshot_by_part ON snapshot_part (part);
+    CREATE TABLE pinned_snapshot (
+        user TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (user, id)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX user_by_snapshot ON pinned_snapshot (id);
+    CREATE TABLE pinned_part (
+        user TEXT NOT NULL, part INTEGER NOT NULL REFERENCES part, PRIMARY KEY (user, part)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX user_by_part ON pinned_part (part);
     CREATE TABLE checked (
         kind TEXT NOT NULL, digest TEXT NOT NULL, inode INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
         mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, PRIMARY KEY (kind, digest)
     ) STRICT, WITHOUT ROWID;
-    PRAGMA user_version = {_SCHEMA_VERSION};
+    PRAGMA user_version = {SCHEMA_VERSION};
 """
+# What is removed, or might be, while one statement looks at it.
+_TEMPORARY = "CREATE TEMPORARY TABLE doomed (snapshot INTEGER PRIMARY KEY, position INTEGER NOT NULL) STRICT"
 
 # Another process (a command beside the gateway) holds the index for milliseconds only.
 _BUSY_TIMEOUT_S = 10.0
+# What SQLite's log grows to before it is used again from its beginning (1,000 pages). It is reserved ahead, so that
+# on a full disk, too, snapshots can be removed.
+_LOG_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotEntry:
+    """What lists show of a snapshot. parent: the snapshot it came from. kernel_state, execution_count: of the kernel
+    when it was taken. layers: how many. added_bytes: disk space of the parts that it brought into the store."""
+
+    id: str
+    name: str | None
+    owner: str
+    sandbox_id: str | None
+    created_at: datetime
+    template: str
+    image_digest: str
+    parent: str | None
+    kernel_state: str | None
+    execution_count: int | None
+    layers: int
+    added_bytes: int
 
 
 class Index:
-    """Open index of one store; safe to use from several threads and processes. Close it."""
+    """Open index of one store; safe to use from several threads and processes. Close it.
 
-    def __init__(self, path: Path) -> None:
+    sole: no other process has this store open, so a file that is missing or cannot be used is made again.
+    Every method raises StoreFullError, and StoreIndexError if SQLite fails.
+    """
+
+    def __init__(self, path: Path, *, sole: bool) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         try:
-            self._connection = self._open()
-        except sqlite3.DatabaseError:
-            # Damaged, or written by another version: what it says can be read from the manifests again.
+            if not sole and not path.exists():
+                raise sqlite3.DatabaseError("it is missing while another process has the store open")
+            self._connection = self._open(sole=sole)
+        except sqlite3.DatabaseError as error:
+            if not sole or _code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY):
+                raise self._translated(error) from error
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
-            self._connection = self._open()
+            with self._access():
+                self._connection = self._open(sole=True)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, *, sole: bool) -> sqlite3.Connection:
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA temp_store = MEMORY")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
-                connection.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
-            elif version != _SCHEMA_VERSION:
-                raise sqlite3.DatabaseError(f"index version {version}")
-            connection.execute("SELECT count(*) FROM snapshot")
+                connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
+            elif version != SCHEMA_VERSION:
+                raise sqlite3.DatabaseError(f"it has version {version} instead of {SCHEMA_VERSION}")
+            if sole:
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+                self._reserve_log()
+            connection.execute(_TEMPORARY)
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def ids(self) -> set[str]:
-        with self._lock:
-            return {row[0] for row in self._connection.execute("SELECT id FROM snapshot")}
-
-    def add(self, manifests: Iterable[Manifest]) -> None:
-        """Note manifests; those that are there already stay. Raises StoreFullError."""
-        rows = [
-            (m.id, m.name, m.owner, m.sandbox_id, m.created_at.isoformat(), m.flattened_from, m.to_json())
-            for m in manifests
-        ]
-        try:
-            with self._lock, self._transaction():
-                self._connection.executemany("INSERT OR IGNORE INTO snapshot VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                raise StoreFullError(f"No room left for the index {self._path}; free some, then try again.") from error
-            raise
-
-    def remove(self, ids: Iterable[str]) -> None:
-        with self._lock, self._transaction():
-            self._connection.executemany("DELETE FROM snapshot WHERE id = ?", [(id_,) for id_ in ids])
-
-    def manifests(self, *, sandbox_id: str | None, owner: str | None, name: str | None) -> list[Manifest]:
-        """Manifests that match everything given, oldest first, without flattened forms of others."""
-        query = "SELECT manifest FROM snapshot WHERE flattened_from IS NULL"
-        values: list[str] = []
-        for column, value in (("sandbox_id", sandbox_id), ("owner", owner), ("name", name)):
-            if value is not None:
-                query += f" AND {column} = ?"
-                values.append(value)
-        with self._lock:
-            rows = self._connection.execute(query + " ORDER BY created_at, id", values).fetchall()
-        return [Manifest.parse(row[0]) for row in rows]
-
-    def flattened(self, snapshot_id: str) -> list[Manifest]:
-        """The flattened forms of a snapshot, newest first."""
-        query = "SELECT manifest FROM snapshot WHERE flattened_from = ? ORDER BY created_at DESC, rowid DESC"
-        with self._lock:
-            rows = self._connection.execute(query, (snapshot_id,)).fetchall()
-        return [Manifest.parse(row[0]) for row in rows]
-
-    def checked(self, kind: PartKind, digest: str) -> FileIdentity | None:
-        """The file of which it was last seen that its content has this digest."""
-        query = "SELECT inode, size_bytes, mtime_ns, ctime_ns FROM checked WHERE kind = ? AND digest = ?"
-        with self._lock:
-            row = self._connection.execute(query, (kind, digest)).fetchone()
-        if row is None:
-            return None
-        return FileIdentity(inode=row[0], size_bytes=row[1], mtime_ns=row[2], ctime_ns=row[3])
-
-    def note_checked(self, files: Iterable[tuple[PartKind, str, FileIdentity]]) -> None:
-        """Remember files whose content has just been seen to have their digests."""
-        rows = [(kind, digest, f.inode, f.size_bytes, f.mtime_ns, f.ctime_ns) for kind, digest, f in files]
-        with self._lock, self._transaction():
-            self._connection.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?)", rows)
-
-    def forget_checked(self, files: Iterable[tuple[PartKind, str]]) -> None:
-        with self._lock, self._transaction():
-            self._connection.executemany("DELETE FROM checked WHERE kind = ? AND digest = ?", list(files))
+    def _reserve_log(self) -> None:
+        with contextlib.suppress(OSError):  # no room, or not that kind of file system: then without
+            fd = os.open(self._path.with_name(self._path.name + "-wal"), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(fd, 0, _LOG_BYTES)
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         with self._lock:
             self._connection.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+    def exclusive(self) -> Iterator[None]:
+        """Within it nobody else changes the store; what was written to the index is kept if the block succeeds."""
+        with self._access():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    # Snapshots
+
+    def ids(self) -> set[str]:
+        with self._access():
+            return {id_ for (id_,) in self._connection.execute("SELECT id FROM snapshot")}
+
+    def add(self, manifest: Manifest, stored_bytes: Sequence[int]) -> None:
+        """Note a snapshot, if it is not there. stored_bytes: disk space of each of its parts. Within `exclusive`."""
+        parts = [
+            (self._part(kind, part.digest, size), size)
+            for (kind, part), size in zip(manifest.parts(), stored_bytes, strict=True)
+        ]
+        seen = "SELECT EXISTS (SELECT 1 FROM snapshot_part WHERE part = ?)"
+        added_bytes = sum(size for number, size in parts if not self._one(seen, number))
+        kernel = manifest.kernel
+        inserted = self._connection.execute(
+            "INSERT OR IGNORE INTO snapshot (id, name, owner, sandbox_id, created_at, template, image_digest, parent,"
+            " kernel_state, execution_count, layers, added_bytes, flattened_from)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number",
+            (
+                manifest.id,
+                manifest.name,
+                manifest.owner,
+                manifest.sandbox_id,
+                manifest.created_at.astimezone(UTC).isoformat(timespec="microseconds"),
+                manifest.template,
+                manifest.image_digest,
+                manifest.parents[0] if manifest.parents else None,
+                kernel and kernel.state,
+                kernel and kernel.execution_count,
+                len(manifest.memory.layers),
+                added_bytes,
+                manifest.flattened_from,
+            ),
+        ).fetchone()
+        if inserted is not None:
+            rows = [(inserted[0], number) for number, _ in parts]
+            self._connection.executemany("INSERT INTO snapshot_part VALUES (?, ?)", rows)
+
+    def remove(self, ids: Iterable[str]) -> list[PartKey]:
+        """Forget snapshots; answers the parts that they needed. Within `exclusive`."""
+        parts: set[PartKey] = set()
+        for id_ in ids:
+            parts.update(
+                self._parts(
+                    "SELECT kind, digest FROM snapshot JOIN snapshot_part ON snapshot = snapshot.number"
+                    " JOIN part ON part = part.number WHERE id = ?",
+                    id_,
+                )
+            )
+            self._connection.execute("DELETE FROM snapshot WHERE id = ?", (id_,))
+        return list(parts)
+
+    def entries(
+        self,
+        *,
+        id: str | None = None,
+        sandbox_id: str | None = None,
+        owner: str | None = None,
+        name: str | None = None,
+    ) -> list[SnapshotEntry]:
+        """The snapshots that match everything given, oldest first, without flattened forms of others."""
+        columns = SnapshotEntry.__dataclass_fields__.keys()
+        query = f"SELECT {', '.join(columns)} FROM snapshot WHERE flattened_from IS NULL"
+        values: list[str] = []
+        for column, value in (("id", id), ("sandbox_id", sandbox_id), ("owner", owner), ("name", name)):
+            if value is not None:
+                query += f" AND {column} = ?"
+                values.append(value)
+        with self._access():
+            rows = self._connection.execute(query + " ORDER BY created_at, id", values).fetchall()
+        named = (dict(zip(columns, row, strict=True)) for row in rows)
+        return [SnapshotEntry(**row | {"created_at": datetime.fromisoformat(row["created_at"])}) for row in named]
+
+    def flattened(self, snapshot_id: str) -> list[str]:
+        """The flattened forms of a snapshot, newest first."""
+        query = "SELECT id FROM snapshot WHERE flattened_from = ? ORDER BY number DESC"
+        with self._access():
+            return [id_ for (id_,) in self._connection.execute(query, (snapshot_id,))]
+
+    def sandboxes_since(self, number: int) -> tuple[set[str], int]:
+        """Whose snapshots, flattened forms too, came after the one with this number; and the newest number."""
+        query = "SELECT number, sandbox_id FROM snapshot WHERE number > ?"
+        with self._access():
+            rows = self._connection.execute(query, (number,)).fetchall()
+        found = {sandbox_id for _, sandbox_id in rows if sandbox_id is not None}
+        return found, max((row[0] for row in rows), default=number)
+
+    # Pins
+
+    def pin(self, user: str, *, snapshots: Iterable[str] = (), parts: Iterable[PartKey] = ()) -> list[PartKey]:
+        """Let a user need these and nothing else; answers the parts that it needed before. Within `exclusive`."""
+        before = self._parts("SELECT kind, digest FROM pinned_part JOIN part ON part = number WHERE user = ?", user)
+        for table in ("pinned_snapshot", "pinned_part"):
+            self._connection.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+        self._connection.executemany("INSERT INTO pinned_snapshot VALUES (?, ?)", [(user, id_) for id_ in snapshots])
+        rows = [(user, self._part(kind, digest)) for kind, digest in dict.fromkeys(parts)]
+        self._connection.executemany("INSERT INTO pinned_part VALUES (?, ?)", rows)
+        return before
+
+    def pins(self) -> dict[str, tuple[set[str], set[PartKey]]]:
+        """The snapshots and parts that each user needs, drafts too."""
+        found: dict[str, tuple[set[str], set[PartKey]]] = {}
+        with self._access():
+            for user, id_ in self._connection.execute("SELECT user, id FROM pinned_snapshot"):
+                found.setdefault(user, (set(), set()))[0].add(id_)
+            query = "SELECT user, kind, digest FROM pinned_part JOIN part ON part = number"
+            for user, kind, digest in self._connection.execute(query):
+                found.setdefault(user, (set(), set()))[1].add((PartKind(kind), digest))
+        return found
+
+    def users(self, snapshot_id: str) -> list[str]:
+        """Who has pinned a snapshot."""
+        query = "SELECT user FROM pinned_snapshot WHERE id = ? ORDER BY user"
+        with self._access():
+            return [user for (user,) in self._connection.execute(query, (snapshot_id,))]
+
+    # Parts
+
+    def needed(self) -> set[PartKey]:
+        """The parts that a snapshot or a user needs."""
+        with self._access():
+            return set(
+                self._parts(
+                    "SELECT kind, digest FROM part WHERE EXISTS (SELECT 1 FROM snapshot_part WHERE part = number)"
+                    " OR EXISTS (SELECT 1 FROM pinned_part WHERE part = number)"
+                )
+            )
+
+    def forget_unneeded(self, parts: Iterable[PartKey]) -> list[PartKey]:
+        """Those of these parts that no snapshot and no user needs; they are forgotten. Within `exclusive`."""
+        forgotten: list[PartKey] = []
+        for kind, digest in parts:
+            self._connection.execute(
+                "DELETE FROM part WHERE kind = ? AND digest = ?"
+                " AND NOT EXISTS (SELECT 1 FROM snapshot_part WHERE part = number)"
+                " AND NOT EXISTS (SELECT 1 FROM pinned_part WHERE part = number)",
+                (kind, digest),
+            )
+            if not self._one("SELECT EXISTS (SELECT 1 FROM part WHERE kind = ? AND digest = ?)", kind, digest):
+                self._connection.execute("DELETE FROM checked WHERE kind = ? AND digest = ?", (kind, digest))
+                forgotten.append((kind, digest))
+        return forgotten
+
+    def freed_bytes(self, ids: Sequence[str]) -> list[int]:
+        """How many bytes of parts go with the first of these snapshots, with the first two, and so on.
+
+        Each is counted with its flattened forms. Those that are pinned stay, and what they need.
+        """
+        with self._access():
+            self._connection.execute("DELETE FROM doomed")
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO doomed SELECT number, ?1 FROM snapshot WHERE (id = ?2 OR flattened_from = ?2)"
+                " AND NOT EXISTS (SELECT 1 FROM pinned_snapshot WHERE id = ?2)",
+                list(enumerate(ids)),
+            )
+            rows = self._connection.execute(
+                "SELECT max(position), stored_bytes FROM doomed"
+                " JOIN snapshot_part AS mine ON mine.snapshot = doomed.snapshot JOIN part ON number = mine.part"
+                " WHERE NOT EXISTS (SELECT 1 FROM pinned_part WHERE part = number)"
+                " GROUP BY number HAVING NOT EXISTS (SELECT 1 FROM snapshot_part AS other WHERE other.part = number"
+                " AND other.snapshot NOT IN (SELECT snapshot FROM doomed))"
+            ).fetchall()
+        freed = [0] * len(ids)
+        for position, stored_bytes in rows:
+            freed[position] += stored_bytes
+        return list(itertools.accumulate(freed))
+
+    # Checked files
+
+    def checked(self, kind: PartKind, digest: str) -> FileIdentity | None:
+        """The file of which it was last seen that its content has this digest."""
+        query = "SELECT inode, size_bytes, mtime_ns, ctime_ns FROM checked WHERE kind = ? AND digest = ?"
+        with self._access():
+            row = self._connection.execute(query, (kind, digest)).fetchone()
+        if row is None:
+            return None
+        return FileIdentity(inode=row[0], size_bytes=row[1], mtime_ns=row[2], ctime_ns=row[3])
+
+    def note_checked(self, kind: PartKind, digest: str, file: FileIdentity) -> None:
+        """Remember a file whose content has just been seen to have its digest."""
+        row = (kind, digest, file.inode, file.size_bytes, file.mtime_ns, file.ctime_ns)
+        with self._access():
+            self._connection.execute("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    # Inside
+
+    def _part(self, kind: PartKind, digest: str, stored_bytes: int = 0) -> int:
+        """The number of a part, which is noted if it is not there."""
+        return self._one(
+            "INSERT INTO part (kind, digest, stored_bytes) VALUES (?, ?, ?) ON CONFLICT"
+            " DO UPDATE SET stored_bytes = max(stored_bytes, excluded.stored_bytes) RETURNING number",
+            kind,
+            digest,
+            stored_bytes,
+        )
+
+    def _parts(self, query: str, *values: str) -> list[PartKey]:
+        return [(PartKind(kind), digest) for kind, digest in self._connection.execute(query, values)]
+
+    def _one(self, query: str, *values: str | int) -> int:
+        row: tuple[int] = self._connection.execute(query, values).fetchone()
+        return row[0]
+
+    @contextlib.contextmanager
+    def _access(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
+                    raise
+                raise self._translated(error) from error
+
+    def _translated(self, error: sqlite3.DatabaseError) -> StoreFullError | StoreIndexError:
+        if _code(error) == sqlite3.SQLITE_FULL:
+            return StoreFullError(f"No room left for the index {self._path}; free some, then try again.")
+        return StoreIndexError(
+            f"The index {self._path} cannot be used: {error}. It is made again from the snapshots when the store is "
+            "opened by a single process: end the others (gateway, commands) and start again."
+        )
+
+
+def _code(error: sqlite3.DatabaseError) -> int | None:
+    """SQLite's primary result code; None if the error is not SQLite's own."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF

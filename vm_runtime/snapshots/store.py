@@ -5,27 +5,28 @@ Knows files and digests; knows nothing of VMMs or of processes. Blocking file I/
     STORE/manifests/<id>.json           the truth about which snapshots there are
           parts/<kind>/<digest>         base, layer, device, disk: shared by all snapshots that need them
           pins/<user>.json              what a live or sleeping sandbox needs, whoever runs or does not run
-          drafts/<random>/              being made; whatever is here while nobody holds the lock is rubbish
-          index.sqlite                  made again from the manifests when lost
-          lock                          shared by drafts, exclusive for removal
+          drafts/<random>/              being made by whoever holds its lock; rubbish if nobody does
+          index.sqlite                  who needs which part; made again from the files above when lost
+          lock                          shared by all who have the store open, exclusive to make the index again
 
 A snapshot is published by renaming its parts into place, syncing, and then renaming its manifest. It lists all of its
-parts, so removing one never harms another: parts go when the last manifest and the last pin that names them go.
+parts, so removing one never harms another: parts go when the last manifest and the last pin that names them go. The
+index counts them, so a removal costs what it removes. Its transactions exclude each other, and none waits for a disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -37,7 +38,7 @@ from vm_runtime.snapshots.errors import (
     SnapshotRequestError,
     UnknownSnapshotError,
 )
-from vm_runtime.snapshots.index import Index
+from vm_runtime.snapshots.index import Index, PartKey, SnapshotEntry
 from vm_runtime.snapshots.layers import Layer
 from vm_runtime.snapshots.manifest import (
     MAX_MANIFEST_BYTES,
@@ -49,10 +50,16 @@ from vm_runtime.snapshots.manifest import (
     SnapshotContents,
     SnapshotId,
 )
-from vm_runtime.snapshots.memory import full_or_same
+from vm_runtime.snapshots.memory import full_or_same, removed_on_error
+
+_T = TypeVar("_T")
 
 _USER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 _SNAPSHOT_ID = re.compile(r"^[0-9a-f]{32}$")
+# What is removed without letting go of the index: some milliseconds for others that wait, and as many open files.
+_PORTION = 64
+# A pin is written in milliseconds; what is older than this was left by a writer that was killed.
+_HALF_WRITTEN_S = 3600.0
 
 
 class Pin(BaseModel):
@@ -81,21 +88,34 @@ class Collected:
 
 
 class SnapshotStore:
-    """One store directory, made if it is missing. Close it. Several processes may have the same one open."""
+    """One store directory, made if it is missing. Close it. Several processes may have the same one open.
+
+    Every method that reads or changes the index raises StoreIndexError if that fails.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         for name in ("manifests", "pins", "drafts", *(f"parts/{kind}" for kind in PartKind)):
             (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.index = Index(directory / "index.sqlite")
-        try:
-            self._reconcile()
-        except BaseException:
-            self.index.close()
-            raise
+        # Parts that were pinned, and are not any more; the next removal looks whether anything needs them.
+        self._released: set[PartKey] = set()
+        self._unreadable: list[Path] = []
+        with contextlib.ExitStack() as stack:
+            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, lock)
+            sole = _try_lock(lock)
+            if not sole:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            self.index = Index(directory / "index.sqlite", sole=sole)
+            stack.callback(self.index.close)
+            with self.index.exclusive():
+                self._reconcile()
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
-        self.index.close()
+        """Twice is harmless."""
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -131,13 +151,32 @@ class SnapshotStore:
             raise SnapshotRequestError(f"{reference!r} means several snapshots: {', '.join(sorted(found))}.")
         return found[0]
 
-    def ls(self, *, sandbox_id: str | None = None, owner: str | None = None, name: str | None = None) -> list[Manifest]:
+    def ls(
+        self, *, sandbox_id: str | None = None, owner: str | None = None, name: str | None = None
+    ) -> list[SnapshotEntry]:
         """The snapshots that match everything given, oldest first, from the index; flattened forms are left out."""
-        return self.index.manifests(sandbox_id=sandbox_id, owner=owner, name=name)
+        return self.index.entries(sandbox_id=sandbox_id, owner=owner, name=name)
+
+    def entry(self, snapshot_id: str) -> SnapshotEntry:
+        """What `ls` has of one snapshot. Raises UnknownSnapshotError."""
+        for entry in self.index.entries(id=snapshot_id):
+            return entry
+        raise UnknownSnapshotError(snapshot_id)
 
     def flattened(self, snapshot_id: str) -> Manifest | None:
         """The shortest known form of the same state, if there is one. It is removed together with the snapshot."""
-        return next(iter(self.index.flattened(snapshot_id)), None)
+        for id_ in self.index.flattened(snapshot_id):
+            with contextlib.suppress(BrokenSnapshotError, UnknownSnapshotError):  # the snapshot itself is as good
+                return self.get(id_)
+        return None
+
+    def freed_bytes(self, ids: Sequence[str]) -> list[int]:
+        """Disk space that removing the first of these snapshots would free, the first two, and so on."""
+        return self.index.freed_bytes(ids)
+
+    def sandboxes_since(self, number: int) -> tuple[set[str], int]:
+        """The sandboxes of which anything was published since an earlier call, and the number for the next call."""
+        return self.index.sandboxes_since(number)
 
     def part_path(self, kind: PartKind, digest: str) -> Path:
         """Where a part lies, or would lie. Its content is only what its digest says if somebody checked that."""
@@ -156,7 +195,7 @@ class SnapshotStore:
             raise BrokenSnapshotError(f"The {kind} {part.digest} is missing.") from error
         if identity.size_bytes != part.size_bytes or self.index.checked(kind, part.digest) != identity:
             self._check_part(kind, part)
-            self.index.note_checked([(kind, part.digest, identity)])
+            self.index.note_checked(kind, part.digest, identity)
         return path
 
     def open_layers(self, memory: MemoryParts) -> list[Layer]:
@@ -198,23 +237,20 @@ class SnapshotStore:
     def begin(self) -> Iterator[Draft]:
         """A snapshot in the making. Leaving without `publish` removes all of it; a full disk raises StoreFullError.
 
-        Do not call `rm` or `gc` within: they wait until no draft is open.
+        It may stay open for long; nobody waits for it.
         """
         directory = self.directory / "drafts" / secrets.token_hex(8)
         try:
-            with self._locked(fcntl.LOCK_SH):
-                try:
+            with contextlib.ExitStack() as stack:
+                with self.index.exclusive():  # no collection meets it before it is locked
                     directory.mkdir(mode=0o700)
-                    yield Draft(self, directory)
-                finally:
-                    shutil.rmtree(directory, ignore_errors=True)
-        except BaseException as error:
-            # Parts already in place when publishing failed; if others are at work, a later collection finds them.
-            with contextlib.suppress(OSError, SnapshotError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self._collect()
-            if isinstance(error, OSError):
-                raise full_or_same(error, directory) from error
-            raise
+                    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    stack.callback(os.close, fd)
+                    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                yield Draft(self, directory)
+        except OSError as error:
+            raise full_or_same(error, directory) from error
 
     # Keeping and removing
 
@@ -224,18 +260,25 @@ class SnapshotStore:
         durable: it must survive a power loss too; a running machine does not, so its pin need not wait for the disk.
         Raises UnknownSnapshotError, SnapshotRequestError (not a name), StoreFullError.
         """
-        if not _USER_NAME.match(user):
-            raise SnapshotRequestError(f"{user!r} cannot be the name of a pin.")
-        with self._locked(fcntl.LOCK_SH):
-            for snapshot_id in pin.snapshots:
-                if not self.manifest_path(snapshot_id).exists():
-                    raise UnknownSnapshotError(snapshot_id)
-            path = self.directory / "pins" / f"{user}.json"
-            _write_whole(path, pin.model_dump_json().encode(), synced=durable)
+        path = self._pin_path(user)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with removed_on_error(temporary):
+            _write(temporary, pin.model_dump_json().encode(), synced=durable)
+            with self.index.exclusive():
+                for snapshot_id in pin.snapshots:
+                    if not self.manifest_path(snapshot_id).exists():
+                        raise UnknownSnapshotError(snapshot_id)
+                self._released.update(self.index.pin(user, snapshots=pin.snapshots, parts=pin.parts()))
+                temporary.replace(path)
+            if durable:
+                sync_directory(path.parent)
 
     def unpin(self, user: str) -> None:
-        """Harmless if nothing is pinned."""
-        (self.directory / "pins" / f"{user}.json").unlink(missing_ok=True)
+        """Harmless if nothing is pinned. What nobody needs any more goes with the next removal."""
+        path = self._pin_path(user)
+        with self.index.exclusive():
+            path.unlink(missing_ok=True)
+            self._released.update(self.index.pin(user))
 
     def pin_users(self) -> set[str]:
         """Who has pinned something, also where that cannot be read."""
@@ -256,67 +299,157 @@ class SnapshotStore:
     def rm(self, snapshot_id: str) -> Collected:
         """Remove a snapshot, its flattened forms, and the parts that only they needed.
 
-        Raises UnknownSnapshotError; SnapshotInUseError if a live or sleeping sandbox needs it, naming it.
+        Raises UnknownSnapshotError; SnapshotInUseError if a live or sleeping sandbox needs it, naming it;
+        BrokenSnapshotError if there is a pin that cannot be read, and so might name it.
         """
-        with self._locked(fcntl.LOCK_EX):
-            path = self.manifest_path(snapshot_id)
-            if not _SNAPSHOT_ID.match(snapshot_id) or not path.exists():
-                raise UnknownSnapshotError(snapshot_id)
-            users = [f"sandbox {user}" for user, pin in self.pins().items() if snapshot_id in pin.snapshots]
-            if users:
-                raise SnapshotInUseError(snapshot_id, users=users)
-            # The snapshot last: a flattened form without it would stay for ever.
-            doomed = [*(flat.id for flat in self.index.flattened(snapshot_id)), snapshot_id]
-            for id_ in doomed:
-                self.manifest_path(id_).unlink(missing_ok=True)
-            sync_directory(path.parent)
-            self.index.remove(doomed)
-            return self._collect()
+        if not _SNAPSHOT_ID.match(snapshot_id):
+            raise UnknownSnapshotError(snapshot_id)
+        return self._remove([snapshot_id], strict=True)
+
+    def rm_many(self, ids: Sequence[str]) -> Collected:
+        """Remove those of these snapshots that no sandbox needs, as `rm` does, faster than one after the other.
+
+        Removes what was unpinned since the last removal, too, also if `ids` is empty. Raises BrokenSnapshotError.
+        """
+        return self._remove(ids, strict=False)
 
     def gc(self) -> Collected:
-        """Remove drafts that nobody works on, and parts that no manifest and no pin names. Waits for running drafts."""
-        with self._locked(fcntl.LOCK_EX):
-            return self._collect()
+        """Look at all files: what a killed process left is removed, and the index is corrected. For every start.
+
+        Removes drafts that nobody works on, and parts that no manifest and no pin names. Raises BrokenSnapshotError if
+        there is a manifest or a pin that cannot be read, and so might name any part: no part is removed then.
+        """
+        with contextlib.ExitStack() as stack, self.index.exclusive():
+            self._reconcile()
+            drafts = list((self.directory / "drafts").iterdir())
+            dead = [path for path in drafts if _lock_dead_draft(path, stack)]
+            for path in dead:
+                stack.callback(shutil.rmtree, path, ignore_errors=True)
+            live = {_draft_user(path) for path in drafts} - {_draft_user(path) for path in dead}
+            for user in self.index.pins():
+                if not _USER_NAME.match(user) and user not in live:
+                    self.index.pin(user)
+            on_disk = {(kind, path.name) for kind in PartKind for path in (self.directory / "parts" / kind).iterdir()}
+            strays = on_disk - self.index.needed()
+        for name in ("manifests", "pins"):
+            for path in (self.directory / name).glob(".*"):
+                with contextlib.suppress(FileNotFoundError):  # its writer has just renamed it
+                    if time.time() - path.stat().st_mtime > _HALF_WRITTEN_S:
+                        path.unlink()
+        if self._unreadable:
+            raise BrokenSnapshotError(
+                f"{self._unreadable[0]} cannot be read; mend or remove it. No part is removed until then."
+            )
+        parts, freed_bytes = self._drop(list(strays))
+        return Collected(parts=parts, drafts=len(dead), freed_bytes=freed_bytes)
 
     # Inside
 
-    def _collect(self) -> Collected:
-        needed: set[tuple[PartKind, str]] = set()
-        for pin in self.pins().values():
-            needed.update(pin.parts())
-        for snapshot_id in self.ids():
-            # A manifest that cannot be read might need anything: nothing is collected until a person has looked.
-            needed.update((kind, part.digest) for kind, part in self.get(snapshot_id).parts())
-        removed: list[tuple[PartKind, str]] = []
-        freed_bytes = 0
-        for kind in PartKind:
-            for path in (self.directory / "parts" / kind).iterdir():
-                if (kind, path.name) not in needed:
-                    freed_bytes += path.stat().st_blocks * 512
+    def _remove(self, ids: Sequence[str], *, strict: bool) -> Collected:
+        was_unreadable = self._still_unreadable()
+        for path in was_unreadable:
+            if path.parent.name == "pins":
+                raise BrokenSnapshotError(f"The pin {path} cannot be read; mend or remove it.")
+        candidates: list[PartKey] = []
+        for some in _portions(ids):
+            with self.index.exclusive():
+                doomed: list[str] = []
+                for id_ in some:
+                    users = [user for user in self.index.users(id_) if self._pin_path(user).exists()]
+                    if strict and not self.manifest_path(id_).exists():
+                        raise UnknownSnapshotError(id_)
+                    if strict and users:
+                        raise SnapshotInUseError(id_, users=[f"sandbox {user}" for user in users])
+                    if not users and _SNAPSHOT_ID.match(id_):
+                        # The snapshot last: a flattened form without it would stay for ever.
+                        doomed += [*self.index.flattened(id_), id_]
+                for id_ in doomed:
+                    self.manifest_path(id_).unlink(missing_ok=True)
+                candidates += self.index.remove(doomed)
+        # A manifest whose parts are gone must not come back after a power loss.
+        sync_directory(self.directory / "manifests")
+        with self.index.exclusive():
+            candidates += self._released
+            self._released.clear()
+        parts, freed_bytes = self._drop(candidates)
+        if (was_unreadable and not self._still_unreadable()) or self._has_dead_draft():
+            collected = self.gc()
+            return Collected(
+                parts=parts + collected.parts,
+                drafts=collected.drafts,
+                freed_bytes=freed_bytes + collected.freed_bytes,
+            )
+        return Collected(parts=parts, drafts=0, freed_bytes=freed_bytes)
+
+    def _drop(self, candidates: Sequence[PartKey]) -> tuple[int, int]:
+        """Remove those of these parts that nothing needs; how many there were, and how much space they took."""
+        if self._still_unreadable():
+            return 0, 0
+        count = freed_bytes = 0
+        for some in _portions(candidates):
+            # A file that is open gives its blocks back when it is closed: after the index has been let go of.
+            with contextlib.ExitStack() as opened, self.index.exclusive():
+                for kind, digest in self.index.forget_unneeded(some):
+                    path = self.part_path(kind, digest)
+                    try:
+                        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    except FileNotFoundError:
+                        continue
+                    opened.callback(os.close, fd)
+                    freed_bytes += os.fstat(fd).st_blocks * 512
                     path.unlink()
-                    removed.append((kind, path.name))
-        self.index.forget_checked(removed)
-        drafts = list((self.directory / "drafts").iterdir())
-        for draft in drafts:
-            shutil.rmtree(draft)
-        # Whoever wrote one of these was killed: who writes holds the lock that excludes ours.
-        for half_written in itertools.chain.from_iterable(
-            (self.directory / name).glob(".*") for name in ("manifests", "pins")
-        ):
-            half_written.unlink()
-        return Collected(parts=len(removed), drafts=len(drafts), freed_bytes=freed_bytes)
+                    count += 1
+        return count, freed_bytes
 
     def _reconcile(self) -> None:
-        """Make the index say what the manifests say. Broken manifests stay out of it; `verify` names them."""
+        """Make the index agree with manifests and pins. Within `exclusive`.
+
+        Files that cannot be read stay out of it, and what the index knows of them stays in it.
+        """
+        self._unreadable = []
         on_disk, indexed = self.ids(), self.index.ids()
         missing: list[Manifest] = []
         for snapshot_id in on_disk - indexed:
-            with contextlib.suppress(BrokenSnapshotError, UnknownSnapshotError):
+            try:
                 missing.append(self.get(snapshot_id))
-        if missing:
-            self.index.add(missing)
-        if indexed - on_disk:
-            self.index.remove(indexed - on_disk)
+            except BrokenSnapshotError:
+                self._unreadable.append(self.manifest_path(snapshot_id))
+        for manifest in sorted(missing, key=lambda manifest: manifest.created_at):
+            self.index.add(manifest, self._stored_bytes(manifest))
+        self.index.remove(indexed - on_disk)
+        known = self.index.pins()
+        for user in self.pin_users():
+            try:
+                pin = Pin.model_validate_json(self._pin_path(user).read_bytes())
+            except ValidationError:
+                if user not in known:
+                    self._unreadable.append(self._pin_path(user))
+            else:
+                if known.get(user, (set(), set())) != (set(pin.snapshots), set(pin.parts())):
+                    self.index.pin(user, snapshots=pin.snapshots, parts=pin.parts())
+            known.pop(user, None)
+        for user in known:
+            if _USER_NAME.match(user):
+                self.index.pin(user)
+
+    def _still_unreadable(self) -> list[Path]:
+        """Manifests and pins of which nobody knows what they need, for they cannot be read."""
+        self._unreadable = [path for path in self._unreadable if path.exists()]
+        return self._unreadable
+
+    def _has_dead_draft(self) -> bool:
+        with contextlib.ExitStack() as stack:
+            return any(_lock_dead_draft(path, stack) for path in (self.directory / "drafts").iterdir())
+
+    def _stored_bytes(self, manifest: Manifest) -> list[int]:
+        """Disk space of each part; a base is mostly holes."""
+        found: list[int] = []
+        for kind, part in manifest.parts():
+            try:
+                found.append(self.part_path(kind, part.digest).stat().st_blocks * 512)
+            except FileNotFoundError:  # `verify` names it
+                found.append(0)
+        return found
 
     def ids(self) -> set[str]:
         """The ids of all snapshots, also of those whose manifest turns out to be broken."""
@@ -338,14 +471,10 @@ class SnapshotStore:
         if part_digest(kind, path) != part.digest:
             raise BrokenSnapshotError(f"The {kind} {part.digest} was changed: its content has another digest.")
 
-    @contextlib.contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, how)
-            yield
-        finally:
-            os.close(fd)
+    def _pin_path(self, user: str) -> Path:
+        if not _USER_NAME.match(user):
+            raise SnapshotRequestError(f"{user!r} cannot be the name of a pin.")
+        return self.directory / "pins" / f"{user}.json"
 
 
 class Draft:
@@ -364,50 +493,79 @@ class Draft:
         """Take a finished, synced file of this draft as a part. digest: if it is known already."""
         identity = FileIdentity.of(kind, path)  # of before the reading, so that a later change is seen
         digest = digest or part_digest(kind, path)
-        if (kind, digest) in self._staged or self._store.part_path(kind, digest).exists():
-            path.unlink()
-        else:
-            self._staged[kind, digest] = path, identity
+        self._staged.setdefault((kind, digest), (path, identity))
         return Part(digest=digest, size_bytes=identity.size_bytes)
 
     def add_bytes(self, kind: PartKind, content: bytes) -> Part:
         """Take a small part, such as device state, from memory."""
         path = self.path(f"{kind}-{len(self._staged)}")
-        _write_whole(path, content)
+        with removed_on_error(path):
+            _write(path, content, synced=True)
         return self.add(kind, path)
 
     def publish(self, contents: SnapshotContents) -> Manifest:
         """Make the snapshot visible. Every part it names must have been added, or be in the store.
 
-        Raises BrokenSnapshotError if one is missing or has another size, StoreFullError; nothing is visible then.
+        Raises BrokenSnapshotError if one is missing or has another size, UnknownSnapshotError if it is a flattened form
+        of one that was removed, StoreFullError; nothing is visible then.
         """
+        store = self._store
         manifest = Manifest.of(contents)
-        for kind, part in manifest.parts():
-            path, _ = self._staged.get((kind, part.digest), (self._store.part_path(kind, part.digest), None))
-            if not path.exists() or path.stat().st_size != part.size_bytes:
-                raise BrokenSnapshotError(f"The {kind} {part.digest} of the new snapshot is missing or incomplete.")
-        placed: list[tuple[PartKind, str, FileIdentity]] = []
-        target = self._store.manifest_path(manifest.id)
         written = self.path("manifest.json")
-        _write_whole(written, manifest.to_json())
+        _write(written, manifest.to_json(), synced=True)
+        target = store.manifest_path(manifest.id)
+        with store.index.exclusive():
+            existed = target.exists()
+            placing = [(kind, part) for kind, part in manifest.parts() if not self._is_stored(kind, part)]
+            # From here on no part that it needs goes, whoever is removed.
+            keys = [(kind, part.digest) for kind, part in manifest.parts()]
+            store.index.pin(_draft_user(self._directory), parts=keys)
         try:
-            for (kind, digest), (path, before) in self._staged.items():
-                after = FileIdentity.of(kind, path.replace(self._store.part_path(kind, digest)))
-                if (before.mtime_ns, before.size_bytes) == (after.mtime_ns, after.size_bytes):
-                    placed.append((kind, digest, after))
-            for kind in {kind for kind, _ in self._staged}:
-                sync_directory(self._store.directory / "parts" / kind)
-            written.replace(target)
+            self._place(placing)
+            with store.index.exclusive():
+                origin = manifest.flattened_from
+                if origin is not None and not store.manifest_path(origin).exists():
+                    raise UnknownSnapshotError(origin)
+                store.index.add(manifest, store._stored_bytes(manifest))
+                store.index.pin(_draft_user(self._directory))
+                written.replace(target)
             sync_directory(target.parent)
-            self._store.index.add([manifest])
-            self._store.index.note_checked(placed)
         except BaseException:
-            # Parts without a manifest are invisible, and those another draft came to need meanwhile are not ours to
-            # remove: a collection tells them apart.
-            target.unlink(missing_ok=True)
+            with contextlib.suppress(SnapshotError):  # what is left then is left to a collection
+                self._take_back(manifest, existed=existed)
             raise
         self._staged.clear()
         return manifest
+
+    def _is_stored(self, kind: PartKind, part: Part) -> bool:
+        """Whether the store has a part; if not, it was added. Raises BrokenSnapshotError if neither."""
+        path = self._store.part_path(kind, part.digest)
+        if path.exists() and path.stat().st_size == part.size_bytes:
+            return True
+        _, identity = self._staged.get((kind, part.digest), (None, None))
+        if identity is None or identity.size_bytes != part.size_bytes:
+            raise BrokenSnapshotError(f"The {kind} {part.digest} of the new snapshot is missing or incomplete.")
+        return False
+
+    def _place(self, parts: Sequence[tuple[PartKind, Part]]) -> None:
+        """Move added parts to where they belong."""
+        for kind, part in parts:
+            path, before = self._staged[kind, part.digest]
+            after = FileIdentity.of(kind, path.replace(self._store.part_path(kind, part.digest)))
+            if (before.mtime_ns, before.size_bytes) == (after.mtime_ns, after.size_bytes):
+                self._store.index.note_checked(kind, part.digest, after)
+        for kind in {kind for kind, _ in parts}:
+            sync_directory(self._store.directory / "parts" / kind)
+
+    def _take_back(self, manifest: Manifest, *, existed: bool) -> None:
+        """Undo an attempt to publish. Parts that another snapshot came to need meanwhile stay."""
+        store = self._store
+        with store.index.exclusive():
+            if not existed:
+                store.manifest_path(manifest.id).unlink(missing_ok=True)
+                store.index.remove([manifest.id])
+            store.index.pin(_draft_user(self._directory))
+        store._drop([(kind, part.digest) for kind, part in manifest.parts()])
 
 
 def sync_directory(directory: Path) -> None:
@@ -419,20 +577,38 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def _write_whole(path: Path, content: bytes, *, synced: bool = True) -> None:
-    """Write a small file so that it is there whole or not at all; synced: also after a power loss."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+def _write(path: Path, content: bytes, *, synced: bool) -> None:
+    """Write a new small file; synced: it survives a power loss once its directory is synced, too."""
+    with path.open("xb") as file:
+        file.write(content)
         if synced:
-            sync_directory(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise full_or_same(error, path) from error
-        raise
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _portions(whole: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    return (whole[first : first + _PORTION] for first in range(0, len(whole), _PORTION))
+
+
+def _try_lock(fd: int) -> bool:
+    """Whether nobody else held this lock, which is then ours."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_dead_draft(directory: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether nobody works on a draft any more; it is then locked until the stack is closed."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    stack.callback(os.close, fd)
+    return _try_lock(fd)
+
+
+def _draft_user(directory: Path) -> str:
+    """Under which name the index keeps what a draft needs; no pin has such a one."""
+    return f".{directory.name}"

@@ -37,6 +37,10 @@ def _publish(store: SnapshotStore, fill: Fill, **values: object) -> Manifest:
         return draft.publish(fill(draft, **values))
 
 
+def _listed(store: SnapshotStore) -> list[str]:
+    return [entry.id for entry in store.ls()]
+
+
 def _files(store: SnapshotStore) -> set[str]:
     """Everything but the index and the lock."""
     names = {str(path.relative_to(store.directory)) for path in store.directory.rglob("*") if path.is_file()}
@@ -45,7 +49,7 @@ def _files(store: SnapshotStore) -> set[str]:
 
 def test_a_published_snapshot_can_be_found_and_is_whole(store: SnapshotStore, fill: Fill) -> None:
     manifest = _publish(store, fill, name="one")
-    assert store.ls() == [manifest] == store.ls(name="one", owner="local")
+    assert _listed(store) == [manifest.id] == [entry.id for entry in store.ls(name="one", owner="local")]
     assert store.ls(name="two") == []
     assert store.get(manifest.id) == manifest
     assert store.resolve(manifest.id[:8]) == store.resolve("one") == manifest.id
@@ -85,7 +89,7 @@ def test_a_lost_or_damaged_index_is_made_again(store: SnapshotStore, fill: Fill)
     for damage in (index.unlink, lambda: index.write_bytes(b"nonsense" * 1000)):
         damage()
         with SnapshotStore(store.directory) as opened:
-            assert opened.ls() == [manifest]
+            assert _listed(opened) == [manifest.id]
 
 
 def test_an_index_that_names_a_removed_snapshot_is_corrected(store: SnapshotStore, fill: Fill) -> None:
@@ -144,22 +148,51 @@ def test_collection_removes_what_a_killed_writer_left(store: SnapshotStore, fill
         manifest = draft.publish(fill(draft))
     store.pin("sandbox-1", Pin(snapshots=(manifest.id,)))
     left = [store.directory / "manifests" / f".{manifest.id}.json.0011aabb", store.directory / "pins/.x.json.0011aabb"]
-    for path in left:
+    young = store.directory / "pins" / ".sandbox-2.json.22ccdd33"
+    for path in (*left, young):
         path.write_text("{")
+    for path in left:
+        os.utime(path, (0, 0))
     store.gc()
+    assert young.exists(), "it might be being written just now"
     assert not [path for path in left if path.exists()]
     assert store.get(manifest.id) == manifest
     assert list(store.pins()) == ["sandbox-1"]
 
 
-def test_nothing_is_collected_while_a_manifest_cannot_be_read(store: SnapshotStore, fill: Fill) -> None:
-    manifest = _publish(store, fill)
+def test_a_manifest_that_was_damaged_keeps_its_parts_and_hinders_no_removal(store: SnapshotStore, fill: Fill) -> None:
+    manifest, other = _publish(store, fill), _publish(store, fill, device=b"other")
     path = store.manifest_path(manifest.id)
     path.write_bytes(path.read_bytes().replace(b"local", b"other"))
-    with pytest.raises(BrokenSnapshotError):
-        store.gc()
+    assert store.gc().parts == 0
+    assert store.rm(other.id).parts == 1
     assert store.read_device(manifest) == b"device"
     assert "was changed" in store.verify(manifest.id)[0]
+    assert store.rm(manifest.id).parts == 3
+
+
+@pytest.mark.parametrize("what", ["manifest", "pin"])
+def test_no_part_is_removed_while_nobody_knows_what_is_needed(store: SnapshotStore, fill: Fill, what: str) -> None:
+    """The index was lost, and a manifest or pin cannot be read."""
+    manifest, other = _publish(store, fill), _publish(store, fill, device=b"other")
+    store.pin("sandbox-1", Pin(snapshots=(manifest.id,)))
+    store.close()
+    (store.directory / "index.sqlite").unlink()
+    path = store.manifest_path(manifest.id) if what == "manifest" else store.directory / "pins" / "sandbox-1.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    with SnapshotStore(store.directory) as store:
+        with pytest.raises(BrokenSnapshotError, match="cannot be read"):
+            store.gc()
+        if what == "pin":
+            with pytest.raises(BrokenSnapshotError, match="cannot be read"):
+                store.rm(other.id)
+            path.unlink()
+            assert store.rm(other.id).parts == 1
+        else:
+            assert store.rm(other.id).parts == 0
+            store.unpin("sandbox-1")
+            assert store.rm(manifest.id).parts == 4
+            assert _files(store) == set()
 
 
 @pytest.mark.parametrize("kind", [PartKind.BASE, PartKind.DEVICE, PartKind.DISK])
@@ -229,7 +262,7 @@ def test_a_full_disk_fails_the_snapshot_and_nothing_else(small_store: SnapshotSt
             small_store.rm(added.id)
         (small_store.directory / "ballast").unlink()
     assert small_store.verify(kept.id) == []
-    assert small_store.ls() == [kept]
+    assert _listed(small_store) == [kept.id]
 
 
 def _small(fill: Fill, draft: object, device: bytes) -> SnapshotContents:
