@@ -109,7 +109,8 @@ class Index:
                 self._connection = self._open(sole=True)
 
     def _open(self, *, sole: bool) -> sqlite3.Connection:
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not self._path.exists():  # else closing it would end SQLite's locks on it, if this process has it open
+            self._path.touch(mode=0o600)
         connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")

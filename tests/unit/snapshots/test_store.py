@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.unit.snapshots.small_snapshots import kill_while, publish
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotInUseError,
@@ -17,9 +19,10 @@ from vm_runtime.snapshots.errors import (
     StoreFullError,
     UnknownSnapshotError,
 )
+from vm_runtime.snapshots.index import SCHEMA, SCHEMA_VERSION
 from vm_runtime.snapshots.layers import Layer
 from vm_runtime.snapshots.manifest import Manifest, PartKind, SnapshotContents
-from vm_runtime.snapshots.store import Pin, SnapshotStore
+from vm_runtime.snapshots.store import Collected, Pin, SnapshotStore
 
 SIZE_BYTES = 8 << 20
 
@@ -92,6 +95,37 @@ def test_a_lost_or_damaged_index_is_made_again(store: SnapshotStore, fill: Fill)
             assert _listed(opened) == [manifest.id]
 
 
+def test_a_store_of_an_older_version_keeps_all_it_has(tmp_path: Path) -> None:
+    """golden/store-2: three snapshots, a flattened form of the last, a pin of a sandbox and one of a machine, all
+    written by the version whose index had version 2."""
+    directory = shutil.copytree(Path(__file__).parent / "golden" / "store-2", tmp_path / "store")
+    before = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with SnapshotStore(directory) as store:
+            assert store.gc() == Collected(parts=0, drafts=0, freed_bytes=0)
+            one, two, three = store.ls()
+            assert [entry.execution_count for entry in (one, two, three)] == [1, 2, 3]
+            assert (two.name, three.parent, three.layers) == ("named", two.id, 2)
+            assert one.added_bytes > two.added_bytes > 0
+            flattened = store.flattened(three.id)
+            assert flattened is not None
+            assert [store.verify(id_) for id_ in (one.id, two.id, three.id, flattened.id)] == [[]] * 4
+            with pytest.raises(SnapshotInUseError, match="8c1e9d1e"):
+                store.rm(three.id)
+            assert {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()} >= before
+    with SnapshotStore(directory) as store:
+        for user in store.pin_users():
+            store.unpin(user)
+        assert store.rm_many([one.id, two.id, three.id]).parts == 8
+        assert _files(store) == set()
+
+
+def test_the_index_has_the_tables_of_its_version() -> None:
+    """Others need another version, so that an older index is made again."""
+    golden = Path(__file__).parent / "golden" / f"index-{SCHEMA_VERSION}.sql"
+    assert golden.read_text() == SCHEMA
+
+
 def test_an_index_that_names_a_removed_snapshot_is_corrected(store: SnapshotStore, fill: Fill) -> None:
     store.manifest_path(_publish(store, fill).id).unlink()
     with SnapshotStore(store.directory) as opened:
@@ -126,21 +160,58 @@ def test_a_pin_needs_a_name_and_something_that_exists(store: SnapshotStore) -> N
         store.pin("sandbox-1", Pin(snapshots=("0" * 32,)))
 
 
-def test_collection_removes_rubbish_and_waits_for_drafts(store: SnapshotStore, fill: Fill) -> None:
+def test_removal_waits_for_no_draft_and_leaves_it_alone(store: SnapshotStore, fill: Fill) -> None:
+    old = _publish(store, fill, device=b"old")
     rubbish = store.directory / "drafts" / "left-by-a-crash"
     rubbish.mkdir()
     (rubbish / "base").write_bytes(bytes(100))
     (store.directory / "parts" / "layer" / ("f" * 64)).write_bytes(bytes(100))
-    collected: list[int] = []
-    collector = threading.Thread(target=lambda: collected.append(store.gc().parts))
-    with store.begin() as draft:
-        contents = fill(draft)
-        collector.start()
-        manifest = draft.publish(contents)
-    collector.join()
-    assert collected == [1]
-    assert not rubbish.exists()
-    assert store.verify(manifest.id) == []
+    with SnapshotStore(store.directory) as other, store.begin() as draft, other.begin() as second:
+        contents, others = fill(draft), fill(second, device=b"other")
+        assert store.gc().parts == 1
+        assert not rubbish.exists()
+        assert other.rm(old.id).parts == 3, "the draft has copies of its own"
+        manifest, another = draft.publish(contents), second.publish(others)
+    assert store.verify(manifest.id) == store.verify(another.id) == []
+    store.rm_many([manifest.id, another.id])
+    assert _files(store) == set()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_removal(store: SnapshotStore, fill: Fill) -> None:
+    manifest = _publish(store, fill)
+    for step in range(40):
+        if not kill_while(store.directory, step, "publish", step, layers=[step]):
+            break
+        store.rm_many([])
+        assert not list((store.directory / "drafts").iterdir())
+        assert [id_ for id_ in store.ids() if store.verify(id_)] == []
+    assert step > 8, "it was killed at each of its steps"
+    store.rm_many([entry.id for entry in store.ls()])
+    assert _files(store) == set()
+    with pytest.raises(UnknownSnapshotError):
+        store.get(manifest.id)
+
+
+def test_snapshots_are_taken_and_removed_by_several_at_once(store: SnapshotStore) -> None:
+    """Each thread's snapshots have the parts of the others', and are whole as long as they are there."""
+
+    def work(which: SnapshotStore, worker: int) -> None:
+        for number in range(12):
+            manifest = publish(
+                which, worker * 100 + number, sandbox_id=str(worker), layers=[number % 3], disks=[number % 2]
+            )
+            assert which.verify(manifest.id) == []
+            which.pin(f"sandbox-{worker}", Pin(snapshots=(manifest.id,)))
+            which.rm_many([entry.id for entry in which.ls(sandbox_id=str(worker))])
+            assert which.verify(manifest.id) == []
+        which.unpin(f"sandbox-{worker}")
+
+    with SnapshotStore(store.directory) as other, ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(work, (store, other)[worker % 2], worker) for worker in range(6)]:
+            done.result()
+        for each in (store, other):
+            each.rm_many([entry.id for entry in each.ls()])
+    assert _files(store) == set()
 
 
 def test_collection_removes_what_a_killed_writer_left(store: SnapshotStore, fill: Fill) -> None:
