@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,13 +41,31 @@ class Outcome(BaseModel):
     call_id: str = ""
 
 
+@dataclass
+class _Family:
+    """What is kept for one parent: the length of each child's value, by the child's id, and of all together."""
+
+    value_bytes: dict[str, int] = field(default_factory=dict)
+    total_bytes: int = 0
+
+    def keep(self, child_id: str, value_bytes: int) -> None:
+        self.drop(child_id)
+        self.value_bytes[child_id] = value_bytes
+        self.total_bytes += value_bytes
+
+    def drop(self, child_id: str) -> None:
+        self.total_bytes -= self.value_bytes.pop(child_id, 0)
+
+
 class Outcomes:
     """Records and waits. Blocking file I/O, small: a value of the largest size takes some 20 ms in a thread."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._known: dict[str, Outcome] = {}
+        self._families: defaultdict[str, _Family] = defaultdict(_Family)
         self._changed = asyncio.Condition()
+        self._recording = asyncio.Lock()
 
     def load(self) -> None:
         """What an earlier gateway recorded; half-written ones are dropped."""
@@ -56,7 +76,8 @@ class Outcomes:
             except ValidationError:
                 path.unlink()
                 continue
-            self._known[outcome.child_id] = outcome
+            path = self._value_path(outcome.child_id)
+            self._note(outcome, path.stat().st_size if path.exists() else 0)
         for path in self._directory.iterdir():
             if path.name.startswith(".") or path.stem not in self._known:
                 path.unlink()
@@ -66,31 +87,34 @@ class Outcomes:
 
     def value(self, child_id: str) -> bytes:
         """The value of a child that ended or offered; empty if there is none. Blocking."""
-        path = self._directory / f"{child_id}.value"
+        path = self._value_path(child_id)
         return path.read_bytes() if path.exists() else b""
 
     async def record(self, outcome: Outcome, value: bytes = b"") -> None:
         """The first word counts: a child that ended cannot crash later. An offer may still become an end."""
-        known = self._known.get(outcome.child_id)
-        if known is not None and known.state != "offered":
-            return
-        siblings = [each.child_id for each in self._known.values() if each.parent_id == outcome.parent_id]
-        if len(siblings) >= MAX_PER_PARENT or await asyncio.to_thread(self._bytes_of, siblings) > MAX_PARENT_BYTES:
-            raise LimitError(
-                f"The parent has {len(siblings)} results of children; at most {MAX_PER_PARENT} and "
-                f"{MAX_PARENT_BYTES >> 20} MiB are kept until it ends."
-            )
-        await asyncio.to_thread(self._write, outcome, value)
-        async with self._changed:
-            self._known[outcome.child_id] = outcome
-            self._changed.notify_all()
+        async with self._recording:
+            known = self._known.get(outcome.child_id)
+            if known is not None and known.state != "offered":
+                return
+            family = self._families[outcome.parent_id]
+            count = len(family.value_bytes) - (known is not None)
+            others_bytes = family.total_bytes - family.value_bytes.get(outcome.child_id, 0)
+            if count >= MAX_PER_PARENT or others_bytes + len(value) > MAX_PARENT_BYTES:
+                raise LimitError(
+                    f"The parent has {count} results of children; at most {MAX_PER_PARENT} and "
+                    f"{MAX_PARENT_BYTES >> 20} MiB are kept until it ends."
+                )
+            await asyncio.to_thread(self._write, outcome, value)
+            async with self._changed:
+                self._note(outcome, len(value))
+                self._changed.notify_all()
 
-    def _bytes_of(self, child_ids: list[str]) -> int:
-        paths = [self._directory / f"{child_id}.value" for child_id in child_ids]
-        return sum(path.stat().st_size for path in paths if path.exists())
+    def _note(self, outcome: Outcome, value_bytes: int) -> None:
+        self._known[outcome.child_id] = outcome
+        self._families[outcome.parent_id].keep(outcome.child_id, value_bytes)
 
     def _write(self, outcome: Outcome, value: bytes) -> None:
-        (self._directory / f"{outcome.child_id}.value").write_bytes(value)
+        self._value_path(outcome.child_id).write_bytes(value)
         temporary = self._directory / f".{outcome.child_id}-{secrets.token_hex(4)}"
         temporary.write_text(outcome.model_dump_json())
         temporary.replace(self._directory / f"{outcome.child_id}.json")
@@ -118,8 +142,20 @@ class Outcomes:
 
     async def forget(self, *, child_id: str | None = None, parent_id: str | None = None) -> None:
         """Drops one outcome, or all of a parent's."""
-        for outcome in list(self._known.values()):
-            if outcome.child_id == child_id or outcome.parent_id == parent_id:
-                del self._known[outcome.child_id]
-                for suffix in (".json", ".value"):
-                    await asyncio.to_thread((self._directory / f"{outcome.child_id}{suffix}").unlink, missing_ok=True)
+        family = self._families.pop(parent_id, None) if parent_id is not None else None
+        child_ids = list(family.value_bytes) if family is not None else []
+        if child_id in self._known:
+            child_ids.append(child_id)
+        for each in child_ids:
+            outcome = self._known.pop(each)
+            if outcome.parent_id in self._families:
+                self._families[outcome.parent_id].drop(each)
+        await asyncio.to_thread(self._unlink, child_ids)
+
+    def _unlink(self, child_ids: list[str]) -> None:
+        for child_id in child_ids:
+            (self._directory / f"{child_id}.json").unlink(missing_ok=True)
+            self._value_path(child_id).unlink(missing_ok=True)
+
+    def _value_path(self, child_id: str) -> Path:
+        return self._directory / f"{child_id}.value"
