@@ -19,7 +19,7 @@ from benchmarks.results import Line, Report, Row, from_json, to_json
 from benchmarks.setup import Bench, Setup
 from benchmarks.state_dirs import build_state_dir, template_snapshot
 from benchmarks.table import markdown, update_readme
-from benchmarks.topics import arrivals, burst, fork, memory, output, restore, round_trip, sdk, start, state
+from benchmarks.topics import arrivals, burst, fork, memory, output, removal, restore, round_trip, sdk, start, state
 from gateway.errors import GatewayError
 from kernels.directories import default_state_dir
 from kernels.errors import KernelsError
@@ -40,7 +40,9 @@ OWN_TOPICS: dict[str, Callable[[Bench], AsyncGenerator[list[Line], None]]] = {
     "state": state.measure,
     "fork": fork.measure,
     "sdk": sdk.measure,
+    "removal": removal.measure,
 }
+WITHOUT_MACHINES = {"removal"}
 TOPICS = (*GATEWAY_TOPICS, *OWN_TOPICS)
 # Warm machines of the gateway "with a pool": what `hypercelld serve` keeps by default.
 POOL_SIZE = 2
@@ -117,8 +119,10 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
         raise BenchmarkError("--update-readme needs all topics of a table: one with lines missing would replace it.")
     rows: list[Row] = []
     lines: list[Line] = []
-    state_dir = await build_state_dir(options.cache_dir, options.state_dir, scikit_learn="state" in names, say=_say)
-    bench = Bench(state_dir=state_dir, cache_dir=options.cache_dir, quick=options.quick, say=_say)
+    state_dir: Path | None = None
+    if set(names) - WITHOUT_MACHINES:
+        state_dir = await build_state_dir(options.cache_dir, options.state_dir, scikit_learn="state" in names, say=_say)
+    bench = Bench(state_dir=state_dir or options.state_dir, cache_dir=options.cache_dir, quick=options.quick, say=_say)
     try:
         async with AsyncExitStack() as stack:
             setup = await _set_up(options, bench, stack) if compared else None
@@ -140,11 +144,12 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
     return report, _write(report)
 
 
-def _report(options: argparse.Namespace, state_dir: Path, rows: Sequence[Row], lines: Sequence[Line]) -> Report:
+def _report(options: argparse.Namespace, state_dir: Path | None, rows: Sequence[Row], lines: Sequence[Line]) -> Report:
+    """state_dir: None if nothing was measured with machines."""
     return Report(
         taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=options.quick,
-        host=describe_host(vmm_sentence(template_snapshot(state_dir))),
+        host=describe_host(vmm_sentence(template_snapshot(state_dir)) if state_dir is not None else None),
         rows=tuple(rows),
         lines=tuple(lines),
     )

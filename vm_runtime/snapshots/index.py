@@ -24,7 +24,8 @@ PartKey = tuple[PartKind, str]
 
 SCHEMA_VERSION = 3
 # number: of a snapshot never given again, so that "newer than" can be asked. parent: the first of the manifest's.
-# added_bytes: of the parts that no older snapshot had. pinned_*: by user; a draft's own pins begin with a dot.
+# added_bytes: of the parts that no older snapshot had. inode to ctime_ns: of the file whose content was last seen to
+# have the part's digest. pinned_*: by user; a draft's own pins begin with a dot.
 SCHEMA = f"""
     CREATE TABLE snapshot (
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, name TEXT, owner TEXT NOT NULL,
@@ -36,7 +37,7 @@ SCHEMA = f"""
     CREATE INDEX snapshot_by_origin ON snapshot (flattened_from);
     CREATE TABLE part (
         number INTEGER PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, stored_bytes INTEGER NOT NULL,
-        UNIQUE (kind, digest)
+        inode INTEGER, size_bytes INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, UNIQUE (kind, digest)
     ) STRICT;
     CREATE TABLE snapshot_part (
         snapshot INTEGER NOT NULL REFERENCES snapshot ON DELETE CASCADE, part INTEGER NOT NULL REFERENCES part,
@@ -51,10 +52,6 @@ SCHEMA = f"""
         user TEXT NOT NULL, part INTEGER NOT NULL REFERENCES part, PRIMARY KEY (user, part)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX user_by_part ON pinned_part (part);
-    CREATE TABLE checked (
-        kind TEXT NOT NULL, digest TEXT NOT NULL, inode INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
-        mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, PRIMARY KEY (kind, digest)
-    ) STRICT, WITHOUT ROWID;
     PRAGMA user_version = {SCHEMA_VERSION};
 """
 # What is removed, or might be, while one statement looks at it.
@@ -199,17 +196,16 @@ class Index:
 
     def remove(self, ids: Iterable[str]) -> list[PartKey]:
         """Forget snapshots; answers the parts that they needed. Within `exclusive`."""
-        parts: set[PartKey] = set()
-        for id_ in ids:
-            parts.update(
-                self._parts(
-                    "SELECT kind, digest FROM snapshot JOIN snapshot_part ON snapshot = snapshot.number"
-                    " JOIN part ON part = part.number WHERE id = ?",
-                    id_,
-                )
-            )
-            self._connection.execute("DELETE FROM snapshot WHERE id = ?", (id_,))
-        return list(parts)
+        self._connection.execute("DELETE FROM doomed")
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO doomed SELECT number, 0 FROM snapshot WHERE id = ?", [(id_,) for id_ in ids]
+        )
+        parts = self._parts(
+            "SELECT kind, digest FROM part WHERE number IN"
+            " (SELECT part FROM snapshot_part WHERE snapshot IN (SELECT snapshot FROM doomed))"
+        )
+        self._connection.execute("DELETE FROM snapshot WHERE number IN (SELECT snapshot FROM doomed)")
+        return parts
 
     def entries(
         self,
@@ -290,15 +286,15 @@ class Index:
     def forget_unneeded(self, parts: Iterable[PartKey]) -> list[PartKey]:
         """Those of these parts that no snapshot and no user needs; they are forgotten. Within `exclusive`."""
         forgotten: list[PartKey] = []
+        known = "SELECT EXISTS (SELECT 1 FROM part WHERE kind = ? AND digest = ?)"
         for kind, digest in parts:
-            self._connection.execute(
+            deleted = self._connection.execute(
                 "DELETE FROM part WHERE kind = ? AND digest = ?"
                 " AND NOT EXISTS (SELECT 1 FROM snapshot_part WHERE part = number)"
                 " AND NOT EXISTS (SELECT 1 FROM pinned_part WHERE part = number)",
                 (kind, digest),
             )
-            if not self._one("SELECT EXISTS (SELECT 1 FROM part WHERE kind = ? AND digest = ?)", kind, digest):
-                self._connection.execute("DELETE FROM checked WHERE kind = ? AND digest = ?", (kind, digest))
+            if deleted.rowcount or not self._one(known, kind, digest):
                 forgotten.append((kind, digest))
         return forgotten
 
@@ -314,9 +310,10 @@ class Index:
                 " AND NOT EXISTS (SELECT 1 FROM pinned_snapshot WHERE id = ?2)",
                 list(enumerate(ids)),
             )
+            # CROSS: in this order, or SQLite looks at all snapshots there are.
             rows = self._connection.execute(
                 "SELECT max(position), stored_bytes FROM doomed"
-                " JOIN snapshot_part AS mine ON mine.snapshot = doomed.snapshot JOIN part ON number = mine.part"
+                " CROSS JOIN snapshot_part AS mine ON mine.snapshot = doomed.snapshot JOIN part ON number = mine.part"
                 " WHERE NOT EXISTS (SELECT 1 FROM pinned_part WHERE part = number)"
                 " GROUP BY number HAVING NOT EXISTS (SELECT 1 FROM snapshot_part AS other WHERE other.part = number"
                 " AND other.snapshot NOT IN (SELECT snapshot FROM doomed))"
@@ -330,18 +327,19 @@ class Index:
 
     def checked(self, kind: PartKind, digest: str) -> FileIdentity | None:
         """The file of which it was last seen that its content has this digest."""
-        query = "SELECT inode, size_bytes, mtime_ns, ctime_ns FROM checked WHERE kind = ? AND digest = ?"
+        query = "SELECT inode, size_bytes, mtime_ns, ctime_ns FROM part WHERE kind = ? AND digest = ?"
         with self._access():
             row = self._connection.execute(query, (kind, digest)).fetchone()
-        if row is None:
+        if row is None or row[0] is None:
             return None
         return FileIdentity(inode=row[0], size_bytes=row[1], mtime_ns=row[2], ctime_ns=row[3])
 
     def note_checked(self, kind: PartKind, digest: str, file: FileIdentity) -> None:
         """Remember a file whose content has just been seen to have its digest."""
-        row = (kind, digest, file.inode, file.size_bytes, file.mtime_ns, file.ctime_ns)
-        with self._access():
-            self._connection.execute("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?, ?, ?)", row)
+        query = "UPDATE part SET (inode, size_bytes, mtime_ns, ctime_ns) = (?, ?, ?, ?) WHERE number = ?"
+        with self.exclusive():
+            number = self._part(kind, digest)
+            self._connection.execute(query, (file.inode, file.size_bytes, file.mtime_ns, file.ctime_ns, number))
 
     # Inside
 

@@ -9,7 +9,7 @@
     CREATE INDEX snapshot_by_origin ON snapshot (flattened_from);
     CREATE TABLE part (
         number INTEGER PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, stored_bytes INTEGER NOT NULL,
-        UNIQUE (kind, digest)
+        inode INTEGER, size_bytes INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, UNIQUE (kind, digest)
     ) STRICT;
     CREATE TABLE snapshot_part (
         snapshot INTEGER NOT NULL REFERENCES snapshot ON DELETE CASCADE, part INTEGER NOT NULL REFERENCES part,
@@ -24,8 +24,4 @@
         user TEXT NOT NULL, part INTEGER NOT NULL REFERENCES part, PRIMARY KEY (user, part)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX user_by_part ON pinned_part (part);
-    CREATE TABLE checked (
-        kind TEXT NOT NULL, digest TEXT NOT NULL, inode INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
-        mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, PRIMARY KEY (kind, digest)
-    ) STRICT, WITHOUT ROWID;
     PRAGMA user_version = 3;
