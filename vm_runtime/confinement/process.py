@@ -26,7 +26,10 @@ from vm_runtime.errors import SpawnError
 
 # The helper reaps a VMM in the moment its pidfd becomes readable; a busy host may take this long to run it.
 _STATUS_WAIT_S = 2.0
-_START_TIMEOUT_S = 30.0
+# A start takes 20 ms, and some seconds of a host with ten times the work it has CPUs for.
+_START_TIMEOUT_S = 10.0
+# The helper ends by itself when its channel is closed.
+_END_TIMEOUT_S = 5.0
 
 _BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from vm_runtime.confinement.spawner import main; main()"
 
@@ -109,6 +112,7 @@ class Spawner:
         self._ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._exits: dict[int, asyncio.Future[Exit]] = {}
+        self._answered: set[int] = set()  # programs of the present helper that somebody was given
         self._start_lock = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
 
@@ -127,6 +131,7 @@ class Spawner:
                     pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
             self._channel = ours
+            self._answered.clear()
             self._reader = asyncio.create_task(self._read(ours), name="spawner reader")
 
     async def spawn(self, request: SpawnRequest) -> tuple[Process, list[str]]:
@@ -161,8 +166,9 @@ class Spawner:
         if self._channel is None:
             raise SpawnError("The spawner has ended, and with it the program.")
         try:
-            await self._send(self._channel, json.dumps({"keep": process.pid}).encode(), [])
-        except OSError as error:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await self._send(self._channel, json.dumps({"keep": process.pid}).encode(), [])
+        except OSError as error:  # TimeoutError is one
             raise SpawnError(f"The spawner cannot be reached: {error}") from error
 
     async def probe(self, *, user_namespace: bool, devices: Sequence[str]) -> dict[str, Any]:
@@ -196,8 +202,23 @@ class Spawner:
                 await self._reader
             self._reader = None
         if self._helper is not None:
-            await self._helper.wait()
+            for _ in range(2):
+                try:
+                    async with asyncio.timeout(_END_TIMEOUT_S):
+                        await self._helper.wait()
+                except TimeoutError:
+                    self._end_helper(self._helper)
             self._helper = None
+
+    def _end_helper(self, helper: asyncio.subprocess.Process) -> None:
+        """One that hangs. What it has started and not answered yet ends with it: nobody knows of that."""
+        children = Path(f"/proc/{helper.pid}/task/{helper.pid}/children")
+        with contextlib.suppress(ProcessLookupError):
+            helper.send_signal(signal.SIGSTOP)  # so that it neither starts more nor lets a number be used again
+            for child in children.read_text().split() if children.exists() else ():
+                if int(child) not in self._answered:
+                    os.kill(int(child), signal.SIGKILL)
+            helper.kill()
 
     async def _ask(self, message: Mapping[str, Any], descriptors: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
         await self.start()
@@ -210,18 +231,23 @@ class Spawner:
         future: asyncio.Future[tuple[dict[str, Any], list[int]]] = loop.create_future()
         self._answers[request_id] = future
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        channel, helper = self._channel, self._helper
         try:
-            await self._send(self._channel, data, rights)
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                return await asyncio.shield(future)
+            try:
+                async with asyncio.timeout(_START_TIMEOUT_S):
+                    await self._send(channel, data, rights)
+                    return await asyncio.shield(future)
+            finally:
+                if not future.done():
+                    # Its answer may still come; a program that nobody waits for is ended then.
+                    future.add_done_callback(_end_unwanted)
         except TimeoutError as error:
+            if helper is not None and channel is self._channel:
+                self._end_helper(helper)
+                self._lost()  # the next request starts another
             raise SpawnError(f"The spawner gave no answer within {_START_TIMEOUT_S:.0f} s.") from error
         except OSError as error:
             raise SpawnError(f"The spawner cannot be reached: {error}") from error
-        finally:
-            if not future.done():
-                # Its answer may still come; a program that nobody waits for is ended then.
-                future.add_done_callback(_end_unwanted)
 
     async def _send(self, channel: socket.socket, data: bytes, rights: list[tuple[int, int, Any]]) -> None:
         loop = asyncio.get_running_loop()
@@ -257,6 +283,7 @@ class Spawner:
     def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
         if "exited" in message:
             pid = int(message["exited"])
+            self._answered.discard(pid)
             future = self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
             if not future.done():
                 future.set_result(Exit(exit_status=message.get("exit_status"), signal=message.get("signal")))
@@ -264,6 +291,7 @@ class Spawner:
         if "pid" in message:
             # A number that was used before: what was known about it concerns an earlier process.
             self._exits[int(message["pid"])] = asyncio.get_running_loop().create_future()
+            self._answered.add(int(message["pid"]))
         answer = self._answers.pop(int(message["id"]), None)
         if answer is not None and not answer.done():
             answer.set_result((message, descriptors))

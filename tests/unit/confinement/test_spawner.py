@@ -1,7 +1,8 @@
-"""The helper that starts VMMs: none of them outlives it that no later gateway could find."""
+"""The helper that starts VMMs: none outlives it that no later gateway could find; if it hangs it is replaced."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,7 +19,10 @@ from pathlib import Path
 import pytest
 
 import vm_runtime
+from vm_runtime.confinement import process as process_module
 from vm_runtime.confinement.namespaces import Confinement
+from vm_runtime.confinement.process import Spawner, SpawnRequest
+from vm_runtime.errors import SpawnError
 
 _ROOT = str(Path(vm_runtime.__path__[0]).parent)
 _HELPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from vm_runtime.confinement.spawner import main; main()"
@@ -101,3 +105,37 @@ def test_a_program_that_is_kept_goes_on() -> None:
     for each in living(marker):
         os.kill(each, signal.SIGKILL)
     os.close(fds[0])
+
+
+async def test_one_that_hangs_is_replaced_and_what_runs_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def request(marker: str) -> SpawnRequest:
+        return SpawnRequest(
+            argv=["/bin/sleep", marker], env={}, descriptors=[null], confinement=_CONFINEMENT, namespaces=0,
+            user_namespace=False, cgroups=[],
+        )  # fmt: skip
+
+    spawner, markers = Spawner(), [new_marker(number) for number in range(4)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        before, _ = await spawner.spawn(request(markers[0]))
+        helper = spawner._helper
+        assert helper is not None
+        helper.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(process_module, "_START_TIMEOUT_S", 0.5)
+        starts = [asyncio.create_task(spawner.spawn(request(marker))) for marker in markers[1:3]]
+        for start in starts:
+            with pytest.raises(SpawnError):
+                await start
+        monkeypatch.undo()
+        after, _ = await spawner.spawn(request(markers[3]))
+        assert [len(living(marker)) for marker in markers] == [1, 0, 0, 1]
+        assert spawner._helper is not None
+        spawner._helper.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(process_module, "_END_TIMEOUT_S", 0.5)
+    finally:
+        await spawner.close()  # which does not wait for one that hangs
+        os.close(null)
+    for program in (before, after):
+        program.send_signal(signal.SIGKILL)
+        await program.wait()
+        program.close()
