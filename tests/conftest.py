@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,34 @@ def gateway() -> Iterator[RunningGateway]:
     """One gateway for all tests that only use it. Builds image and template on the very first run."""
     with running_gateway(STATE, "--pool-size", "1") as gateway:
         yield gateway
+
+
+@pytest.fixture(autouse=True)
+def no_sandbox_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Deletes what a test made on the shared gateway: an idle emulated machine takes 4 % of a CPU from later tests."""
+    if "gateway" not in request.fixturenames:
+        yield
+        return
+    gateway: RunningGateway = request.getfixturevalue("gateway")
+    before = _sandboxes(gateway)  # those of fixtures with a wider scope
+    yield
+    for sandbox_id in _sandboxes(gateway) - before:
+        try:
+            _call(gateway, "DELETE", f"/api/sandboxes/{sandbox_id}")
+        except urllib.error.HTTPError as error:
+            if error.code != 404:  # it has just ended by itself
+                raise
+
+
+def _sandboxes(gateway: RunningGateway) -> set[str]:
+    return {sandbox["id"] for sandbox in json.loads(_call(gateway, "GET", "/api/sandboxes"))}
+
+
+def _call(gateway: RunningGateway, method: str, path: str) -> bytes:
+    headers = {"Authorization": f"token {gateway.token}"}
+    with urllib.request.urlopen(urllib.request.Request(gateway.url + path, method=method, headers=headers)) as answer:
+        body: bytes = answer.read()
+    return body
 
 
 @pytest.fixture
