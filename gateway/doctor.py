@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -24,6 +25,8 @@ from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.program import PROGRAM, find_program
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import ImageStore
+from vm_runtime.saving.chains import MAX_CHAIN, SETTLED_PARTS
+from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.store import SnapshotStore
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ COMFORTABLE_DISK_MIB = 5 * 1024
 # Program, Debian package, and what it is for.
 TOOLS = (
     (PROGRAM, "qemu-system-x86", "machines"),
+    ("qemu-img", "qemu-utils", "keeping disks short"),
     ("mmdebstrap", "mmdebstrap", "building images"),
     ("mkfs.erofs", "erofs-utils", "building images"),
     ("mkfs.ext4", "e2fsprogs", "building templates"),
@@ -106,6 +110,13 @@ class TemplatePart(_Part):
     vcpus: int
 
 
+class ChainsPart(_Part):
+    """The longest chains that a restore of the newest snapshot of any sandbox has to open."""
+
+    layers: int
+    disks: int
+
+
 class Report(_Part):
     """The document of `hypercelld doctor --json`. ok: kernels can run here (problems that do not block may be left)."""
 
@@ -121,6 +132,7 @@ class Report(_Part):
     tools: list[ToolPart]
     images: list[ImagePart]
     templates: list[TemplatePart]
+    chains: ChainsPart
     state_dir: str
     run_dir: str
     problems: list[Problem]
@@ -148,7 +160,7 @@ async def examine(state_dir: Path) -> Report:
     """Looks at everything; boots a guest under KVM once where that was never tried here."""
     problems: list[Problem] = []
     tools = _tools(problems)
-    images, template_parts = await asyncio.to_thread(_stored, state_dir, problems)
+    images, template_parts, chains = await asyncio.to_thread(_stored, state_dir, problems)
     memory, disk = _resources(state_dir, problems)
     accelerator, qemu, walls = await _virtualisation(state_dir, problems)
     user_namespaces = _user_namespaces()
@@ -173,6 +185,7 @@ async def examine(state_dir: Path) -> Report:
         tools=tools,
         images=images,
         templates=template_parts,
+        chains=chains,
         state_dir=str(state_dir),
         run_dir=str(run_dir_of(state_dir)),
         problems=problems,
@@ -189,7 +202,7 @@ def _tools(problems: list[Problem]) -> list[ToolPart]:
     return tools
 
 
-def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], list[TemplatePart]]:
+def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], list[TemplatePart], ChainsPart]:
     store = ImageStore(state_dir / "images")
     images = [
         ImagePart(name=image.manifest.recipe.name, digest=image.files.digest, size_mib=image.size_bytes >> 20)
@@ -209,7 +222,7 @@ def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], 
         )
     templates: list[TemplatePart] = []
     if not (state_dir / "snapshots").exists():
-        return images, templates
+        return images, templates, ChainsPart(layers=0, disks=0)
     with SnapshotStore(state_dir / "snapshots") as snapshots:
         for record, snapshot in stored_templates(state_dir / "templates", snapshots):
             if snapshot is None:
@@ -225,7 +238,30 @@ def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], 
                     vcpus=snapshot.shape.vcpus,
                 )
             )
-    return images, templates
+        return images, templates, _chains(snapshots, problems)
+
+
+def _chains(store: SnapshotStore, problems: list[Problem]) -> ChainsPart:
+    newest = {entry.sandbox_id or entry.id: entry.id for entry in store.ls()}
+    lengths: dict[str, tuple[int, int]] = {}
+    for owner, snapshot_id in newest.items():
+        with contextlib.suppress(SnapshotError):  # `snapshot verify` names those that are broken
+            manifest = store.flattened(snapshot_id) or store.get(snapshot_id)
+            lengths[owner] = len(manifest.memory.layers), len(manifest.disks)
+    problems.extend(
+        Problem(
+            what=f"{owner} lies on {max(parts)} layers or disks that were not merged: it is slow to restore, beyond "
+            f"{MAX_CHAIN} no checkpoints are taken. The gateway tries again; its log has the reason.",
+            fix=None,
+            blocking=False,
+        )
+        for owner, parts in sorted(lengths.items())
+        if max(parts) > SETTLED_PARTS
+    )
+    return ChainsPart(
+        layers=max((layers for layers, _ in lengths.values()), default=0),
+        disks=max((disks for _, disks in lengths.values()), default=0),
+    )
 
 
 def _resources(state_dir: Path, problems: list[Problem]) -> tuple[MemoryPart, DiskPart]:
@@ -296,6 +332,8 @@ def _print(report: Report) -> None:
     line("tools", ", ".join(tool.name for tool in report.tools if tool.path) or "none")
     line("images", ", ".join(f"{image.name} {image.digest[:12]}" for image in report.images) or "none")
     line("templates", ", ".join(template.digest[:12] for template in report.templates) or "none")
+    chains = report.chains
+    line("chains", f"at most {chains.layers} layers and {chains.disks} disks")
     line("state", report.state_dir)
     if report.problems:
         print("\nproblems")

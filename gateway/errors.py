@@ -14,6 +14,7 @@ from http import HTTPStatus
 
 from kernels.errors import (
     CapacityError,
+    CheckpointLimitError,
     GuestRefusedError,
     KernelsError,
     LimitError,
@@ -98,6 +99,7 @@ _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (LimitError, 403, "limit_exceeded"),
     (SandboxStateError, 409, "wrong_state"),
     (RequestError, 400, "invalid_request"),
+    (CheckpointLimitError, 503, "checkpoint_limit"),
     (CapacityError, 503, "no_capacity"),
     (MachineFailedError, 502, "machine_failed"),
     (TemplateError, 500, "template_failed"),

@@ -6,8 +6,10 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from vm_runtime.saving.flattening import FlatteningStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # From a warm machine (tens of milliseconds) to a template built on the way (minutes).
@@ -15,11 +17,17 @@ START_BUCKETS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 18
 
 
 class _SandboxCollector(Collector):
-    """Counts sandboxes by state when asked, so that the numbers are never stale."""
+    """Counts sandboxes by state and what their chains need when asked, so that the numbers are never stale."""
 
-    def __init__(self, states: Callable[[], Iterable[str]], pool_ready: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        states: Callable[[], Iterable[str]],
+        pool_ready: Callable[[], int],
+        flattening: Callable[[], FlatteningStatus],
+    ) -> None:
         self._states = states
         self._pool_ready = pool_ready
+        self._flattening = flattening
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -32,15 +40,36 @@ class _SandboxCollector(Collector):
         yield GaugeMetricFamily(
             "hypercell_pool_ready", "Warm machines ready to be given out.", value=self._pool_ready()
         )
+        flattening = self._flattening()
+        yield GaugeMetricFamily(
+            "hypercell_flattening_waiting",
+            "Snapshots whose chains of layers and disks are to be shortened.",
+            value=flattening.waiting,
+        )
+        yield GaugeMetricFamily(
+            "hypercell_flattening_failing", "Those of them that failed last time.", value=len(flattening.failing)
+        )
+        yield CounterMetricFamily(
+            "hypercell_flattening_failures", "Attempts to shorten a chain that failed.", value=flattening.failures
+        )
+        yield CounterMetricFamily(
+            "hypercell_flattening_bytes", "Bytes written to shorten chains.", value=flattening.merged_bytes
+        )
 
 
 class Metrics:
-    """All counters. states, pool_ready: asked for the present when the numbers are read."""
+    """All counters. states, pool_ready, flattening: asked for the present when the numbers are read."""
 
-    def __init__(self, *, states: Callable[[], Iterable[str]], pool_ready: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        *,
+        states: Callable[[], Iterable[str]],
+        pool_ready: Callable[[], int],
+        flattening: Callable[[], FlatteningStatus] = FlatteningStatus,
+    ) -> None:
         registry = CollectorRegistry()
         self._registry = registry
-        registry.register(_SandboxCollector(states, pool_ready))
+        registry.register(_SandboxCollector(states, pool_ready, flattening))
         self.start_seconds = Histogram(
             "hypercell_sandbox_start_seconds",
             "From the request for a sandbox to its answer.",

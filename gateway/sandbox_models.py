@@ -113,7 +113,8 @@ class SandboxChanges(SandboxRequest):
 
 class SandboxAnswer(Answer):
     """A sandbox; its id is the Jupyter kernel id. released: a Jupyter client has deleted the kernel, and it is kept
-    asleep for the next who opens `notebook`. idle_timeout_s: 0 is never. max_lifetime_s: from created_at on."""
+    asleep for the next who opens `notebook`. idle_timeout_s: 0 is never. max_lifetime_s: from created_at on.
+    checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than cells."""
 
     id: str
     state: Literal["creating", "running", "paused", "asleep", "failed", "gone"]
@@ -136,6 +137,7 @@ class SandboxAnswer(Answer):
     idle_timeout_s: float
     max_lifetime_s: float | None
     checkpoints: str
+    checkpoint_problem: str | None
 
     @classmethod
     def of(cls, sandbox: Sandbox) -> SandboxAnswer:
@@ -161,6 +163,7 @@ class SandboxAnswer(Answer):
             idle_timeout_s=sandbox.idle_timeout_s,
             max_lifetime_s=sandbox.max_lifetime_s,
             checkpoints=sandbox.checkpoints,
+            checkpoint_problem=sandbox.checkpoint_problem,
         )
 
 

@@ -44,7 +44,11 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
 
     Errors: StartError for a foreign file of sessions.
     """
-    metrics = Metrics(states=lambda: [sandbox.state for sandbox in service.list()], pool_ready=service.pool_ready)
+    metrics = Metrics(
+        states=lambda: [sandbox.state for sandbox in service.list()],
+        pool_ready=service.pool_ready,
+        flattening=service.flattening,
+    )
     async with AsyncExitStack() as stack:
         sessions = SessionStore(settings.state_dir / "gateway.sqlite")
         stack.callback(sessions.close)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from kernels.boundary import CellBoundary
 from kernels.capacity import Capacity
 from kernels.endpoints import Endpoints
-from kernels.errors import MachineFailedError, SandboxStateError
+from kernels.errors import CheckpointLimitError, MachineFailedError, SandboxStateError
 from kernels.events import EventBus
 from kernels.index import Index, SandboxRecord
 from kernels.launcher import Launcher, identity_of
@@ -29,11 +29,13 @@ from kernels.session import CallHandler, Greeting
 from kernels.settings import ServiceSettings
 from kernels.warm import WarmMachine
 from vm_runtime.drivers.base import Driver, MachinePlace
+from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
+from vm_runtime.saving.flattening import Failure
 from vm_runtime.saving.forking import Forked
 from vm_runtime.saving.values import Description, Taken, Then
-from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.errors import ChainTooLongError, SnapshotError
 from vm_runtime.snapshots.index import SnapshotEntry
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
@@ -42,6 +44,9 @@ from vm_runtime.spec import ImageFiles
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Of an error that is shown with a sandbox; some quote what a guest printed.
+MAX_PROBLEM_CHARACTERS = 500
 
 # The name of the checkpoint of a state that `goto` left.
 LEFT_AT = "left at "
@@ -67,6 +72,7 @@ class Core:
             driver,
             store,
             image_files=self._image_files,
+            on_flattening_failed=self.flattening_failed,
             capacity=self.capacity,
         )
         self.live: dict[str, LiveSandbox] = {}
@@ -330,12 +336,13 @@ class Core:
         """A snapshot of a running sandbox, kept for it from now on. strict, before_resume: as of `CellBoundary`.
         heir_id: the sandbox whose snapshot it is to be, if not its own; the caller keeps it then.
 
-        Errors: SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on then.
+        Errors: CheckpointLimitError, SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on.
         """
         live = self.running(sandbox_id)
         description = replace(self.description(sandbox_id, name=name), sandbox_id=heir_id or sandbox_id)
         boundary = self._boundary(live, sandbox_id, then=then, strict=strict, before_resume=before_resume)
-        taken = await live.saved.take(description, then=then, hooks=[boundary])
+        with self._noted(sandbox_id):
+            taken = await live.saved.take(description, then=then, hooks=[boundary])
         if heir_id is None:
             await self.keep(sandbox_id, taken.manifest)
         return taken
@@ -345,9 +352,27 @@ class Core:
         live = self.running(sandbox_id)
         description = self.description(sandbox_id, name=None)
         boundary = self._boundary(live, sandbox_id, then=Then.RESUME, strict=strict)
-        forked = await self.launcher.saver.fork(live.saved, description, places=places, hooks=[boundary])
+        with self._noted(sandbox_id):
+            forked = await self.launcher.saver.fork(live.saved, description, places=places, hooks=[boundary])
         await self.keep(sandbox_id, forked.taken.manifest)
         return forked
+
+    @contextlib.contextmanager
+    def _noted(self, sandbox_id: str) -> Iterator[None]:
+        """Shows users why a snapshot of a sandbox could not be taken, until one could."""
+        try:
+            yield
+        except (SnapshotError, VmRuntimeError) as error:
+            self.registry.checkpoint_problem(sandbox_id, str(error)[:MAX_PROBLEM_CHARACTERS])
+            if isinstance(error, ChainTooLongError):
+                raise CheckpointLimitError(str(error)) from error
+            raise
+        self.registry.checkpoint_problem(sandbox_id, None)
+
+    def flattening_failed(self, failure: Failure) -> None:
+        """Called by the saver for each attempt."""
+        if failure.sandbox_id is not None and failure.sandbox_id in self.registry:
+            self.registry.notify(failure.sandbox_id, EventKind.FLATTENING_FAILED, failure.reason)
 
     def _boundary(
         self,

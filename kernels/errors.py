@@ -12,6 +12,7 @@ KernelsError
 |   +-- SandboxStateError         not possible in the state the sandbox is in
 |   +-- GuestRefusedError         the guest's own system would not do it (no such file, disk full); `code` says what
 +-- CapacityError             the host's: no memory, disk or slot left now; try later
+|   +-- CheckpointLimitError      no further snapshot can be stored until those before it were merged
 +-- MachineFailedError        the machine died or did not start
 +-- MachineLeftError          nobody's: the sandbox lost its machine while something used it; `why` says for what
 +-- CellRunsError             nobody's: the kernel is not between two cells
@@ -80,6 +81,10 @@ class GuestRefusedError(RequestError):
 
 class CapacityError(KernelsError):
     """The host has no memory, disk or slot left; the same request may work later."""
+
+
+class CheckpointLimitError(CapacityError):
+    """No further snapshot of this sandbox can be stored until those before it were merged; it was not even paused."""
 
 
 class MachineFailedError(KernelsError):

@@ -20,6 +20,7 @@ from kernels.templates import Template, TemplateStore
 from kernels.warm import WarmMachine, new_place
 from vm_runtime.drivers.base import Driver, MachinePlace
 from vm_runtime.machine import Machine
+from vm_runtime.saving.flattening import Failure
 from vm_runtime.saving.saver import Saver
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
@@ -60,10 +61,13 @@ class Launcher:
         store: SnapshotStore,
         *,
         image_files: Callable[[str], ImageFiles],
+        on_flattening_failed: Callable[[Failure], None],
         capacity: Capacity,
     ) -> None:
         self._settings = settings
-        self.saver = Saver(store=store, driver=driver, image_files=image_files)
+        self.saver = Saver(
+            store=store, driver=driver, image_files=image_files, on_flattening_failed=on_flattening_failed
+        )
         self.templates = TemplateStore(settings.state_dir / "templates", settings.run_dir, driver, store, self.saver)
         self._capacity = capacity
         self._making: WeakSet[Machine] = WeakSet()

@@ -40,6 +40,8 @@ class EventKind(StrEnum):
     KERNEL_DEAD = "kernel_dead"
     DELETED = "deleted"
     CHECKPOINT = "checkpoint"
+    CHECKPOINT_PROBLEM = "checkpoint_problem"
+    FLATTENING_FAILED = "flattening_failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,8 @@ class Sandbox:
     execution_state: Jupyter's word (starting, idle, busy, restarting, dead). reason: why it failed, or None.
     created_at, last_activity: aware UTC times. `name` is the sandbox's own name; `template` the kernelspec's.
     index: which of its siblings it is, for a child of a fork, else 0. snapshot_id: what it wakes from, or its newest
-    checkpoint. released: its Jupyter client has deleted it; it is kept asleep for the next who opens `notebook`.
+    checkpoint. checkpoint_problem: why its last one could not be taken, or why they are rarer than cells; None if
+    neither is so. released: its Jupyter client has deleted it; it is kept asleep for the next who opens `notebook`.
     """
 
     id: str
@@ -101,6 +104,7 @@ class Sandbox:
     idle_timeout_s: float = 0.0
     max_lifetime_s: float | None = None
     checkpoints: str = CheckpointPolicy.OFF
+    checkpoint_problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

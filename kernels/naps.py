@@ -9,7 +9,7 @@ import asyncio
 import logging
 
 from kernels.core import Core
-from kernels.errors import CapacityError, KernelsError, MachineFailedError, SandboxStateError
+from kernels.errors import CapacityError, CheckpointLimitError, KernelsError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
 from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
@@ -34,7 +34,8 @@ class Naps:
     async def sleep(self, sandbox_id: str) -> Sandbox:
         """Puts a sandbox to sleep; one that sleeps already stays so. A cell that runs goes on after the wake.
 
-        Errors: UnknownSandboxError, SandboxStateError, MachineFailedError (the snapshot failed; it runs on).
+        Errors: UnknownSandboxError, SandboxStateError, CheckpointLimitError, MachineFailedError (the snapshot failed);
+        it runs on.
         """
         async with self._core.lock(sandbox_id):
             return await self._sleep(sandbox_id)
@@ -54,6 +55,8 @@ class Naps:
             if was_running and live.saved.machine.state is RunState.PAUSED:
                 await live.go_on()
             live.start()
+            if isinstance(error, CheckpointLimitError):
+                raise
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
         await core.take_down(sandbox_id, "asleep")
         return core.registry.move(sandbox_id, SandboxState.ASLEEP)

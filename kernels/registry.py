@@ -145,6 +145,13 @@ class Registry:
         """An event that changes nothing in the record."""
         self._publish(sandbox_id, kind, {} if reason is None else {"reason": reason})
 
+    def checkpoint_problem(self, sandbox_id: str, problem: str | None) -> None:
+        """Notes what keeps its checkpoints away or makes them rare, None for nothing; an event if that has changed.
+        Unknown ids are fine."""
+        if sandbox_id in self and self.record(sandbox_id).sandbox.checkpoint_problem != problem:
+            self.change(sandbox_id, checkpoint_problem=problem)
+            self._publish(sandbox_id, EventKind.CHECKPOINT_PROBLEM, {"reason": problem})
+
     def remove(self, sandbox_id: str) -> None:
         """Forgets a sandbox; unknown ids are fine."""
         record = self._records.pop(sandbox_id, None)

@@ -45,6 +45,7 @@ from vm_runtime.drivers.base import Driver
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image
 from vm_runtime.machine import MemoryUsage
+from vm_runtime.saving.flattening import FlatteningStatus
 from vm_runtime.snapshots import errors as snapshot_errors
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
@@ -356,6 +357,10 @@ class SandboxService:
     async def snapshots(self, *, owner: str | None = None) -> Sequence[Snapshot]:
         """All snapshots in the store, oldest first."""
         return [snapshot_of(entry) for entry in await asyncio.to_thread(self._core.store.ls, owner=owner)]
+
+    def flattening(self) -> FlatteningStatus:
+        """How far the sandboxes' chains of layers and disks are from being short, and what failed."""
+        return self._core.launcher.saver.flattening()
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Errors: UnknownSnapshotError, SnapshotInUseError."""

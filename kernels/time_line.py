@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 from kernels.core import LEFT_AT, Core, is_automatic, utc_now
 from kernels.errors import (
     CellRunsError,
+    CheckpointLimitError,
     KernelsError,
     MachineFailedError,
     RequestError,
@@ -44,6 +45,10 @@ MAX_NAME_CHARACTERS = 100
 MAX_PAUSE_MS = 100.0
 JUDGED_PAUSES = 5
 SLOW_INTERVAL_S = 60.0
+_SLOW = (
+    f"The median pause of the last {JUDGED_PAUSES} checkpoints was longer than {MAX_PAUSE_MS:.0f} ms: there is at most "
+    f"one each {SLOW_INTERVAL_S:.0f} s, and cells in between have none."
+)
 # Timers are minutes; a second late is on time.
 WATCH_INTERVAL_S = 1.0
 # Checkpoints by name, which nothing thins out: a guest can take them, too, and must not fill the host's disk.
@@ -80,7 +85,8 @@ class TimeLine:
         return [_checkpoint(entry) for entry in self._core.store.ls(sandbox_id=sandbox_id)]
 
     async def checkpoint(self, sandbox_id: str, *, name: str | None) -> Checkpoint:
-        """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, MachineFailedError (it runs on)."""
+        """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, CheckpointLimitError,
+        MachineFailedError; it runs on."""
         if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
             raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
         async with self._core.lock(sandbox_id):
@@ -147,10 +153,12 @@ class TimeLine:
             except CellRunsError as error:
                 log.info("No checkpoint of sandbox %s after this cell: %s", sandbox_id, error)
                 return
-            except (SnapshotError, VmRuntimeError) as error:
+            except (SnapshotError, VmRuntimeError, CheckpointLimitError) as error:
                 log.warning("No checkpoint of sandbox %s: %s", sandbox_id, error)
                 return
             pace.note(taken.pause_ms, now)
+            if now < pace.slow_until:
+                core.registry.checkpoint_problem(sandbox_id, _SLOW)
             core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
 
     def _removable(self, sandbox_id: str) -> tuple[list[str], list[str], list[int]]:

@@ -36,6 +36,7 @@ class SandboxInfo(_Parsed):
     state: creating, running, paused, asleep, failed or gone. execution_state: the kernel's (idle, busy, ...).
     reason: why it failed. index: which of its siblings it is, for a child of a fork. idle_timeout_s: it sleeps after so
     long without activity (0: never). max_lifetime_s: it is deleted so long after its creation (None: never).
+    checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than cells.
     """
 
     id: str
@@ -58,6 +59,7 @@ class SandboxInfo(_Parsed):
     idle_timeout_s: float = 0.0
     max_lifetime_s: float | None = None
     checkpoints: str = "off"
+    checkpoint_problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

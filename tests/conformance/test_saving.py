@@ -4,26 +4,30 @@ outside, by the VMM itself (QEMU's `qemu-io`)."""
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from tests.conformance import pvh
 from tests.conformance.conftest import Bench, beat, read_word
+from vm_runtime.drivers.qemu import disk_merge
 from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.errors import MachineGoneError
+from vm_runtime.saving import chains
 from vm_runtime.saving.chains import LONG_CHAIN, MANY_DISKS
 from vm_runtime.saving.forking import Children
 from vm_runtime.saving.hooks import Captured, SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.values import Description, Then
-from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError, StoreFullError
+from vm_runtime.snapshots.errors import BrokenSnapshotError, ChainTooLongError, SnapshotError, StoreFullError
 from vm_runtime.snapshots.injection import can_inject
 from vm_runtime.snapshots.layers import MemoryImage
 from vm_runtime.snapshots.manifest import Manifest, PartKind
@@ -504,6 +508,47 @@ async def test_chains_stay_short_however_many_snapshots_a_running_machine_takes(
             await assert_disk(woken, number + 1, f"{number}M")
         await beat(qemu(woken))
         await woken.kill()
+    finally:
+        await machine.kill()
+
+
+async def test_a_chain_at_its_limit_is_refused_before_the_pause(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "MAX_CHAIN", MANY_DISKS + 1)
+    monkeypatch.setattr(chains, "CROWDED", MANY_DISKS)
+    monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img-that-is-not-installed")
+    machine = await place.restore(await place.template(), "first")
+    try:
+        for number in range(MANY_DISKS - 1):
+            await disk_io(machine, f"write -P {number + 1} {number}M 64k")
+            await machine.take(describe(), then=Then.RESUME)
+        await disk_io(machine, "write -P 9 9M 64k")
+        paused = AsyncMock(wraps=machine.machine.pause)
+        monkeypatch.setattr(machine.machine, "pause", paused)
+        with pytest.raises(ChainTooLongError, match=f"open disks of at most {MANY_DISKS + 1}"):
+            await machine.take(describe(), then=Then.RESUME)
+        paused.assert_not_called()
+        assert machine.machine.state is RunState.RUNNING
+        assert "not installed" in place.saver.flattening().failing[0].reason
+        # The disks can be merged again: the snapshot waits for that, and is taken.
+        monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img")
+        taken = await machine.take(describe(), then=Then.RESUME)
+        assert len(taken.manifest.disks) < MANY_DISKS
+        await assert_disk(machine, 9, "9M")
+        await assert_disk(machine, 1, "0M")
+    finally:
+        await machine.kill()
+
+
+async def test_a_machine_that_cannot_be_controlled_any_more_is_ended(place: Place) -> None:
+    machine = await place.restore(await place.template(), "first")
+    try:
+        control = qemu(machine)._qmp
+        assert control is not None
+        # The VMM lives on: it waits for another client.
+        control._socket.shutdown(socket.SHUT_RDWR)
+        async with asyncio.timeout(30):
+            death = await machine.machine.wait_dead()
+        assert "could not be controlled any more" in death.reason
     finally:
         await machine.kill()
 

@@ -24,6 +24,8 @@ LARGE_LAYERS_BYTES = 48 << 20
 _TIER_RATIO = 2
 # What no chain has more of once it was shortened; beyond it the sizes do not count.
 MAX_SETTLED = 16
+# What a person should hear of: no chain that was shortened has so many.
+SETTLED_PARTS = 24
 # A chain that flattening has not kept up with: the next snapshot waits for it.
 CROWDED = 48
 # The last parts of the longest chain are for falling asleep; before that, checkpoints and forks are refused.

@@ -130,6 +130,8 @@ async def test_what_is_open_and_what_is_counted(gateway: RunningGateway) -> None
         assert (await request(gateway, "GET", path, headers={})).code == 200
     assert (await request(gateway, "GET", "/metrics", headers={})).code == 401
     numbers = (await request(gateway, "GET", "/metrics")).body.decode()
+    assert "hypercell_flattening_failing 0.0" in numbers
+    assert "hypercell_flattening_failures_total 0.0" in numbers
     for name in ("sandbox_start_seconds_bucket", "pool_ready", "websockets", "back_pressure_seconds_total"):
         assert f"hypercell_{name}" in numbers
 

@@ -95,7 +95,7 @@ async def test_a_child_of_the_magic_stays_when_its_cell_fails(host: SandboxHost)
 
 async def test_tree_info_and_checkpoints_are_html_and_text(host: SandboxHost) -> None:
     async def script(call: Any) -> None:
-        root = {"id": PARENT, "state": "running", "parent_id": None, "name": "<root>"}
+        root = {"id": PARENT, "state": "running", "parent_id": None, "name": "<root>", "checkpoint_problem": "<full>"}
         child = {"id": child_id(0), "state": "asleep", "parent_id": PARENT, "url": "http://h/lab/x"}
         answers: dict[str, dict[str, Any]] = {
             "tree": {"root": PARENT, "nodes": [root, child]},
@@ -115,6 +115,8 @@ async def test_tree_info_and_checkpoints_are_html_and_text(host: SandboxHost) ->
         assert "<td>state</td><td>running</td>" in message["content"]["data"]["text/html"]
         [message] = await shown(jupyter, "%sandbox checkpoints")
         assert "c1  3  before  2026-01-01" in message["content"]["data"]["text/plain"]
+        assert "Checkpoints are missing: <full>" in message["content"]["data"]["text/plain"]
+        assert "Checkpoints are missing: &lt;full&gt;" in message["content"]["data"]["text/html"]
         assert "Kept the state of now as 'a b'" in (await run(jupyter, "%sandbox snapshot 'a b'"))[0]
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import os
-import secrets
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,30 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.saving.chained import publish
 from vm_runtime.confinement.host import find_confinement
 from vm_runtime.confinement.process import Spawner
-from vm_runtime.drivers.qemu import disk_merge, qcow2
+from vm_runtime.drivers.qemu import disk_merge
 from vm_runtime.saving import flattening
 from vm_runtime.saving.bases import Bases
 from vm_runtime.saving.chains import LONG_CHAIN, MANY_DISKS, Shortened
 from vm_runtime.saving.flattening import Failure, Flattener
-from vm_runtime.snapshots.layers import encode_index
 from vm_runtime.snapshots.manifest import (
-    DiskPart,
-    Manifest,
-    MemoryParts,
     PartKind,
-    Shape,
-    SnapshotContents,
-    Vmm,
 )
-from vm_runtime.snapshots.memory import PAGE_SIZE, memory_digest
-from vm_runtime.snapshots.store import Draft, SnapshotStore
+from vm_runtime.snapshots.memory import PAGE_SIZE
+from vm_runtime.snapshots.store import SnapshotStore
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
-
-MEMORY_BYTES = 1 << 20
-DISK_BYTES = 64 << 20
 
 
 @dataclass
@@ -75,61 +63,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         bases.close()
         await spawner.close()
         store.close()
-
-
-def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
-    """A snapshot with as many small layers and disks, each with something of its own."""
-    with store.begin() as draft:
-        path = draft.path("base")
-        path.write_bytes(secrets.token_bytes(MEMORY_BYTES))
-        base = draft.add(PartKind.BASE, path, digest=memory_digest(path))
-        memory = MemoryParts(
-            size_bytes=MEMORY_BYTES,
-            base=base,
-            layers=tuple(
-                draft.add_bytes(
-                    PartKind.LAYER, encode_index(MEMORY_BYTES, [(number, 1)], []) + secrets.token_bytes(PAGE_SIZE)
-                )
-                for number in range(layers)
-            ),
-        )
-        contents = SnapshotContents(
-            created_at=datetime.datetime.now(datetime.UTC),
-            owner="someone",
-            sandbox_id="s1",
-            template="tiny",
-            image_digest="0" * 64,
-            shape=Shape(memory_mib=1, vcpus=1, disk_mib=64),
-            vmm=Vmm(driver="qemu", version="7.2.0", machine="m", cpu_model="max", accelerator="tcg"),
-            memory=memory,
-            device=draft.add_bytes(PartKind.DEVICE, secrets.token_bytes(16)),
-            disks=tuple(chain(draft, disks)),
-            wire_marker="0" * 32,
-        )
-        return draft.publish(contents)
-
-
-def chain(draft: Draft, count: int) -> list[DiskPart]:
-    disks: list[DiskPart] = []
-    for number in range(count):
-        path = draft.path(f"disk-{number}")
-        if number:
-            # The host names of QEMU's compatible features, of which unknown ones are ignored, make each file another.
-            qcow2.create_overlay(path, virtual_bytes=DISK_BYTES)
-            with path.open("r+b") as file:
-                file.seek(80)
-                file.write(bytes([number]) * 8)
-        else:
-            path.touch()
-            os.truncate(path, DISK_BYTES)
-        part = draft.add(PartKind.DISK, path)
-        backing = disks[-1].digest if disks else None
-        disks.append(
-            DiskPart(
-                digest=part.digest, size_bytes=part.size_bytes, format="qcow2" if number else "raw", backing=backing
-            )
-        )
-    return disks
 
 
 async def until_failed(bench: Bench, count: int) -> None:

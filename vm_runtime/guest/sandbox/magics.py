@@ -18,7 +18,19 @@ from vm_runtime.guest.sandbox.host import ask
 COMPLETION_LIMIT_S = 1.0
 
 # What of a sandbox `%sandbox info` shows, in this order; the rest is in `sandbox.info()`.
-_INFO = ("name", "id", "state", "template", "parent_id", "driver", "memory_mib", "vcpus", "created_at", "url")
+_INFO = (
+    "name",
+    "id",
+    "state",
+    "template",
+    "parent_id",
+    "driver",
+    "memory_mib",
+    "vcpus",
+    "created_at",
+    "url",
+    "checkpoint_problem",
+)
 
 
 class MagicError(SandboxError):
@@ -83,7 +95,7 @@ def _line(command: Command) -> Any:
         case "sleep":
             timeline.sleep()
         case "checkpoints":
-            return checkpoints_shown(timeline.checkpoints())
+            return checkpoints_shown(timeline.checkpoints(), timeline.info().get("checkpoint_problem"))
         case "goto":
             timeline.goto(argument)
         case "undo":
@@ -136,8 +148,11 @@ def info_shown(info: Mapping[str, Any]) -> Shown:
     return Shown(text, _table(("", ""), [(html.escape(key), html.escape(str(value))) for key, value in fields]))
 
 
-def checkpoints_shown(checkpoints: Sequence[Mapping[str, Any]]) -> Shown:
-    """Checkpoints as a table: id, the cell after which it was taken, name, time."""
+def checkpoints_shown(checkpoints: Sequence[Mapping[str, Any]], problem: str | None = None) -> Shown:
+    """Checkpoints as a table: id, the cell after which it was taken, name, time. problem: why there are not more."""
+    if problem is not None:
+        shown, text = checkpoints_shown(checkpoints), f"Checkpoints are missing: {problem}"
+        return Shown(f"{shown!r}\n{text}", f"{shown._repr_html_()}<p>{html.escape(text)}</p>")
     if not checkpoints:
         none = "There are no checkpoints yet."
         return Shown(none, none)
