@@ -87,6 +87,7 @@ class Launcher:
             filler.cancel()
             await asyncio.gather(filler, return_exceptions=True)
             await self.pool.close()
+            await self.templates.close()
             await self.saver.close()
 
     async def launch(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:

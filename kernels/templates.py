@@ -124,6 +124,7 @@ class TemplateStore:
         self._saver = saver
         self._lock = asyncio.Lock()
         self._known: dict[str, Template] = {}
+        self._builds: dict[str, asyncio.Task[Template]] = {}
 
     def find(self, image: Image, shape: MachineShape) -> Template | None:
         """The template for this image and shape if it has been built. A damaged one counts as not built."""
@@ -138,10 +139,33 @@ class TemplateStore:
         return self._known[digest]
 
     async def ensure(self, image: Image, shape: MachineShape, *, progress: Progress) -> Template:
-        """The template for this image and shape; built now (20 to 60 s emulated) if there is none. TemplateError."""
+        """The template for this image and shape; built now (20 to 60 s emulated) if there is none. TemplateError.
+
+        A build goes on when whoever asked for it gives up: the next who asks wants the same.
+        """
         found = self.find(image, shape)
         if found is not None:
             return found
+        digest = template_digest(image.files.digest, shape, self._driver.identity())
+        build = self._builds.get(digest)
+        if build is None:
+            build = self._builds[digest] = asyncio.create_task(self._ensure(image, shape, progress))
+            build.add_done_callback(lambda build: self._built(digest, build))
+        return await asyncio.shield(build)
+
+    def _built(self, digest: str, build: asyncio.Task[Template]) -> None:
+        del self._builds[digest]
+        if not build.cancelled() and (error := build.exception()) is not None:
+            log.warning("%s", error)  # perhaps nobody waits for it any more
+
+    async def close(self) -> None:
+        """Gives up what is being built."""
+        builds = list(self._builds.values())
+        for build in builds:
+            build.cancel()
+        await asyncio.gather(*builds, return_exceptions=True)
+
+    async def _ensure(self, image: Image, shape: MachineShape, progress: Progress) -> Template:
         async with self._lock, self._file_lock():
             found = self.find(image, shape)
             if found is None:

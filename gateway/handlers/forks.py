@@ -34,6 +34,7 @@ ENDPOINTS = (
                 summary="Children in the state that the sandbox is in, each with a machine of its own. "
                 "One that fails is told in its place and harms no other.",
                 run=fork_sandbox,
+                ends_with_client=True,
                 body=ForkRequest,
                 reply=ForkAnswer,
                 status=201,

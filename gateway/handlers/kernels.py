@@ -70,6 +70,7 @@ ENDPOINTS = (
                 name="createKernel",
                 summary="A new kernel in a sandbox of its own, or the one that was left behind with this notebook.",
                 run=create_kernel,
+                ends_with_client=True,
                 body=CreateKernel,
                 reply=KernelAnswer,
                 status=201,

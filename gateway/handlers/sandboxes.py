@@ -82,6 +82,7 @@ ENDPOINTS = (
                 name="createSandbox",
                 summary="A new sandbox with a kernel in it.",
                 run=create_sandbox,
+                ends_with_client=True,
                 body=NewSandbox,
                 reply=SandboxAnswer,
                 status=201,

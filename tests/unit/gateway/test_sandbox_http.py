@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from tornado.httpclient import AsyncHTTPClient
@@ -213,11 +214,36 @@ class Events:
     async def until(self, text: str) -> None:
         async with asyncio.timeout(60):
             while text not in self._text:
-                self._more.clear()
-                await self._more.wait()
+                await self.more()
+
+    async def more(self) -> None:
+        self._more.clear()
+        await self._more.wait()
 
     def events(self) -> list[Json]:
         return [json.loads(line[6:]) for line in self._text.splitlines() if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize("what", ["create", "fork"])
+async def test_what_nobody_was_told_of_is_not_left(gateway: RunningGateway, sandbox: str, what: str) -> None:
+    events = Events(gateway, "/api/sandboxes/events")
+    await events.until(": ready\n\n")
+    path, body = ("/api/sandboxes", b"{}") if what == "create" else (f"{sandbox}/fork", b'{"count": 2}')
+    url = urlsplit(gateway.url)
+    _, writer = await asyncio.open_connection(url.hostname, url.port)
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\nAuthorization: token {gateway.token}\r\n".encode())
+    writer.write(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    await writer.drain()
+    writer.close()
+    count = 1 if what == "create" else 2
+    await events.until('"kind":"created"')
+    async with asyncio.timeout(60):
+        while [event["kind"] for event in events.events()].count("deleted") < count:
+            await events.more()
+    made = {event["sandbox_id"] for event in events.events() if event["kind"] == "created"}
+    assert len(made) == count
+    assert not made & {each["id"] for each in await call(gateway, "GET", "/api/sandboxes")}
+    events.done.cancel()
 
 
 async def test_events_as_they_happen(gateway: RunningGateway, sandbox: str) -> None:
