@@ -32,8 +32,8 @@ def describe_host(vmm: str | None) -> dict[str, str]:
 
 def vmm_sentence(snapshot: Manifest) -> str:
     """The VMM that a snapshot was taken with."""
-    vmm = snapshot.vmm
-    return f"{vmm.driver} {vmm.version}, {vmm.machine}, {vmm.cpu_model}, {vmm.accelerator}"
+    needs = snapshot.state.needs
+    return f"{snapshot.state.driver} " + ", ".join(needs.values())
 
 
 def _version(distribution: str) -> str:

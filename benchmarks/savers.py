@@ -18,6 +18,7 @@ from benchmarks.lab import Lab
 from benchmarks.local_kernels import local_kernel
 from benchmarks.messages import CellError
 from benchmarks.raw_zmq import RawKernel
+from vm_runtime.snapshots.manifest import PartKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class HypercellSaver(StateSaver):
     async def save(self) -> Saved:
         taken = await self._lab.take(self._id)
         self._checkpoint = taken.manifest.id
-        size_bytes = taken.layer_bytes + taken.manifest.device.size_bytes
+        state = taken.manifest.state
+        size_bytes = sum(state.of_kind(kind)[-1].size_bytes for kind in (PartKind.LAYER, PartKind.DEVICE))
         return Saved(standstill_ms=taken.pause_ms, total_ms=taken.total_ms, size_bytes=size_bytes)
 
     async def ask(self, expression: str) -> Any:

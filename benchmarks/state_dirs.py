@@ -20,8 +20,8 @@ from kernels.directories import run_dir_of
 from kernels.service import SandboxService
 from kernels.settings import ServiceSettings
 from kernels.templates import TemplateRecord
-from vm_runtime.drivers.qemu.accelerator import Wish, choose
-from vm_runtime.drivers.qemu.driver import QemuDriver
+from vm_runtime.drivers.base import Driver, DriverSettings
+from vm_runtime.drivers.find import DEFAULT_DRIVER, find_driver
 from vm_runtime.images.progress import LineProgress
 from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
 from vm_runtime.images.store import ImageStore
@@ -87,11 +87,11 @@ def service_settings(state_dir: Path) -> ServiceSettings:
 
 
 @asynccontextmanager
-async def started_driver(state_dir: Path) -> AsyncIterator[QemuDriver]:
+async def started_driver(state_dir: Path) -> AsyncIterator[Driver]:
     """The driver that `serve` would choose."""
     image = next(iter(ImageStore(state_dir / "images").current().values()), None)
-    choice = await choose(Wish.AUTO, state_dir=state_dir, image=image.files if image is not None else None)
-    driver = await QemuDriver.start(accelerator=choice.accelerator)
+    settings = DriverSettings(state_dir=state_dir, image=image.files if image is not None else None)
+    driver = await find_driver(DEFAULT_DRIVER).start(settings, say=lambda text: None)
     try:
         yield driver
     finally:

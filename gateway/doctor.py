@@ -1,6 +1,6 @@
 """`hypercelld doctor`: what this host has, what it lacks, and the command that mends it.
 
-Changes nothing; that an accelerator was tried out is remembered.
+What concerns machines is asked of the driver. Changes nothing; that an accelerator was tried out is remembered.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from gateway.version import VERSION
 from kernels.capacity import RESERVE_MIB, START_COST_MIB, available_mib
 from kernels.directories import default_state_dir, run_dir_of
 from kernels.templates import stored_templates
-from vm_runtime.drivers.qemu.accelerator import Wish, choose
-from vm_runtime.drivers.qemu.driver import QemuDriver
-from vm_runtime.drivers.qemu.program import PROGRAM, find_program
-from vm_runtime.errors import VmRuntimeError
+from vm_runtime.drivers.base import DriverSettings
+from vm_runtime.drivers.find import DEFAULT_DRIVER, driver_names, find_driver
 from vm_runtime.images.store import ImageStore
-from vm_runtime.saving.chains import MAX_CHAIN, SETTLED_PARTS
+from vm_runtime.paged.chains import MAX_CHAIN, SETTLED_PARTS
 from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.manifest import PartKind
 from vm_runtime.snapshots.store import SnapshotStore
 
 if TYPE_CHECKING:
@@ -38,14 +37,9 @@ COMFORTABLE_MEMORY_MIB = 2048
 COMFORTABLE_DISK_MIB = 5 * 1024
 # Program, Debian package, and what it is for.
 TOOLS = (
-    (PROGRAM, "qemu-system-x86", "machines"),
-    ("qemu-img", "qemu-utils", "keeping disks short"),
     ("mmdebstrap", "mmdebstrap", "building images"),
     ("mkfs.erofs", "erofs-utils", "building images"),
-    ("mkfs.ext4", "e2fsprogs", "building templates"),
 )
-# The walls that cgroups make (vm_runtime/confinement/cgroups.py).
-CGROUP_WALLS = ("memory limit", "cpu limit", "pids limit")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -61,17 +55,24 @@ class Problem(_Part):
     blocking: bool
 
 
-class AcceleratorPart(_Part):
-    """name: kvm or tcg. decided: False while there is no image to try it with."""
+class CheckPart(_Part):
+    """See `vm_runtime.drivers.base.Check`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
 
     name: str
-    why: str
-    decided: bool
+    found: str
+    problem: str | None
+    fix: str | None
+    blocking: bool
 
 
-class QemuPart(_Part):
-    path: str
-    version: str
+class DriverPart(_Part):
+    """installed: the names of all drivers."""
+
+    name: str
+    installed: list[str]
+    checks: list[CheckPart]
 
 
 class MemoryPart(_Part):
@@ -81,15 +82,6 @@ class MemoryPart(_Part):
 class DiskPart(_Part):
     path: str
     free_mib: int
-
-
-class WallPart(_Part):
-    """One wall around a VMM process."""
-
-    name: str
-    stands: bool
-    problem: str | None
-    fix: str | None
 
 
 class ToolPart(_Part):
@@ -122,13 +114,10 @@ class Report(_Part):
 
     version: str
     ok: bool
-    accelerator: AcceleratorPart | None
-    qemu: QemuPart | None
+    driver: DriverPart
     memory: MemoryPart
     disk: DiskPart
     user_namespaces: bool
-    cgroups: bool
-    walls: list[WallPart]
     tools: list[ToolPart]
     images: list[ImagePart]
     templates: list[TemplatePart]
@@ -142,13 +131,19 @@ def register(subparsers: Subparsers) -> None:
     """Adds `doctor`."""
     parser = subparsers.add_parser("doctor", help="say what this host has, lacks, and how to mend it")
     parser.add_argument("--state-dir", type=Path, default=default_state_dir(), help="default: %(default)s")
+    parser.add_argument(
+        "--driver",
+        default=DEFAULT_DRIVER,
+        choices=driver_names(),
+        help="what is to run the machines, default: %(default)s",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Ends with 0 when kernels can run here, else with 1."""
-    report = asyncio.run(examine(arguments.state_dir))
+    report = asyncio.run(examine(arguments.state_dir, driver=arguments.driver))
     if arguments.json:
         print(report.model_dump_json(indent=2))
     else:
@@ -156,13 +151,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-async def examine(state_dir: Path) -> Report:
-    """Looks at everything; boots a guest under KVM once where that was never tried here."""
+async def examine(state_dir: Path, *, driver: str) -> Report:
+    """Looks at everything. Errors: DriverUnavailableError where there is no such driver."""
     problems: list[Problem] = []
     tools = _tools(problems)
     images, template_parts, chains = await asyncio.to_thread(_stored, state_dir, problems)
     memory, disk = _resources(state_dir, problems)
-    accelerator, qemu, walls = await _virtualisation(state_dir, problems)
+    driver_part = await _driver(driver, state_dir, problems)
     user_namespaces = _user_namespaces()
     if not user_namespaces and os.geteuid() != 0:
         problems.append(
@@ -175,13 +170,10 @@ async def examine(state_dir: Path) -> Report:
     return Report(
         version=VERSION,
         ok=not any(problem.blocking for problem in problems),
-        accelerator=accelerator,
-        qemu=qemu,
+        driver=driver_part,
         memory=memory,
         disk=disk,
         user_namespaces=user_namespaces,
-        cgroups=all(wall.stands for wall in walls if wall.name in CGROUP_WALLS) and bool(walls),
-        walls=walls,
         tools=tools,
         images=images,
         templates=template_parts,
@@ -198,7 +190,7 @@ def _tools(problems: list[Problem]) -> list[ToolPart]:
     for tool, (name, package, purpose) in zip(tools, TOOLS, strict=True):
         if tool.path is None:
             what = f"{name} is not installed; it is needed for {purpose}."
-            problems.append(Problem(what=what, fix=f"sudo apt-get install {package}", blocking=name == PROGRAM))
+            problems.append(Problem(what=what, fix=f"sudo apt-get install {package}", blocking=False))
     return tools
 
 
@@ -246,8 +238,8 @@ def _chains(store: SnapshotStore, problems: list[Problem]) -> ChainsPart:
     lengths: dict[str, tuple[int, int]] = {}
     for owner, snapshot_id in newest.items():
         with contextlib.suppress(SnapshotError):  # `snapshot verify` names those that are broken
-            manifest = store.flattened(snapshot_id) or store.get(snapshot_id)
-            lengths[owner] = len(manifest.memory.layers), len(manifest.disks)
+            state = (store.flattened(snapshot_id) or store.get(snapshot_id)).state
+            lengths[owner] = len(state.of_kind(PartKind.LAYER)), len(state.of_kind(PartKind.DISK))
     problems.extend(
         Problem(
             what=f"{owner} lies on {max(parts)} layers or disks that were not merged: it is slow to restore, beyond "
@@ -278,32 +270,17 @@ def _resources(state_dir: Path, problems: list[Problem]) -> tuple[MemoryPart, Di
     return MemoryPart(available_mib=memory_mib), DiskPart(path=str(existing), free_mib=free_mib)
 
 
-async def _virtualisation(
-    state_dir: Path, problems: list[Problem]
-) -> tuple[AcceleratorPart | None, QemuPart | None, list[WallPart]]:
-    try:
-        path, version = await find_program(PROGRAM)
-        image = next(iter(ImageStore(state_dir / "images").current().values()), None)
-        choice = await choose(Wish.AUTO, state_dir=state_dir, image=image.files if image else None)
-        driver = await QemuDriver.start(accelerator=choice.accelerator)
-    except VmRuntimeError as error:
-        # A missing QEMU is among the tools already.
-        if shutil.which(PROGRAM) is not None:
-            problems.append(Problem(what=str(error), fix=None, blocking=True))
-        return None, None, []
-    try:
-        steps = driver.confinement().steps
-    finally:
-        await driver.close()
-    walls = [
-        WallPart(name=step.name, stands=step.problem is None, problem=step.problem, fix=step.fix) for step in steps
-    ]
+async def _driver(name: str, state_dir: Path, problems: list[Problem]) -> DriverPart:
+    image = next(iter(ImageStore(state_dir / "images").current().values()), None)
+    settings = DriverSettings(state_dir=state_dir, image=image.files if image else None)
+    checks = await find_driver(name).checks(settings)
     problems.extend(
-        Problem(what=f"{wall.name}: {wall.problem}", fix=wall.fix, blocking=False) for wall in walls if not wall.stands
+        Problem(what=check.problem, fix=check.fix, blocking=check.blocking)
+        for check in checks
+        if check.problem is not None
     )
-    accelerator = AcceleratorPart(name=choice.accelerator.value, why=choice.why, decided=choice.decided)
-    qemu = QemuPart(path=str(path), version=".".join(map(str, version)))
-    return accelerator, qemu, walls
+    parts = [CheckPart.model_validate(check) for check in checks]
+    return DriverPart(name=name, installed=driver_names(), checks=parts)
 
 
 def _user_namespaces() -> bool:
@@ -319,16 +296,15 @@ def _user_namespaces() -> bool:
 
 def _print(report: Report) -> None:
     def line(name: str, text: str) -> None:
-        print(f"{name:<16}{text}")
+        print(f"{name:<20}{text}")
 
     line("hypercelld", report.version)
-    line("QEMU", f"{report.qemu.version} ({report.qemu.path})" if report.qemu else "missing")
-    line("accelerator", f"{report.accelerator.name}: {report.accelerator.why}" if report.accelerator else "none")
+    line("driver", f"{report.driver.name} (installed: {', '.join(report.driver.installed)})")
+    for check in report.driver.checks:
+        line(f"  {check.name}", check.found)
     line("memory", f"{report.memory.available_mib} MiB available")
     line("disk", f"{report.disk.free_mib} MiB free in {report.disk.path}")
     line("user namespaces", "yes" if report.user_namespaces else "no")
-    line("cgroups", "writable" if report.cgroups else "not writable")
-    line("walls", ", ".join(wall.name for wall in report.walls if wall.stands) or "none")
     line("tools", ", ".join(tool.name for tool in report.tools if tool.path) or "none")
     line("images", ", ".join(f"{image.name} {image.digest[:12]}" for image in report.images) or "none")
     line("templates", ", ".join(template.digest[:12] for template in report.templates) or "none")

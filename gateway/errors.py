@@ -29,6 +29,7 @@ from kernels.errors import (
     UnknownSandboxError,
     UnknownSnapshotError,
     UnknownTemplateError,
+    UnsupportedError,
 )
 
 
@@ -98,6 +99,7 @@ _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (SnapshotExistsError, 409, "snapshot_exists"),
     (LimitError, 403, "limit_exceeded"),
     (SandboxStateError, 409, "wrong_state"),
+    (UnsupportedError, 409, "not_supported"),
     (RequestError, 400, "invalid_request"),
     (CheckpointLimitError, 503, "checkpoint_limit"),
     (CapacityError, 503, "no_capacity"),

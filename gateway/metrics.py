@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vm_runtime.saving.flattening import FlatteningStatus
+from vm_runtime.drivers.base import FlatteningStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # From a warm machine (tens of milliseconds) to a template built on the way (minutes).

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from kernels.errors import CellRunsError, MachineFailedError
 from kernels.live import LiveSandbox
-from vm_runtime.saving.hooks import Captured, SnapshotHooks
+from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.values import Description, Then
 from vm_runtime.states import RunState
 
@@ -83,7 +83,7 @@ class CellBoundary(SnapshotHooks):
                 raise CellRunsError("The kernel has waited long enough with the next cell.")
         await self._before_resume()
 
-    async def captured(self, captured: Captured) -> None:
+    async def captured(self) -> None:
         if self._then is Then.RESUME:
             await self._let_go()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kernels.errors import CapacityError
 
-# What a restored sandbox takes of its own before it has done much (40 to 64 MiB after one cell), with head room.
+# What a restored sandbox takes of its own before it has done much (40 to 64 MiB after one cell), with head room, where
+# clones share memory.
 START_COST_MIB = 128
 # Never given to sandboxes: the gateway, the host's own services, and the page cache that all clones share.
 RESERVE_MIB = 512
@@ -26,10 +27,17 @@ def available_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 class Capacity:
     """`admit` before a sandbox is made; `with room(...)` around the start of machines; `has_room_for_spare` before that
-    of a spare one. available_mib: what the host has now."""
+    of a spare one. clones_share_memory: as of `Capabilities`. available_mib: what the host has now."""
 
-    def __init__(self, max_sandboxes: int, *, available_mib: Callable[[], int] = available_mib) -> None:
+    def __init__(
+        self,
+        max_sandboxes: int,
+        *,
+        clones_share_memory: bool = True,
+        available_mib: Callable[[], int] = available_mib,
+    ) -> None:
         self._max_sandboxes = max_sandboxes
+        self._clones_share_memory = clones_share_memory
         self._available_mib = available_mib
         self._reserved_mib = 0
 
@@ -44,7 +52,7 @@ class Capacity:
     def room(self, memory_mib: int, *, count: int = 1) -> Iterator[None]:
         """Reserves memory for `count` machines of this size until the block ends: what they took is then part of what
         the host has not available. Errors: CapacityError with the number that is short."""
-        cost = count * min(START_COST_MIB, memory_mib)
+        cost = count * (min(START_COST_MIB, memory_mib) if self._clones_share_memory else memory_mib)
         free = self._free_mib()
         if free < RESERVE_MIB + cost:
             what = f"{free} MiB of memory are available, {count} more machines need {RESERVE_MIB + cost}"

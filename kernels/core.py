@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from kernels.boundary import CellBoundary
 from kernels.capacity import Capacity
 from kernels.endpoints import Endpoints
-from kernels.errors import CheckpointLimitError, MachineFailedError, SandboxStateError
+from kernels.errors import CheckpointLimitError, MachineFailedError, SandboxStateError, UnsupportedError
 from kernels.events import EventBus
 from kernels.index import Index, SandboxRecord
 from kernels.launcher import Launcher, identity_of
@@ -28,11 +28,10 @@ from kernels.registry import Registry
 from kernels.session import CallHandler, Greeting
 from kernels.settings import ServiceSettings
 from kernels.warm import WarmMachine
-from vm_runtime.drivers.base import Driver, MachinePlace
+from vm_runtime.drivers.base import Capability, Driver, Failure, MachinePlace
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
-from vm_runtime.saving.flattening import Failure
 from vm_runtime.saving.forking import Forked
 from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots.errors import ChainTooLongError, SnapshotError
@@ -64,7 +63,7 @@ class Core:
         self.driver = driver
         self.store = store
         self.images = ImageStore(settings.state_dir / "images")
-        self.capacity = Capacity(settings.max_sandboxes)
+        self.capacity = Capacity(settings.max_sandboxes, clones_share_memory=driver.capabilities.clones_share_memory.ok)
         self.bus = EventBus()
         self.registry = Registry(index, self.bus)
         self.launcher = Launcher(
@@ -90,6 +89,12 @@ class Core:
     def lock(self, sandbox_id: str) -> asyncio.Lock:
         """For any id, known or not: it exists for as long as someone holds it or waits for it."""
         return self._locks.setdefault(sandbox_id, asyncio.Lock())
+
+    @staticmethod
+    def require(capability: Capability) -> None:
+        """Errors: UnsupportedError, if the driver cannot do this."""
+        if not capability.ok:
+            raise UnsupportedError(capability.why_not, fix=capability.fix)
 
     def get(self, sandbox_id: str) -> Sandbox:
         """Errors: UnknownSandboxError."""
@@ -313,7 +318,7 @@ class Core:
             name=name,
             sandbox_id=sandbox_id,
             template=sandbox.template,
-            image_digest=live.saved.snapshot.image_digest,
+            image_digest=live.saved.machine.spec.image.digest,
             kernel=KernelInformation(
                 name=sandbox.template,
                 language="python",
@@ -338,6 +343,7 @@ class Core:
 
         Errors: CheckpointLimitError, SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on.
         """
+        self.require(self.driver.capabilities.snapshot)
         live = self.running(sandbox_id)
         description = replace(self.description(sandbox_id, name=name), sandbox_id=heir_id or sandbox_id)
         boundary = self._boundary(live, sandbox_id, then=then, strict=strict, before_resume=before_resume)
@@ -349,6 +355,7 @@ class Core:
 
     async def fork(self, sandbox_id: str, places: Sequence[MachinePlace], *, strict: bool) -> Forked:
         """The same with a machine in its state at each place, for `WarmMachine.greet`. Errors: as `take`."""
+        self.require(self.driver.capabilities.snapshot)
         live = self.running(sandbox_id)
         description = self.description(sandbox_id, name=None)
         boundary = self._boundary(live, sandbox_id, then=Then.RESUME, strict=strict)

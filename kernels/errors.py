@@ -10,6 +10,7 @@ KernelsError
 |   +-- SnapshotExistsError       the sandbox has a checkpoint of this name
 |   +-- LimitError                more than the configured maximum
 |   +-- SandboxStateError         not possible in the state the sandbox is in
+|   +-- UnsupportedError          the driver cannot do it here
 |   +-- GuestRefusedError         the guest's own system would not do it (no such file, disk full); `code` says what
 +-- CapacityError             the host's: no memory, disk or slot left now; try later
 |   +-- CheckpointLimitError      no further snapshot can be stored until those before it were merged
@@ -69,6 +70,14 @@ class SandboxStateError(RequestError):
         super().__init__(f"Sandbox {sandbox_id} is {found}; this needs it to be {wanted}.")
         self.found = found
         self.wanted = wanted
+
+
+class UnsupportedError(RequestError):
+    """The driver cannot do it on this host. fix: a command or setting, where there is one."""
+
+    def __init__(self, why_not: str, *, fix: str | None) -> None:
+        super().__init__(f"{why_not} Try: {fix}" if fix else why_not)
+        self.fix = fix
 
 
 class GuestRefusedError(RequestError):

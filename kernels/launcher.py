@@ -18,9 +18,8 @@ from kernels.session import Greeting
 from kernels.settings import ServiceSettings
 from kernels.templates import Template, TemplateStore
 from kernels.warm import WarmMachine, new_place
-from vm_runtime.drivers.base import Driver, MachinePlace
+from vm_runtime.drivers.base import Driver, Failure, MachinePlace
 from vm_runtime.machine import Machine
-from vm_runtime.saving.flattening import Failure
 from vm_runtime.saving.saver import Saver
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore

@@ -33,7 +33,7 @@ from kernels.guest_calls import GuestCalls
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
 from kernels.launcher import new_key
-from kernels.models import Checkpoint, CreateSandbox, Kernelspec, Sandbox, SandboxState, Snapshot
+from kernels.models import Checkpoint, CheckpointPolicy, CreateSandbox, Kernelspec, Sandbox, SandboxState, Snapshot
 from kernels.naps import Naps
 from kernels.outcomes import Outcomes
 from kernels.recovery import find_again
@@ -41,11 +41,10 @@ from kernels.settings import ServiceSettings
 from kernels.templates import Progress
 from kernels.time_line import TimeLine, snapshot_of, timer_minutes
 from kernels.warm import new_sandbox_id
-from vm_runtime.drivers.base import Driver
+from vm_runtime.drivers.base import Driver, FlatteningStatus
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image
 from vm_runtime.machine import MemoryUsage
-from vm_runtime.saving.flattening import FlatteningStatus
 from vm_runtime.snapshots import errors as snapshot_errors
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
@@ -124,7 +123,7 @@ class SandboxService:
 
     def kernelspecs(self) -> dict[str, Kernelspec]:
         """One per image, by name."""
-        return {name: kernelspec_of(image) for name, image in self._core.images.current().items()}
+        return {name: kernelspec_of(image, self._driver) for name, image in self._core.images.current().items()}
 
     async def prepare(self, *, progress: Progress) -> None:
         """Builds the templates that new kernels of the default shape need, and starts to keep warm machines of them.
@@ -178,7 +177,7 @@ class SandboxService:
         core, settings = self._core, self._settings
         if sandbox_id in core.registry:
             raise SandboxExistsError(f"There is a sandbox with the id {sandbox_id} already.")
-        checkpoints = request.checkpoints if request.checkpoints is not None else settings.checkpoints
+        checkpoints = request.checkpoints if request.checkpoints is not None else self._default_checkpoints()
         timer_minutes(checkpoints)
         core.capacity.admit(len(core.registry))
         idle_s = request.idle_timeout_s
@@ -209,6 +208,11 @@ class SandboxService:
                 raise MachineFailedError(str(error)) from error
             raise
         return self.get(sandbox_id)
+
+    def _default_checkpoints(self) -> str:
+        policy, capabilities = self._settings.checkpoints, self._driver.capabilities
+        can = capabilities.snapshot.ok and (policy != CheckpointPolicy.CELL or capabilities.checkpoint_each_cell.ok)
+        return policy if can else CheckpointPolicy.OFF
 
     async def _bring_back(self, sandbox_id: str, snapshot: Manifest) -> None:
         live = await self._core.restore(sandbox_id, snapshot, keep_random=False, drop_requests=True)

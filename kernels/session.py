@@ -12,11 +12,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kernels.errors import MachineFailedError
-from vm_runtime.wire.carriers import SocketCarrier
+from vm_runtime.wire.carriers import Carrier
 from vm_runtime.wire.errors import WireError
 from vm_runtime.wire.greeting import Hello
 from vm_runtime.wire.link import Link
@@ -69,6 +68,8 @@ class KernelExited:
 GuestEvent = KernelStatus | KernelExited
 # Serves a call of the guest's `sandbox` module (docs/sandbox_calls.md): answers or refuses the incoming stream.
 CallHandler = Callable[[Incoming], Awaitable[None]]
+# Connects to the agent of a machine (`Machine.open_wire`).
+OpenWire = Callable[[], Awaitable[Carrier]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +108,12 @@ class GuestSession:
         link.on_open = self._accept
 
     @classmethod
-    async def open(cls, wire_path: Path, greeting: Greeting, *, timeout_s: float = GREETING_TIMEOUT_S) -> GuestSession:
+    async def open(
+        cls, open_wire: OpenWire, greeting: Greeting, *, timeout_s: float = GREETING_TIMEOUT_S
+    ) -> GuestSession:
         """Connects and greets. Errors: MachineFailedError when the guest does not answer or answers wrongly."""
         try:
-            carrier = await SocketCarrier.connect_unix(wire_path)
+            carrier = await open_wire()
             greeted_at = time.monotonic()
             hello = Hello.fresh(
                 identity=greeting.identity,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import NoDecode
 
 from kernels.directories import default_state_dir, run_dir_of
+from vm_runtime.drivers.find import DEFAULT_DRIVER
 
 
 class ServiceSettings(BaseModel):
@@ -28,6 +29,7 @@ class ServiceSettings(BaseModel):
     pool_limit: int = Field(
         8, ge=0, le=64, description="To how many of them that grows while starts find none ready (50 MiB each)."
     )
+    driver: str = Field(DEFAULT_DRIVER, description="What runs the machines; `hypercelld doctor` names what there is.")
     accelerator: Literal["auto", "kvm", "tcg"] = Field(
         "auto", description="Accelerator of the machines; auto tries with a real boot what works."
     )

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import secrets
 import shutil
 import time
@@ -32,7 +31,7 @@ from vm_runtime.errors import VmRuntimeError
 from vm_runtime.guest.archive import guest_archive, guest_digest
 from vm_runtime.images.store import Image
 from vm_runtime.saving.saver import Saver
-from vm_runtime.saving.values import Description
+from vm_runtime.saving.values import Description, Then
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
@@ -211,7 +210,7 @@ class TemplateStore:
             progress(f"{text} ({time.monotonic() - started:.0f} s)")
 
         try:
-            snapshot = await self._boot_and_freeze(image, shape, work, step)
+            snapshot = await self._boot_and_save(image, shape, work, step)
             await asyncio.to_thread(self._publish, TemplateRecord(digest=digest, snapshot=snapshot.id))
             step(f"Template {digest[:12]} is ready")
         except (VmRuntimeError, SnapshotError, MachineFailedError, OSError) as error:
@@ -226,24 +225,19 @@ class TemplateStore:
         temporary.write_text(record.model_dump_json())
         temporary.replace(self._directory / f"{record.digest}.json")
 
-    async def _boot_and_freeze(self, image: Image, shape: MachineShape, work: Path, step: Progress) -> Manifest:
-        initramfs = work / "initramfs.cpio"
-        await asyncio.to_thread(lambda: initramfs.write_bytes(image.files.initramfs.read_bytes() + guest_archive()))
-        disk = work / "disk.raw"
-        await _format_disk(disk, shape.disk_mib)
+    async def _boot_and_save(self, image: Image, shape: MachineShape, work: Path, step: Progress) -> Manifest:
         machine_id = secrets.token_hex(6)
         place = MachinePlace(id=machine_id, run_dir=self._run_dir / "m" / machine_id, disk_dir=work)
         spec = MachineSpec(shape=shape, image=image.files)
+        guest = await asyncio.to_thread(guest_archive)
         async with AsyncExitStack() as stack:
             step("Booting the image once")
-            machine = await self._driver.boot(
-                spec, place=place, initramfs=initramfs, disk=disk, timeout_s=BOOT_TIMEOUT_S
-            )
-            stack.push_async_callback(machine.kill)
+            saved = await self._saver.boot(spec, place=place, guest=guest, timeout_s=BOOT_TIMEOUT_S)
+            stack.push_async_callback(saved.kill)
             greeting = Greeting(
                 marker=BOOT_MARKER.hex(), identity={"sandbox_id": "", "hostname": "template"}, key=None, restored=False
             )
-            session = await GuestSession.open(machine.wire_path, greeting, timeout_s=BOOT_TIMEOUT_S)
+            session = await GuestSession.open(saved.machine.open_wire, greeting, timeout_s=BOOT_TIMEOUT_S)
             stack.push_async_callback(session.close)
             step("Warming up the kernel")
             recipe = image.manifest.recipe
@@ -255,19 +249,4 @@ class TemplateStore:
                 owner="template", name=None, sandbox_id=None, template=recipe.name, image_digest=image.files.digest,
                 kernel=None, wire_marker=session.next_marker,
             )  # fmt: skip
-            return await self._saver.freeze(machine, description)
-
-
-async def _format_disk(path: Path, size_mib: int) -> None:
-    """An empty sparse ext4 file system. Without a journal: the disk is only ever used together with the memory that
-    it was frozen with, so there is nothing that a journal could repair."""
-    with path.open("wb") as file:
-        file.truncate(size_mib << 20)
-    process = await asyncio.create_subprocess_exec(
-        "mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1,root_owner=0:0", str(path),
-        env={**os.environ, "PATH": os.environ.get("PATH", "") + ":/sbin:/usr/sbin"},
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    output, _ = await process.communicate()
-    if process.returncode != 0:
-        raise TemplateError(f"mke2fs failed ({process.returncode}): {output.decode(errors='replace').strip()}")
+            return (await saved.take(description, then=Then.STOP)).manifest

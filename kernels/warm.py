@@ -51,7 +51,7 @@ class WarmMachine:
     ) -> WarmMachine:
         """Opens a session. Owns the machine from the call on: it is killed if the guest does not answer."""
         try:
-            session = await GuestSession.open(saved.machine.wire_path, greeting, timeout_s=timeout_s)
+            session = await GuestSession.open(saved.machine.open_wire, greeting, timeout_s=timeout_s)
         except BaseException:
             await saved.kill()
             raise

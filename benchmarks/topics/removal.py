@@ -19,8 +19,9 @@ from time import perf_counter
 
 from benchmarks.results import Cell, Line
 from benchmarks.setup import Bench
+from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.layers import encode_index
-from vm_runtime.snapshots.manifest import DiskPart, MemoryParts, PartKind, Shape, SnapshotContents, Vmm
+from vm_runtime.snapshots.manifest import Part, PartKind, Shape, SnapshotContents
 from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.store import Draft, Pin, SnapshotStore
 
@@ -111,8 +112,7 @@ class _Chain:
         self.sandbox_id = sandbox_id
         self._store = store
         with store.begin() as draft:
-            self._memory = _base(draft)
-            self._disks: tuple[DiskPart, ...] = ()
+            self._ground = Ground(base=_base(draft))
             self._publish(draft, None)
 
     def grow(self, count: int) -> None:
@@ -123,16 +123,15 @@ class _Chain:
         """One more snapshot. How many milliseconds its publishing took."""
         with self._store.begin() as draft:
             layer = draft.add_bytes(PartKind.LAYER, encode_index(_MEMORY_BYTES, [(0, 1)], []) + os.urandom(PAGE_SIZE))
-            self._memory = self._memory.model_copy(update={"layers": (*self._memory.layers, layer)})
-            self._disks = _over(draft, self._disks)
+            self._ground = self._ground.over(layer=layer, disks=(_disk(draft),))
             threading.Event().wait(draft_s)
             began = perf_counter()
             snapshot_id = self._publish(draft, None)
             publish_ms = 1000 * (perf_counter() - began)
         self._store.pin(self.sandbox_id, Pin(snapshots=(snapshot_id,)))
-        if len(self._memory.layers) == LONGEST_CHAIN:
+        if len(self._ground.layers) == LONGEST_CHAIN:
             with self._store.begin() as draft:
-                self._memory, self._disks = _base(draft), _over(draft, self._disks[:1])
+                self._ground = Ground(base=_base(draft), disks=(*self._ground.disks[:1], _disk(draft)))
                 self._publish(draft, snapshot_id)
         return publish_ms
 
@@ -145,24 +144,23 @@ class _Chain:
             image_digest="0" * 64,
             flattened_from=flattened_from,
             shape=Shape(memory_mib=1, vcpus=1, disk_mib=1),
-            vmm=Vmm(driver="none", version="1", machine="none", cpu_model="none", accelerator="none"),
-            memory=self._memory,
-            device=draft.add_bytes(PartKind.DEVICE, os.urandom(PAGE_SIZE)),
-            disks=self._disks,
+            state=self._ground.state(
+                driver="none",
+                format="none",
+                needs={},
+                device=draft.add_bytes(PartKind.DEVICE, os.urandom(PAGE_SIZE)),
+            ),
             wire_marker="0" * 32,
         )
         return draft.publish(contents).id
 
 
-def _base(draft: Draft) -> MemoryParts:
-    base = draft.add_bytes(PartKind.BASE, os.urandom(_MEMORY_BYTES))
-    return MemoryParts(size_bytes=_MEMORY_BYTES, base=base)
+def _base(draft: Draft) -> Part:
+    return draft.add_bytes(PartKind.BASE, os.urandom(_MEMORY_BYTES))
 
 
-def _over(draft: Draft, disks: tuple[DiskPart, ...]) -> tuple[DiskPart, ...]:
-    part = draft.add_bytes(PartKind.DISK, os.urandom(PAGE_SIZE))
-    backing = disks[-1].digest if disks else None
-    return *disks, DiskPart(digest=part.digest, size_bytes=part.size_bytes, format="qcow2", backing=backing)
+def _disk(draft: Draft) -> Part:
+    return draft.add_bytes(PartKind.DISK, os.urandom(PAGE_SIZE))
 
 
 @contextlib.contextmanager

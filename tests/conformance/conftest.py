@@ -1,4 +1,4 @@
-"""One suite over every driver: its cases, the tiny guest they run, and a check that nothing is left of it."""
+"""One suite over every driver: its cases, the guest that each of them runs, and a check that nothing is left of it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,99 @@ import asyncio
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tests.conformance import pvh
-from vm_runtime.drivers.base import MachinePlace, MachineState
+from vm_runtime.drivers.base import Driver, DriverSettings, MachinePlace
+from vm_runtime.drivers.fake.driver import FakeDriver
+from vm_runtime.drivers.fake.tree import is_stopped
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.drivers.qemu.program import PROGRAM
-from vm_runtime.snapshots.memory import BaseMemory, freeze_memfd
+from vm_runtime.machine import Machine
+from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.saving.saver import Saver
+from vm_runtime.saving.values import Description, Then
+from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
+from vm_runtime.states import RunState
 
 MEMORY_MIB = 64
 DISK_MIB = 64
+BOOT_TIMEOUT_S = 60.0
+
+
+class Subject(ABC):
+    """A driver under test, and how to see from outside what its guest does."""
+
+    name: str
+
+    def problem(self) -> str | None:
+        """Why it cannot be tested here."""
+        return None
+
+    @abstractmethod
+    async def start(self, directory: Path) -> Driver: ...
+
+    @abstractmethod
+    async def works(self, machine: Machine) -> None:
+        """Wait until the guest has done something since it was started, restored or resumed."""
+
+    @abstractmethod
+    async def stands(self, machine: Machine) -> bool:
+        """Whether the guest does nothing at all."""
+
+
+class Qemu(Subject):
+    """Runs the guest of pvh.py, which counts in memory, writes pages and prints beats."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.name = f"qemu-{accelerator}"
+        self.accelerator = accelerator
+
+    def problem(self) -> str | None:
+        if shutil.which(PROGRAM) is None:
+            return f"{PROGRAM} is not installed"
+        return kvm_problem() if self.accelerator is Accelerator.KVM else None
+
+    async def start(self, directory: Path) -> Driver:
+        return await QemuDriver.on(self.accelerator)
+
+    async def works(self, machine: Machine) -> None:
+        await counted_on(cast(QemuMachine, machine), read_word(machine, pvh.COUNTER_ADDRESS))
+
+    async def stands(self, machine: Machine) -> bool:
+        before = read_word(machine, pvh.COUNTER_ADDRESS)
+        await asyncio.sleep(0.05)  # 50,000 rounds of its loop
+        return read_word(machine, pvh.COUNTER_ADDRESS) == before
+
+
+class Fake(Subject):
+    """Runs a real agent."""
+
+    name = "fake"
+
+    async def start(self, directory: Path) -> Driver:
+        return await FakeDriver.start(DriverSettings(state_dir=directory), say=lambda text: None)
+
+    async def works(self, machine: Machine) -> None:
+        assert not await self.stands(machine)
+        (await machine.open_wire()).close()
+
+    async def stands(self, machine: Machine) -> bool:
+        return is_stopped(machine.pid)
+
+
+SUBJECTS = {subject.name: subject for subject in (Qemu(Accelerator.TCG), Qemu(Accelerator.KVM), Fake())}
 
 
 def kvm_problem() -> str | None:
@@ -35,50 +111,63 @@ def kvm_problem() -> str | None:
 
 @dataclass
 class Bench:
-    """A driver, a guest for it, and the places of its machines."""
+    """A driver with a store, a guest for it, and the places of its machines."""
 
-    driver: QemuDriver
+    subject: Subject
+    driver: Driver
     directory: Path
     spec: MachineSpec
+    store: SnapshotStore
+    saver: Saver
 
     def place(self, name: str) -> MachinePlace:
         return MachinePlace(id=name, run_dir=self.directory / "m" / name, disk_dir=self.directory / "d" / name)
 
-    def new_disk(self, name: str = "disk.raw") -> Path:
-        path = self.directory / name
-        path.touch()
-        os.truncate(path, DISK_MIB << 20)
-        return path
+    async def boot(self, name: str = "booted") -> SavedMachine:
+        return await self.saver.boot(self.spec, place=self.place(name), guest=b"", timeout_s=BOOT_TIMEOUT_S)
 
-    async def boot(self, name: str = "booted") -> QemuMachine:
-        return await self.driver.boot_kernel(
-            self.spec,
-            place=self.place(name),
-            initramfs=None,
-            disk=self.new_disk(f"{name}.raw"),
-            timeout_s=60,
-            quiet=True,
-        )
+    async def template(self) -> Manifest:
+        """A snapshot of a machine that was booted and has run for a while."""
+        saved = await self.boot()
+        try:
+            await self.works(saved)
+            return (await saved.take(describe(None), then=Then.STOP)).manifest
+        finally:
+            await saved.kill()
 
-    async def freeze(self, machine: QemuMachine, directory: Path) -> MachineState:
-        """The state of a booted machine that has run for a while; the machine is ended."""
-        assert await machine.wait_serial(pvh.BEAT.decode(), timeout_s=60)
-        await machine.pause()
-        await machine.device_state(directory / "device")
-        assert machine.memory_fd is not None
-        digest = await asyncio.to_thread(freeze_memfd, machine.memory_fd, directory / "ram")
-        disk = machine.disk_chain
-        await machine.kill()
-        base = BaseMemory.load_sealed(directory / "ram", digest=digest, size_bytes=MEMORY_MIB << 20)
-        return MachineState(base=base, layers=(), device=directory / "device", disk_chain=disk)
+    async def restore(self, manifest: Manifest, name: str = "clone") -> SavedMachine:
+        return await self.saver.restore(manifest, place=self.place(name))
 
-    async def template(self) -> MachineState:
-        return await self.freeze(await self.boot(), self.directory)
+    async def works(self, saved: SavedMachine) -> None:
+        async with asyncio.timeout(BOOT_TIMEOUT_S):
+            await self.subject.works(saved.machine)
+
+    def use_kernel(self, content: bytes) -> None:
+        """Another guest from now on."""
+        vmlinux = self.directory / "another"
+        vmlinux.write_bytes(content)
+        self.spec = replace(self.spec, image=replace(self.spec.image, vmlinux=vmlinux))
+
+    def new_saver(self, driver: Driver | None = None) -> Saver:
+        """As after a gateway's restart."""
+        return Saver(store=self.store, driver=driver or self.driver, image_files=lambda digest: self.spec.image)
 
 
-def read_word(machine: QemuMachine, address: int) -> int:
+def describe(sandbox_id: str | None = "s1", *, name: str | None = None) -> Description:
+    return Description(
+        owner="someone",
+        name=name,
+        sandbox_id=sandbox_id,
+        template="tiny",
+        image_digest="0" * 64,
+        kernel=None,
+        wire_marker="0" * 32,
+    )
+
+
+def read_word(machine: Machine, address: int) -> int:
     """Four bytes of guest memory."""
-    mapping = machine.memory_mapping()
+    mapping = cast(QemuMachine, machine).memory_mapping()
     with Path(f"/proc/{machine.pid}/mem").open("rb", buffering=0) as memory:
         memory.seek(mapping.address + address)
         return int.from_bytes(memory.read(4), "little")
@@ -86,24 +175,20 @@ def read_word(machine: QemuMachine, address: int) -> int:
 
 async def beat(machine: QemuMachine, count: int = 1) -> None:
     """Wait until the guest has printed so much since it was started or restored."""
-    assert await machine.wait_serial(pvh.BEAT.decode() * count, timeout_s=60), machine.serial_tail()
+    assert await machine.wait_serial(pvh.BEAT.decode() * count, timeout_s=BOOT_TIMEOUT_S), machine.serial_tail()
 
 
 async def counted_on(machine: QemuMachine, count: int) -> None:
     """Wait until the guest has counted beyond this."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(BOOT_TIMEOUT_S):
         while read_word(machine, pvh.COUNTER_ADDRESS) <= count:  # noqa: ASYNC110 - memory has no event
             await asyncio.sleep(0.01)
 
 
-@pytest.fixture(params=["qemu-tcg", "qemu-kvm"])
-async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
-    if shutil.which(PROGRAM) is None:
-        pytest.skip(f"{PROGRAM} is not installed")
-    accelerator = Accelerator(request.param.removeprefix("qemu-"))
-    if accelerator is Accelerator.KVM and (problem := kvm_problem()):
+@asynccontextmanager
+async def open_bench(subject: Subject) -> AsyncIterator[Bench]:
+    if (problem := subject.problem()) is not None:
         pytest.skip(problem)
-    driver = await QemuDriver.start(accelerator=accelerator)
     # A UNIX socket's path has at most 107 bytes, which pytest's own directories exceed.
     with tempfile.TemporaryDirectory(prefix="hc-") as name:
         directory = Path(name)
@@ -113,10 +198,42 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
         image.vmlinux.write_bytes(pvh.elf())
         image.rootfs.write_bytes(bytes(65536))
         spec = MachineSpec(shape=MachineShape(memory_mib=MEMORY_MIB, vcpus=1, disk_mib=DISK_MIB), image=image)
+        driver = await subject.start(directory)
+        store = SnapshotStore(directory / "snapshots")
+        saver = Saver(store=store, driver=driver, image_files=lambda digest: spec.image)
         try:
-            yield Bench(driver=driver, directory=directory, spec=spec)
+            yield Bench(subject=subject, driver=driver, directory=directory, spec=spec, store=store, saver=saver)
         finally:
+            await saver.close()
+            store.close()
             await driver.close()
+
+
+@pytest.fixture(params=SUBJECTS)
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    """Each driver that this host can run."""
+    async with open_bench(SUBJECTS[request.param]) as bench:
+        yield bench
+
+
+@pytest.fixture(params=[name for name in SUBJECTS if name.startswith("qemu")])
+async def qemu_bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    """QEMU, for what only it can be asked."""
+    async with open_bench(SUBJECTS[request.param]) as bench:
+        yield bench
+
+
+def qemu(saved: SavedMachine) -> QemuMachine:
+    assert isinstance(saved.machine, QemuMachine)
+    return saved.machine
+
+
+def assert_nothing_left(bench: Bench, name: str) -> None:
+    """Of a machine that has ended."""
+    place = bench.place(name)
+    assert not place.run_dir.exists(), list(place.run_dir.iterdir())
+    assert not place.disk_dir.exists(), list(place.disk_dir.iterdir())
+    assert f"machine-{name}" not in bench.store.pins()
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +264,4 @@ def leftovers() -> set[str]:
 
 # Ids of the machines that the tests make.
 NAMES = ("booted", "clone", "first", "second")
+RUNNING, PAUSED = RunState.RUNNING, RunState.PAUSED

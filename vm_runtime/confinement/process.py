@@ -324,6 +324,11 @@ def start_time_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def boot_id() -> str:
+    """Names this boot of the host: pids and start times mean nothing after the next one."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

@@ -1,28 +1,29 @@
 """The interface that every driver implements, and the values that cross it.
 
-Knows no VMM. What a driver cannot do is data (`Capabilities`), never a question of which driver it is.
+Knows no VMM. What a driver cannot do is data (`Capabilities`), never a question of which driver it is. Everything that
+is common to all of them lies above: locks, hooks, pins, publishing and records in vm_runtime/saving.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Self
 
 from vm_runtime.confinement.report import ConfinementReport
-from vm_runtime.machine import Machine, MemoryMapping
-from vm_runtime.snapshots.layers import Layer
-from vm_runtime.snapshots.manifest import Vmm
-from vm_runtime.snapshots.memory import BaseMemory
-from vm_runtime.spec import MachineSpec
+from vm_runtime.machine import Machine
+from vm_runtime.snapshots.manifest import Manifest, State
+from vm_runtime.snapshots.store import Draft, SnapshotStore
+from vm_runtime.spec import ImageFiles, MachineSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachinePlace:
     """Where a machine's files lie. id: short and unique among live machines. run_dir: sockets and record (a short path,
-    since a UNIX socket's has at most 107 bytes). disk_dir: for the machine's own overlay. Both are made if missing."""
+    since a UNIX socket's has at most 107 bytes). disk_dir: what the machine writes. Both are made if missing."""
 
     id: str
     run_dir: Path
@@ -30,62 +31,210 @@ class MachinePlace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineState:
-    """What a machine is restored from. base: mapped copy-on-write. layers: written over it, oldest first.
-    device: file with the state of CPUs and devices. disk_chain: read-only disk files, oldest first; the first one is
-    raw and the others are qcow2 overlays."""
+class Capability:
+    """Whether a driver can do something here. why_not: a sentence, where it cannot. fix: a command or setting, where
+    there is one."""
 
-    base: BaseMemory
-    layers: Sequence[Layer]
-    device: Path
-    disk_chain: Sequence[Path]
+    ok: bool = True
+    why_not: str = ""
+    fix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a driver can do here. Where it cannot, `why_not` has a sentence under the capability's name."""
+    """What a driver can do on this host, and how its machines are. Read by the service, the API, `doctor` and
+    kernelspecs.
 
-    snapshot: bool
-    restore: bool
-    adopt: bool
-    sealed_base: bool
-    why_not: tuple[tuple[str, str], ...] = ()
+    isolation: what runs in a machine cannot reach the host. snapshot: machines can be saved and restored, so sandboxes
+    sleep, fork and go back. keeps_memory: a restored machine has its memory, variables and processes, not only files.
+    clones_share_memory: many restored machines cost little more memory than what each writes itself.
+    checkpoint_each_cell: a snapshot is cheap enough to take one after each cell unless something else is asked for.
+    """
+
+    isolation: Capability
+    snapshot: Capability
+    keeps_memory: Capability
+    clones_share_memory: Capability
+    checkpoint_each_cell: Capability
 
 
-class PreparedMachine(ABC):
-    """A VMM that was started ahead of time, maps its base and waits for its state. End it with `load` or `discard`."""
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of `hypercelld doctor` about a driver: what was found, and what is wrong with it, if anything.
 
-    pid: int
+    blocking: no machine runs without it.
+    """
+
+    name: str
+    found: str
+    problem: str | None = None
+    fix: str | None = None
+    blocking: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverSettings:
+    """What a driver may need to know when it is started.
+
+    state_dir: where it may remember what it finds out about the host. image: one to try the host with, None while
+    there is none. options: settings of the drivers, by name; each takes those that it knows.
+    """
+
+    state_dir: Path
+    image: ImageFiles | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+class Shell(ABC):
+    """A machine's process that has been started and has no state yet. End it with `load` or `discard`."""
 
     @abstractmethod
-    def memory_mapping(self) -> MemoryMapping:
-        """Where its RAM is, into which may be written already. Blocking."""
-
-    @abstractmethod
-    def lend(self, files: Mapping[int, int]) -> AbstractAsyncContextManager[Mapping[int, int]]:
-        """Within it the VMM has these files open, too: our descriptors by any key in, its descriptors out; without
-        files that it could write to. Any failure within ends it, as of `load`."""
-
-    @abstractmethod
-    async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> Machine:
-        """Bring it to the state in `device` and answer when it runs; any failure ends it (MachineStartError).
-
-        fill: writes what the memory has over the base, in a thread, before anything reads it.
-        """
+    async def load(self) -> Machine:
+        """The machine, running, in the state that the shell was made for. Any failure ends it: MachineStartError,
+        SnapshotError, DriverError."""
 
     @abstractmethod
     async def discard(self) -> None:
         """End it; harmless after `load` has failed."""
 
 
+class OpenState(ABC):
+    """A state whose files stay readable while it is open: from the store, or captured and not stored yet."""
+
+    @abstractmethod
+    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
+        """Start a machine that is to have this state; for one that is yet to be captured, `load` comes after `take`.
+        Errors: SnapshotError, MachineStartError, DriverError."""
+
+
+class Capture(OpenState):
+    """One machine's state at one pause. The steps are taken in this order, by vm_runtime/saving/machine.py."""
+
+    @abstractmethod
+    async def prepare(self) -> None:
+        """Whatever makes the pause shorter. The machine runs, unless it is PAUSED already. Errors: SnapshotError."""
+
+    @abstractmethod
+    async def catch_up(self) -> None:
+        """The same for what was written since: called right before the pause, if that was much."""
+
+    @abstractmethod
+    async def take(self) -> None:
+        """Capture it. The machine is PAUSED from before this until after it."""
+
+    @abstractmethod
+    async def store(self, draft: Draft) -> State:
+        """Put its parts into a draft. The machine may run again. Errors: SnapshotError."""
+
+    @abstractmethod
+    async def commit(self, state: State) -> None:
+        """The snapshot is published and recorded: the machine's next capture may lie on `state`, as `store` answered
+        it. Must not fail."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Something that could not be shortened. sandbox_id: whose, None for a snapshot that is nobody's.
+    attempts: how often it was tried; it will be again."""
+
+    snapshot_id: str
+    sandbox_id: str | None
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatteningStatus:
+    """waiting: snapshots whose chains are to be shortened. failing: those of them that failed last time.
+    failures, merged_bytes: counted since the start; the bytes are those written."""
+
+    waiting: int = 0
+    failing: tuple[Failure, ...] = ()
+    failures: int = 0
+    merged_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """The state of a snapshot has been published in another, shorter form (`SnapshotStore.flattened`).
+
+    rebased: the shorter form of a state that lies on the old one; None if it does not.
+    """
+
+    rebased: Callable[[State], State | None]
+
+
+class States(ABC):
+    """How a driver saves and loads its machines. Made by `Driver.states`; close it at the end."""
+
+    @abstractmethod
+    def opened(self, state: State) -> AbstractAsyncContextManager[OpenState]:
+        """A state that is in the store, where the caller keeps its parts. Errors: BrokenSnapshotError."""
+
+    @abstractmethod
+    async def make_room(self, machine: Machine) -> None:
+        """Before the next snapshot of a machine, which may be changed by it: do what the background has not kept up
+        with, within a limit."""
+
+    @abstractmethod
+    def capturing(self, machine: Machine, *, children: int, last: bool) -> AbstractAsyncContextManager[Capture]:
+        """The next snapshot of a machine. children: so many shells will be made from it. last: it is to stop."""
+
+    @abstractmethod
+    async def rest_on(self, machine: Machine, state: State) -> None:
+        """The machine lies on this state: after a load, an adoption, or a shortening. The caller keeps its parts.
+        Errors: SnapshotError, OSError; it then lies on what it did before."""
+
+    @abstractmethod
+    async def reopen(self, machine: Machine) -> None:
+        """Let the machine itself use the files of the state that it rests on instead of a longer chain. Errors:
+        MachineError, DriverError, BrokenSnapshotError; it keeps what it has."""
+
+    @abstractmethod
+    def release(self, machine: Machine) -> None:
+        """The machine was killed or detached. Twice is harmless."""
+
+    @abstractmethod
+    def shorten(self, manifest: Manifest, state: State, *, stopped: bool) -> None:
+        """Shorten a snapshot in the background, where that makes restoring it quicker. state: its shortest form so far.
+        stopped: its machine does not run on, so it will be restored next."""
+
+    @abstractmethod
+    def flattening(self) -> FlatteningStatus:
+        """What the background has done and has to do."""
+
+    @abstractmethod
+    def quiet(self) -> AbstractContextManager[None]:
+        """Within it the background stands still."""
+
+    @abstractmethod
+    async def settled(self) -> None:
+        """Wait until nothing is to be done in the background."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of everything but the machines, and give up what is done in the background. Twice is harmless."""
+
+
 class Driver(ABC):
-    """Makes machines of one kind. Safe to use from many tasks of one event loop at once.
+    """Makes machines of one kind. Found by the entry point `hypercell.drivers`. Safe to use from many tasks of one
+    event loop at once.
 
     Errors of all that make machines: MachineStartError (with the serial tail), DriverError. Nothing is left behind
     then, also when the call is cancelled.
     """
 
-    name: str
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    async def start(cls, settings: DriverSettings, *, say: Callable[[str], None]) -> Self:
+        """Find out what this host can do. say: is told what was found. Errors: DriverUnavailableError, SpawnError."""
+
+    @classmethod
+    @abstractmethod
+    async def checks(cls, settings: DriverSettings) -> Sequence[Check]:
+        """What `hypercelld doctor` prints of this driver, also where it cannot be started. Changes nothing."""
 
     @property
     @abstractmethod
@@ -93,51 +242,38 @@ class Driver(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """What a device state depends on: VMM, version, machine type, CPU model. Part of a template's digest."""
+        """All that the state of a machine depends on but its spec. Part of a template's digest."""
 
-    @property
     @abstractmethod
-    def vmm(self) -> Vmm:
-        """The same for a snapshot's manifest: only an equal one can load its device state."""
+    def can_load(self, state: State) -> str | None:
+        """None if a machine can be restored from this state here, else a sentence why not."""
 
     @abstractmethod
     def confinement(self) -> ConfinementReport:
-        """How far this host allows a VMM to be confined."""
+        """How far this host allows machines to be confined."""
 
     @abstractmethod
-    async def boot(
-        self, spec: MachineSpec, *, place: MachinePlace, initramfs: Path, disk: Path, timeout_s: float
-    ) -> Machine:
-        """Start a machine with fresh RAM (a memfd of its own) on a raw disk, which it writes directly.
+    async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> Machine:
+        """Start a machine from its image, with an empty disk. guest: the agent's code (vm_runtime/guest/archive.py).
 
-        Answers when the vCPUs run, which says nothing about the guest yet; timeout_s bounds the VMM's own start.
+        Answers when it runs, which says nothing about the guest yet; timeout_s bounds the VMM's own start.
         """
 
     @abstractmethod
-    async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> Machine:
-        """Start a clone and answer when it runs. The base must stay open until then, the disk chain while it lives."""
-
-    @abstractmethod
-    async def prepare_restore(
-        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace
-    ) -> PreparedMachine:
-        """Start the VMM of a clone whose state comes later; answers when it has mapped the base.
-
-        The disk chain must not change any more when it is loaded; until then another machine may write its last file.
-        """
+    def states(
+        self,
+        store: SnapshotStore,
+        *,
+        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_failed: Callable[[Failure], None],
+    ) -> States:
+        """How machines are kept in this store. on_shortened: called when a state has got a shorter form; an error that
+        it raises counts as a failure. on_failed: called for each failed attempt to shorten one."""
 
     @abstractmethod
     async def adopt(self, place: MachinePlace) -> Machine:
         """Find the live machine of an earlier process at this place. MachineGoneError if it is dead: its leftovers are
         then removed."""
-
-    @abstractmethod
-    async def merge_disks(self, overlays: Sequence[Path], target: Path) -> None:
-        """Write one new, synced file that shows the same as these parts of a disk's chain over each other, lowest
-        first; the chain's first file is never among them. Called by the flattening of snapshots.
-
-        Raises BrokenSnapshotError, StoreFullError, DriverError; no file is left then, nor when cancelled.
-        """
 
     @abstractmethod
     def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:

@@ -25,6 +25,7 @@ from vm_runtime.wire.carriers import Carrier, DeviceCarrier
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
 from vm_runtime.wire.greeting import Hello, Welcome
 from vm_runtime.wire.link import Link
+from vm_runtime.wire.protocol import BOOT_MARKER
 from vm_runtime.wire.serving import serve
 from vm_runtime.wire.stream import Incoming
 
@@ -77,9 +78,10 @@ class Agent:
         await self._calls.__aexit__(*exc)
         await self._keeper.__aexit__(*exc)
 
-    async def serve(self, carrier: Carrier) -> None:
-        """Serve the host's sessions, one after the other, until the carrier ends (a virtio port never does)."""
-        await serve(carrier, self._on_session, make_welcome=self._welcome)
+    async def serve(self, carrier: Carrier, *, marker: bytes = BOOT_MARKER) -> None:
+        """Serve the host's sessions, one after the other, until the carrier ends (a virtio port never does). marker:
+        of the first one."""
+        await serve(carrier, self._on_session, make_welcome=self.welcome, marker=marker)
 
     def hang_up(self) -> None:
         """The host is gone: end its session, so that the kernel keeps its output instead of waiting for a reader."""
@@ -88,7 +90,7 @@ class Agent:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def _welcome(self, hello: Hello) -> Welcome:
+    async def welcome(self, hello: Hello) -> Welcome:
         """All that follows a restore, then how things are here. A part that fails is told, and the rest goes on."""
         problems: list[str] = []
         if hello.restored or hello.identity:

@@ -1,36 +1,39 @@
 """`saved.json`, beside the driver's record: what lies under a running machine, for a gateway that finds it again.
 
-Lies in the runtime directory, so it is gone after a reboot, as the machine is. Written after each snapshot, before
-the names of its frozen disk files go.
+Lies in the runtime directory, so it is gone after a reboot, as the machine is. Written after each snapshot, before the
+driver gives up the files that the store has now.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vm_runtime.saving.values import Ground
-from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts
+from vm_runtime.snapshots import format1
+from vm_runtime.snapshots.manifest import Manifest, State
 
 FILE_NAME = "saved.json"
 
 
 class SavedRecord(BaseModel):
     """snapshot: the last one this machine was restored from or that was taken of it, whole, since it may have been
-    removed from the store. memory, disks: what the next one lies on."""
+    removed from the store. state: what the next one lies on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     snapshot: Manifest
-    memory: MemoryParts
-    disks: tuple[DiskPart, ...]
+    state: State
 
-    @property
-    def ground(self) -> Ground:
-        return Ground(memory=self.memory, disks=self.disks)
+    @model_validator(mode="before")
+    @classmethod
+    def _read_format_1(cls, values: Any) -> Any:
+        try:
+            return format1.record(values) if isinstance(values, dict) and values.get("format") == 1 else values
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it is no record of format 1 ({error!r:.60})") from error
 
     def write(self, run_dir: Path) -> None:
         """Replace the record in one step. Blocking."""

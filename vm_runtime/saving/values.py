@@ -7,17 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vm_runtime.snapshots.manifest import (
-    DiskPart,
-    KernelInformation,
-    Manifest,
-    MemoryParts,
-    Part,
-    Shape,
-    SnapshotContents,
-    Vmm,
-)
-from vm_runtime.snapshots.store import Pin
+from vm_runtime.snapshots.manifest import KernelInformation, Manifest, Shape, SnapshotContents, State
 from vm_runtime.spec import MachineShape
 
 
@@ -47,44 +37,20 @@ class Description:
 @dataclass(frozen=True, kw_only=True)
 class Taken:
     """A published snapshot. pause_ms: how long the machine stood still. total_ms: until it was safely stored.
-    layer_bytes: of memory that differed from the snapshot before, as stored. stopped: the machine ran, and stands."""
+    stopped: the machine ran before, and stands now."""
 
     manifest: Manifest
     pause_ms: float
     total_ms: float
-    layer_bytes: int
     stopped: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ground:
-    """What the next snapshot of a machine lies on: the memory and disks of the last one, or a shorter form of them."""
-
-    memory: MemoryParts
-    disks: tuple[DiskPart, ...]
-
-    @classmethod
-    def of(cls, contents: SnapshotContents) -> Ground:
-        return cls(memory=contents.memory, disks=contents.disks)
-
-    @property
-    def pin(self) -> Pin:
-        """What the store must keep for it."""
-        return Pin(
-            bases=(self.memory.base.digest,),
-            layers=tuple(layer.digest for layer in self.memory.layers),
-            disks=tuple(disk.digest for disk in self.disks),
-        )
 
 
 def contents_of(
     description: Description,
     *,
     shape: MachineShape,
-    vmm: Vmm,
     parents: Sequence[str],
-    ground: Ground,
-    device: Part,
+    state: State,
     created_at: datetime.datetime,
 ) -> SnapshotContents:
     """All of a manifest but its id."""
@@ -97,10 +63,7 @@ def contents_of(
         image_digest=description.image_digest,
         parents=tuple(parents),
         shape=Shape(memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib),
-        vmm=vmm,
-        memory=ground.memory,
-        device=device,
-        disks=ground.disks,
+        state=state,
         kernel=description.kernel,
         wire_marker=description.wire_marker,
     )

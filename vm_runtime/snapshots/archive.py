@@ -20,7 +20,7 @@ import zstandard
 from vm_runtime.snapshots.digests import part_digest
 from vm_runtime.snapshots.errors import BrokenSnapshotError
 from vm_runtime.snapshots.layers import Layer, encode_index
-from vm_runtime.snapshots.manifest import MAX_MANIFEST_BYTES, Manifest, Part, PartKind, SnapshotContents
+from vm_runtime.snapshots.manifest import MAX_MANIFEST_BYTES, Manifest, Part, PartKind
 from vm_runtime.snapshots.memory import (
     CHUNK_BYTES,
     PAGE_SIZE,
@@ -147,12 +147,12 @@ def _import_stream(store: SnapshotStore, source: _Source, has_image: Callable[[s
                 size = source.header(_member_name(kind, part), max_bytes=part.size_bytes)
                 source.copy(size, path)
                 if kind is PartKind.LAYER:
-                    Layer.open(path, size_bytes=manifest.memory.size_bytes).close()
+                    Layer.open(path, size_bytes=manifest.state.memory_bytes).close()
             if path.stat().st_size != part.size_bytes or part_digest(kind, path) != part.digest:
                 raise BrokenSnapshotError(f"The {kind} {part.digest} was changed: its content has another digest.")
             draft.add(kind, path, digest=part.digest)
         source.finish()
-        return draft.publish(SnapshotContents.model_validate(manifest.model_dump(exclude={"id"})))
+        return draft.publish(manifest)
 
 
 def _write_base(sink: zstandard.ZstdCompressionWriter, path: Path, part: Part) -> None:

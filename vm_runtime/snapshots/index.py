@@ -185,7 +185,7 @@ class Index:
                 manifest.parents[0] if manifest.parents else None,
                 kernel and kernel.state,
                 kernel and kernel.execution_count,
-                len(manifest.memory.layers),
+                len(manifest.state.of_kind(PartKind.LAYER)),
                 added_bytes,
                 manifest.flattened_from,
             ),

@@ -23,7 +23,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,11 @@ from vm_runtime.snapshots.manifest import (
     MAX_MANIFEST_BYTES,
     Digest,
     Manifest,
-    MemoryParts,
     Part,
     PartKind,
     SnapshotContents,
     SnapshotId,
+    StatePart,
 )
 from vm_runtime.snapshots.memory import full_or_same, removed_on_error
 
@@ -74,10 +74,19 @@ class Pin(BaseModel):
     layers: tuple[Digest, ...] = ()
     devices: tuple[Digest, ...] = ()
     disks: tuple[Digest, ...] = ()
+    files: tuple[Digest, ...] = ()
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[StatePart]) -> Pin:
+        """The pin of these single parts."""
+        found: dict[str, list[str]] = {}
+        for part in parts:
+            found.setdefault(f"{part.kind}s", []).append(part.digest)
+        return cls.model_validate(found)
 
     def parts(self) -> Iterator[tuple[PartKind, str]]:
-        for kind, digests in zip(PartKind, (self.bases, self.layers, self.devices, self.disks), strict=True):
-            yield from ((kind, digest) for digest in digests)
+        for kind in PartKind:
+            yield from ((kind, digest) for digest in getattr(self, f"{kind}s"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,21 +210,17 @@ class SnapshotStore:
             self.index.note_checked(kind, part.digest, identity)
         return path
 
-    def open_layers(self, memory: MemoryParts) -> list[Layer]:
-        """Open and check the layers of a snapshot, lowest first; close each. Raises BrokenSnapshotError."""
+    def open_layers(self, parts: Iterable[Part], *, memory_bytes: int) -> list[Layer]:
+        """Open and check layers of guest memory; close each. Raises BrokenSnapshotError."""
         layers: list[Layer] = []
         try:
-            for part in memory.layers:
-                layers.append(Layer.open(self.checked_path(PartKind.LAYER, part), size_bytes=memory.size_bytes))
+            for part in parts:
+                layers.append(Layer.open(self.checked_path(PartKind.LAYER, part), size_bytes=memory_bytes))
         except BaseException:
             for layer in layers:
                 layer.close()
             raise
         return layers
-
-    def read_device(self, manifest: Manifest) -> bytes:
-        """The device state of a snapshot, checked. Raises BrokenSnapshotError."""
-        return self.checked_path(PartKind.DEVICE, manifest.device).read_bytes()
 
     def verify(self, snapshot_id: str) -> list[str]:
         """Read and compare every part; answers what is wrong, as sentences. Raises UnknownSnapshotError."""
@@ -229,7 +234,7 @@ class SnapshotStore:
                 self._check_part(kind, part)
                 if kind is PartKind.LAYER:
                     path = self.part_path(kind, part.digest)
-                    Layer.open(path, size_bytes=manifest.memory.size_bytes).close()
+                    Layer.open(path, size_bytes=manifest.state.memory_bytes).close()
             except BrokenSnapshotError as error:
                 problems.append(str(error))
         return problems

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.layers import copy_sparse
 from vm_runtime.snapshots.manifest import (
-    DiskPart,
-    MemoryParts,
     Part,
     PartKind,
     Shape,
     SnapshotContents,
-    Vmm,
 )
 from vm_runtime.snapshots.memory import PAGE_SIZE, BaseMemory, freeze_memfd
 from vm_runtime.snapshots.store import Draft
@@ -135,10 +133,12 @@ def fill(base_file: tuple[Path, str]) -> Callable[..., SnapshotContents]:
             template="python3",
             image_digest="ab" * 32,
             shape=Shape(memory_mib=8, vcpus=1, disk_mib=1024),
-            vmm=Vmm(driver="qemu", version="7.2.22", machine="microvm", cpu_model="max", accelerator="tcg"),
-            memory=MemoryParts(size_bytes=SIZE_BYTES, base=base, layers=(layer,) if layer else ()),
-            device=draft.add_bytes(PartKind.DEVICE, device),
-            disks=(DiskPart(digest=disk.digest, size_bytes=disk.size_bytes, format="qcow2"),),
+            state=Ground(base=base, layers=(layer,) if layer else (), disks=(disk,)).state(
+                driver="qemu",
+                format="qemu-pages-1",
+                needs={"version": "7.2.22"},
+                device=draft.add_bytes(PartKind.DEVICE, device),
+            ),
             wire_marker="cd" * 16,
         )
 

@@ -10,24 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.layers import encode_index
-from vm_runtime.snapshots.manifest import (
-    DiskPart,
-    KernelInformation,
-    Manifest,
-    MemoryParts,
-    Part,
-    PartKind,
-    Shape,
-    SnapshotContents,
-    Vmm,
-)
+from vm_runtime.snapshots.manifest import KernelInformation, Manifest, Part, PartKind, Shape, SnapshotContents
 from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.store import Draft, Pin, SnapshotStore
 
 PAGES = 4
 SHAPE = Shape(memory_mib=1, vcpus=1, disk_mib=1)
-VMM = Vmm(driver="qemu", version="7.2.22", machine="microvm", cpu_model="max", accelerator="tcg")
 # What a process changes files with; before each of them it may be killed.
 _STEPS = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 KILLED = 9
@@ -58,17 +48,19 @@ def publish(
                 parents=tuple(parents),
                 flattened_from=flattened_from,
                 shape=SHAPE,
-                vmm=VMM,
-                memory=MemoryParts(
-                    size_bytes=PAGES * PAGE_SIZE,
+                state=Ground(
                     base=_part(draft, PartKind.BASE, bytes([base]) * PAGE_SIZE + bytes((PAGES - 1) * PAGE_SIZE)),
                     layers=tuple(
                         _part(draft, PartKind.LAYER, encode_index(PAGES * PAGE_SIZE, [(0, 1)], []) + _page(layer))
                         for layer in layers
                     ),
+                    disks=_chain(draft, disks),
+                ).state(
+                    driver="qemu",
+                    format="qemu-pages-1",
+                    needs={},
+                    device=draft.add_bytes(PartKind.DEVICE, b"device %d" % number),
                 ),
-                device=draft.add_bytes(PartKind.DEVICE, b"device %d" % number),
-                disks=_chain(draft, disks),
                 kernel=KernelInformation(name="python3", language="python", state="idle", execution_count=number),
                 wire_marker="cd" * 16,
             )
@@ -79,13 +71,10 @@ def _page(number: int) -> bytes:
     return number.to_bytes(4, "big") * (PAGE_SIZE // 4)
 
 
-def _chain(draft: Draft, disks: Sequence[int]) -> tuple[DiskPart, ...]:
-    chain: list[DiskPart] = []
-    for disk in dict.fromkeys(disks):
-        part = _part(draft, PartKind.DISK, b"QFI\xfb" + _page(disk) * (1 + disk % 3))
-        backing = chain[-1].digest if chain else None
-        chain.append(DiskPart(digest=part.digest, size_bytes=part.size_bytes, format="qcow2", backing=backing))
-    return tuple(chain)
+def _chain(draft: Draft, disks: Sequence[int]) -> tuple[Part, ...]:
+    return tuple(
+        _part(draft, PartKind.DISK, b"QFI\xfb" + _page(disk) * (1 + disk % 3)) for disk in dict.fromkeys(disks)
+    )
 
 
 def _part(draft: Draft, kind: PartKind, content: bytes) -> Part:

@@ -51,8 +51,9 @@ def test_an_exported_snapshot_is_the_same_elsewhere(
     manifest, path = exported
     assert _import(other, path) == manifest == _import(other, path)
     assert other.verify(manifest.id) == []
-    base = other.part_path(PartKind.BASE, manifest.memory.base.digest)
-    assert base.read_bytes() == store.part_path(PartKind.BASE, manifest.memory.base.digest).read_bytes()
+    (part,) = manifest.state.of_kind(PartKind.BASE)
+    base = other.part_path(PartKind.BASE, part.digest)
+    assert base.read_bytes() == store.part_path(PartKind.BASE, part.digest).read_bytes()
     assert base.stat().st_blocks * 512 < base.stat().st_size // 4
 
 
@@ -68,7 +69,7 @@ def test_a_damaged_snapshot_is_not_exported(
     exported: tuple[Manifest, Path], store: SnapshotStore, tmp_path: Path
 ) -> None:
     manifest, _ = exported
-    store.part_path(PartKind.DEVICE, manifest.device.digest).write_bytes(b"dEvice")
+    store.part_path(PartKind.DEVICE, manifest.state.of_kind(PartKind.DEVICE)[0].digest).write_bytes(b"dEvice")
     with pytest.raises(BrokenSnapshotError, match="cannot be exported"):
         export_snapshot(store, manifest.id, tmp_path / "again")
     assert not (tmp_path / "again").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.commands import snapshot
-from vm_runtime.snapshots.manifest import Manifest, SnapshotContents
+from vm_runtime.snapshots.manifest import Manifest, PartKind, SnapshotContents
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 
 
@@ -48,7 +48,8 @@ def test_the_commands_that_look(
 def test_a_damaged_snapshot_makes_verify_fail(
     published: Manifest, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "state" / "snapshots" / "parts" / "device" / published.device.digest).write_bytes(b"dEvice")
+    (device,) = published.state.of_kind(PartKind.DEVICE)
+    (tmp_path / "state" / "snapshots" / "parts" / "device" / device.digest).write_bytes(b"dEvice")
     assert run("verify", published.id[:6]) == 1
     assert "BROKEN" in capsys.readouterr().out
 

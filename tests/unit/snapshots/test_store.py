@@ -56,7 +56,7 @@ def test_a_published_snapshot_can_be_found_and_is_whole(store: SnapshotStore, fi
     assert store.ls(name="two") == []
     assert store.get(manifest.id) == manifest
     assert store.resolve(manifest.id[:8]) == store.resolve("one") == manifest.id
-    assert store.read_device(manifest) == b"device"
+    assert _device(store, manifest) == b"device"
     assert store.verify(manifest.id) == []
 
 
@@ -148,9 +148,9 @@ def test_parts_that_another_snapshot_or_a_live_machine_needs_stay(store: Snapsho
     one, two = _publish(store, fill, device=b"1"), _publish(store, fill, device=b"2")
     store.rm(one.id)
     assert store.verify(two.id) == []
-    store.pin("machine", Pin(bases=(two.memory.base.digest,)))
+    store.pin("machine", Pin(bases=(two.state.of_kind(PartKind.BASE)[0].digest,)))
     store.rm(two.id)
-    assert _files(store) == {"pins/machine.json", f"parts/base/{two.memory.base.digest}"}
+    assert _files(store) == {"pins/machine.json", f"parts/base/{two.state.of_kind(PartKind.BASE)[0].digest}"}
 
 
 def test_a_pin_needs_a_name_and_something_that_exists(store: SnapshotStore) -> None:
@@ -237,7 +237,7 @@ def test_a_manifest_that_was_damaged_keeps_its_parts_and_hinders_no_removal(stor
     path.write_bytes(path.read_bytes().replace(b"local", b"other"))
     assert store.gc().parts == 0
     assert store.rm(other.id).parts == 1
-    assert store.read_device(manifest) == b"device"
+    assert _device(store, manifest) == b"device"
     assert "was changed" in store.verify(manifest.id)[0]
     assert store.rm(manifest.id).parts == 3
 
@@ -282,7 +282,7 @@ def test_a_damaged_part_is_found(store: SnapshotStore, fill: Fill, kind: PartKin
     assert kind in problem
     if kind is PartKind.DEVICE:
         with pytest.raises(BrokenSnapshotError):
-            store.read_device(manifest)
+            _device(store, manifest)
 
 
 @pytest.mark.parametrize("reference", ["", "..", "../../etc/passwd", "0" * 32, "*"])
@@ -293,7 +293,7 @@ def test_a_reference_to_nothing_is_unknown(store: SnapshotStore, reference: str)
 
 
 def _opened(store: SnapshotStore, manifest: Manifest) -> list[Layer]:
-    layers = store.open_layers(manifest.memory)
+    layers = store.open_layers(manifest.state.of_kind(PartKind.LAYER), memory_bytes=SIZE_BYTES)
     for layer in layers:
         layer.close()
     return layers
@@ -344,3 +344,8 @@ def _fill_up(path: Path, *, free_kib: int) -> None:
     status = os.statvfs(path.parent)
     with path.open("wb") as file:
         file.write(bytes(max(0, status.f_bavail * status.f_frsize - free_kib * 1024)))
+
+
+def _device(store: SnapshotStore, manifest: Manifest) -> bytes:
+    (device,) = manifest.state.of_kind(PartKind.DEVICE)
+    return store.checked_path(PartKind.DEVICE, device).read_bytes()

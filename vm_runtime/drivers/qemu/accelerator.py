@@ -13,18 +13,24 @@ import platform
 import secrets
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.drivers.qemu.arguments import Accelerator
-from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.program import PROGRAM, find_program
 from vm_runtime.errors import DriverUnavailableError, VmRuntimeError
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
+
+if TYPE_CHECKING:
+    from vm_runtime.drivers.qemu.driver import QemuDriver
+
+    Start = Callable[[Accelerator], Awaitable[QemuDriver]]
 
 FILE_NAME = "accelerator.json"
 FORMAT_VERSION = 1
@@ -34,7 +40,7 @@ KVM_DEVICE = Path("/dev/kvm")
 PROBE_LIMIT_S = 8.0
 # Linux says so on its console just before it starts the first program.
 _FIRST_PROGRAM = "Run /init"
-_PROBE_SHAPE = MachineShape(memory_mib=256, vcpus=1, disk_mib=1)
+_PROBE_SHAPE = MachineShape(memory_mib=256, vcpus=1, disk_mib=16)
 
 
 class Wish(StrEnum):
@@ -65,13 +71,14 @@ class _Remembered(BaseModel):
     why: str
 
 
-async def choose(wish: Wish, *, state_dir: Path, image: ImageFiles | None, program: str = PROGRAM) -> Choice:
+async def choose(wish: Wish, *, state_dir: Path, image: ImageFiles | None, start: Start) -> Choice:
     """The accelerator for this host. Boots a guest for at most PROBE_LIMIT_S if that was never done here.
 
-    image: None while none was built; then the answer is TCG and not decided, so ask again later.
+    image: None while none was built; then the answer is TCG and not decided, so ask again later. start: makes a driver
+    for the attempt.
     Errors: DriverUnavailableError: no QEMU, or KVM was asked for and does not work.
     """
-    path, version = await find_program(program)
+    path, version = await find_program(PROGRAM)
     if wish is Wish.TCG:
         return Choice(accelerator=Accelerator.TCG, why="Emulation (TCG) was asked for.", decided=True)
     problem = await asyncio.to_thread(_device_problem)
@@ -83,7 +90,7 @@ async def choose(wish: Wish, *, state_dir: Path, image: ImageFiles | None, progr
         remembered = await asyncio.to_thread(_read, state_dir, qemu)
         # Who insists on KVM has perhaps just repaired it.
         if remembered is None or (wish is Wish.KVM and remembered.accelerator is not Accelerator.KVM):
-            remembered, is_certain = await _boot_under_kvm(image, qemu, program)
+            remembered, is_certain = await _boot_under_kvm(image, qemu, start)
             if is_certain:
                 await asyncio.to_thread(_write, state_dir, remembered)
         if remembered.accelerator is Accelerator.KVM:
@@ -106,21 +113,17 @@ def _device_problem() -> str | None:
     return None
 
 
-async def _boot_under_kvm(image: ImageFiles, qemu: str, program: str) -> tuple[_Remembered, bool]:
+async def _boot_under_kvm(image: ImageFiles, qemu: str, start: Start) -> tuple[_Remembered, bool]:
     """The answer, and whether it is one: a VMM that did not even start says nothing of KVM."""
     is_certain = True
     started = time.monotonic()
     accelerator, outcome = Accelerator.TCG, ""
     with tempfile.TemporaryDirectory(prefix="hypercell-probe-") as name:
-        place = MachinePlace(id=f"probe-{secrets.token_hex(4)}", run_dir=Path(name, "run"), disk_dir=Path(name))
-        disk = Path(name, "disk.raw")
-        await asyncio.to_thread(disk.write_bytes, bytes(_PROBE_SHAPE.disk_mib << 20))
+        place = MachinePlace(id=f"probe-{secrets.token_hex(4)}", run_dir=Path(name, "run"), disk_dir=Path(name, "disk"))
         spec = MachineSpec(shape=_PROBE_SHAPE, image=image)
-        driver = await QemuDriver.start(accelerator=Accelerator.KVM, program=program)
+        driver = await start(Accelerator.KVM)
         try:
-            machine = await driver.boot_kernel(
-                spec, place=place, initramfs=image.initramfs, disk=disk, timeout_s=PROBE_LIMIT_S, quiet=False
-            )
+            machine = await driver.boot_kernel(spec, place=place, guest=b"", timeout_s=PROBE_LIMIT_S, quiet=False)
             try:
                 if await machine.wait_serial(_FIRST_PROGRAM, timeout_s=PROBE_LIMIT_S):
                     accelerator = Accelerator.KVM

@@ -12,22 +12,27 @@ import resource
 import shutil
 import signal
 import socket
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from vm_runtime.confinement.cgroups import Cgroup, CgroupRoot, Limits, find_root
 from vm_runtime.confinement.host import HostConfinement, find_confinement
-from vm_runtime.confinement.process import Process, Spawner, SpawnRequest, start_time_ticks
+from vm_runtime.confinement.process import Process, Spawner, SpawnRequest, boot_id, start_time_ticks
 from vm_runtime.confinement.report import ConfinementReport, ConfinementStep
 from vm_runtime.drivers.base import (
     Capabilities,
+    Capability,
+    Check,
     Driver,
+    DriverSettings,
+    Failure,
     MachinePlace,
-    MachineState,
+    Shortened,
 )
 from vm_runtime.drivers.qemu import qcow2
+from vm_runtime.drivers.qemu.accelerator import Wish, choose
 from vm_runtime.drivers.qemu.arguments import (
     ARGUMENTS_VERSION,
     FIRST_DISK_NODE,
@@ -39,7 +44,9 @@ from vm_runtime.drivers.qemu.arguments import (
     Sockets,
     arguments,
 )
+from vm_runtime.drivers.qemu.checks import examine
 from vm_runtime.drivers.qemu.disk_merge import merge_overlays
+from vm_runtime.drivers.qemu.ext4 import format_disk
 from vm_runtime.drivers.qemu.host_clock import tsc_khz
 from vm_runtime.drivers.qemu.machine import (
     FIRST_OVERLAY_FDSET,
@@ -54,11 +61,12 @@ from vm_runtime.drivers.qemu.machine import (
 )
 from vm_runtime.drivers.qemu.prepared import RESTORE_TIMEOUT_S, PreparedQemu, ending_on_error
 from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
-from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord, boot_id
+from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord
 from vm_runtime.errors import MachineGoneError, MachineStartError, SpawnError
-from vm_runtime.snapshots.layers import MemoryImage
-from vm_runtime.snapshots.manifest import Vmm
+from vm_runtime.paged.states import PagedStates, remove_frozen_disks
+from vm_runtime.snapshots.manifest import State
 from vm_runtime.snapshots.memory import BaseMemory
+from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import MachineShape, MachineSpec
 
 # Beyond guest RAM: QEMU itself (40 MiB), translated code, and the host's cache of the disk that it writes, which the
@@ -77,9 +85,10 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "G_SLICE": "always-m
 
 
 class QemuDriver(Driver):
-    """Machines on `qemu-system-x86_64 -M microvm`. Make it with `start()`, end it with `close()`; machines go on."""
+    """Machines on `qemu-system-x86_64 -M microvm`. `close()` it at the end; machines run on."""
 
     name = "qemu"
+    state_format: ClassVar[str] = "qemu-pages-1"
 
     def __init__(
         self,
@@ -102,9 +111,16 @@ class QemuDriver(Driver):
         self._tsc_khz = tsc_khz
 
     @classmethod
-    async def start(cls, *, accelerator: Accelerator, program: str = PROGRAM) -> Self:
-        """Find QEMU, start the spawner, find out how VMMs can be confined here. DriverUnavailableError, SpawnError."""
-        path, version = await find_program(program)
+    async def start(cls, settings: DriverSettings, *, say: Callable[[str], None]) -> Self:
+        wish = Wish(settings.options.get("accelerator", Wish.AUTO))
+        choice = await choose(wish, state_dir=settings.state_dir, image=settings.image, start=cls.on)
+        say(choice.why)
+        return await cls.on(choice.accelerator)
+
+    @classmethod
+    async def on(cls, accelerator: Accelerator) -> Self:
+        """As `start`, on this accelerator, whether it works or not."""
+        path, version = await find_program(PROGRAM)
         spawner = Spawner()
         try:
             cgroups = await asyncio.to_thread(find_root)
@@ -124,18 +140,22 @@ class QemuDriver(Driver):
             tsc_khz=khz,
         )
 
+    @classmethod
+    async def checks(cls, settings: DriverSettings) -> Sequence[Check]:
+        return await examine(settings, start=cls.on)
+
     @property
     def accelerator(self) -> Accelerator:
         return self._accelerator
 
     @property
-    def version(self) -> tuple[int, int, int]:
-        return self._version
-
-    @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            snapshot=True, restore=True, adopt=True, sealed_base=self._version[:2] < READ_ONLY_PRIVATE_RAM_SINCE
+            isolation=Capability(),
+            snapshot=Capability(),
+            keeps_memory=Capability(),
+            clones_share_memory=Capability(),
+            checkpoint_each_cell=Capability(),
         )
 
     def identity(self) -> str:
@@ -143,62 +163,72 @@ class QemuDriver(Driver):
         return f"qemu {version} microvm {self._accelerator} cpu={self._cpu} arguments={ARGUMENTS_VERSION}"
 
     @property
-    def vmm(self) -> Vmm:
-        return Vmm(
-            driver=self.name,
-            version=".".join(map(str, self._version)),
-            machine=f"microvm arguments={ARGUMENTS_VERSION}",
-            cpu_model=self._cpu,
-            accelerator=self._accelerator,
-        )
+    def needs(self) -> Mapping[str, str]:
+        return {
+            "version": ".".join(map(str, self._version)),
+            "machine": f"microvm arguments={ARGUMENTS_VERSION}",
+            "cpu_model": self._cpu,
+            "accelerator": self._accelerator,
+        }
+
+    def can_load(self, state: State) -> str | None:
+        here = {"driver": self.name, "format": self.state_format, **self.needs}
+        there = {"driver": state.driver, "format": state.format, **state.needs}
+        if _comparable(here) == _comparable(there):
+            return None
+        return f"The snapshot needs {_sentence(there)}; this host has {_sentence(here)}."
+
+    @property
+    def sealed_bases(self) -> bool:
+        return self._version[:2] < READ_ONLY_PRIVATE_RAM_SINCE
+
+    def states(
+        self,
+        store: SnapshotStore,
+        *,
+        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_failed: Callable[[Failure], None],
+    ) -> PagedStates:
+        return PagedStates(store, self, on_shortened=on_shortened, on_failed=on_failed)
 
     def confinement(self) -> ConfinementReport:
         # QEMU has a seccomp filter of its own (-sandbox), which every host allows.
         seccomp = ConfinementStep(name="seccomp")
         return ConfinementReport(steps=(*self._confinement.steps(), seccomp, *self._cgroups.steps()))
 
-    async def boot(
-        self, spec: MachineSpec, *, place: MachinePlace, initramfs: Path, disk: Path, timeout_s: float
-    ) -> QemuMachine:
-        return await self.boot_kernel(
-            spec, place=place, initramfs=initramfs, disk=disk, timeout_s=timeout_s, quiet=True
-        )
+    async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> QemuMachine:
+        return await self.boot_kernel(spec, place=place, guest=guest, timeout_s=timeout_s, quiet=True)
 
     async def boot_kernel(
-        self,
-        spec: MachineSpec,
-        *,
-        place: MachinePlace,
-        initramfs: Path | None,
-        disk: Path,
-        timeout_s: float,
-        quiet: bool,
+        self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float, quiet: bool
     ) -> QemuMachine:
-        """As `boot`, for kernels without an initramfs, and with boot messages if not quiet."""
-        with ExitStack() as stack:
-            memory_fd = os.memfd_create(f"hypercell-ram-{place.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            own_memory_fd = stack.enter_context(_closing(memory_fd))
-            os.ftruncate(memory_fd, spec.shape.memory_mib << 20)
-            files = [spec.image.vmlinux, *([initramfs] if initramfs is not None else [])]
-            copies = [stack.enter_context(_closing(await asyncio.to_thread(_copy_to_memfd, file))) for file in files]
-            machine = await self._launch(
-                spec, place, memory_fd=own_memory_fd, own_memory=True, disk=[disk], kernel_files=copies, quiet=quiet
-            )
+        """As `boot`, with boot messages if not quiet. An image without an initramfs gets none if guest is empty."""
+        place.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        disk = place.disk_dir / "disk.raw"
+        try:
+            await format_disk(disk, spec.shape.disk_mib)
+            with ExitStack() as stack:
+                memory_fd = os.memfd_create(f"hypercell-ram-{place.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                own_memory_fd = stack.enter_context(_closing(memory_fd))
+                os.ftruncate(memory_fd, spec.shape.memory_mib << 20)
+                files = [(spec.image.vmlinux, b"")]
+                if guest or spec.image.initramfs.exists():
+                    files.append((spec.image.initramfs, guest))
+                copies = [
+                    stack.enter_context(_closing(await asyncio.to_thread(_copy_to_memfd, path, more)))
+                    for path, more in files
+                ]
+                machine = await self._launch(
+                    spec, place, memory_fd=own_memory_fd, own_memory=True, disk=[disk], kernel_files=copies, quiet=quiet
+                )
+        except BaseException:
+            _remove_disk(disk)
+            raise
         async with ending_on_error(machine):
             qmp = await machine.connect(timeout_s=timeout_s)
             await qmp.execute("cont")
             machine.become_running_if_starting()
         return machine
-
-    async def restore(self, spec: MachineSpec, state: MachineState, *, place: MachinePlace) -> QemuMachine:
-        prepared = await self.prepare_restore(spec, state.base, state.disk_chain, place=place)
-
-        image = MemoryImage(state.base, state.layers)
-        async with prepared.lend(image.files()) as lent:
-            return await prepared.load(
-                state.device,
-                fill=lambda mapping: image.restore_into(prepared.pid, mapping.address, lent=lent),
-            )
 
     async def prepare_restore(
         self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace
@@ -212,13 +242,11 @@ class QemuDriver(Driver):
                 place,
                 memory_fd=base.fd,
                 own_memory=False,
-                memory_read_only=not base.sealed and not self.capabilities.sealed_base,
+                memory_read_only=not base.sealed and not self.sealed_bases,
                 disk=[*disk_chain, overlay],
             )
         except BaseException:
-            overlay.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                place.disk_dir.rmdir()
+            _remove_disk(overlay)
             raise
         async with ending_on_error(machine), asyncio.timeout(RESTORE_TIMEOUT_S):
             await machine.connect()
@@ -232,6 +260,7 @@ class QemuDriver(Driver):
         process = Process.find(record.pid, record.start_time) if record.boot_id == boot_id() else None
         if process is None:
             await asyncio.to_thread(remove_leftovers, place, record)
+            await asyncio.to_thread(remove_frozen_disks, place)
             raise MachineGoneError(f"The VMM of machine {place.id} has ended while no gateway watched it.")
         memory_fd = None
         if record.memory_fd is not None:
@@ -365,7 +394,7 @@ class QemuDriver(Driver):
                     memory_fd=memory_number if own_memory else None,
                     disk_chain=tuple(disk),
                     disk_node=FIRST_DISK_NODE,
-                    overlay=disk[-1] if not own_memory else None,
+                    overlay=disk[-1],
                     cgroups=cgroup.directories,
                 )
                 record.write(place.run_dir)
@@ -396,6 +425,7 @@ class QemuDriver(Driver):
 
     def _remove_unknown(self, place: MachinePlace) -> None:
         """A start that was interrupted before its record was written leaves sockets and perhaps empty cgroups."""
+        remove_frozen_disks(place)
         directories = tuple(dict.fromkeys(parent / place.id for parent in self._cgroups.parents.values()))
         remove_runtime_files(place, Cgroup(directories=directories))
 
@@ -434,12 +464,30 @@ def _listen(path: Path) -> Iterator[socket.socket]:
         yield listener
 
 
-def _copy_to_memfd(path: Path) -> int:
-    """A copy that any user may read, for a VMM whose user has no rights on the original. Gone when closed."""
+def _remove_disk(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files may lie there
+        path.parent.rmdir()
+
+
+def _comparable(needs: Mapping[str, str]) -> dict[str, str]:
+    """Without the last number of the version: QEMU keeps the device state as it is within a stable branch, and a host
+    that installs a security update must not lose what sleeps on it."""
+    return {**needs, "version": ".".join(needs.get("version", "").split(".")[:2])}
+
+
+def _sentence(needs: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in needs.items())
+
+
+def _copy_to_memfd(path: Path, more: bytes) -> int:
+    """A copy of a file, and more behind it, that any user may read, for a VMM whose user has no rights on the original.
+    Gone when closed."""
     fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
     try:
         with path.open("rb") as source, os.fdopen(os.dup(fd), "wb") as target:
             shutil.copyfileobj(source, target)
+            target.write(more)
     except BaseException:
         os.close(fd)
         raise

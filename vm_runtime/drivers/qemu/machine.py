@@ -26,10 +26,11 @@ from vm_runtime.drivers.qemu.lending import may_lend
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import FILE_NAME, MachineRecord
 from vm_runtime.errors import MachineError, MachineGoneError, VmmCommandError, VmmProtocolError
-from vm_runtime.machine import Death, Machine, MemoryMapping, MemoryUsage
-from vm_runtime.snapshots.memory import PAGE_SIZE
-from vm_runtime.snapshots.pages import find_mapping, written_pages
+from vm_runtime.machine import Death, MemoryUsage
+from vm_runtime.paged.machine import MemoryMapping, PagedMachine
+from vm_runtime.snapshots.pages import find_mapping
 from vm_runtime.states import RunState, advance, require
+from vm_runtime.wire.carriers import SocketCarrier
 
 QMP_SOCKET = "qmp.sock"
 WIRE_SOCKET = "wire.sock"
@@ -84,7 +85,7 @@ class Tail:
         return b"".join(self._chunks)[-CONSOLE_TAIL_BYTES:]
 
 
-class QemuMachine(Machine):
+class QemuMachine(PagedMachine):
     """Made by the driver, which hands over process, sockets and memory; everything ends with `kill()` or `detach()`."""
 
     def __init__(
@@ -202,9 +203,8 @@ class QemuMachine(Machine):
     def state(self) -> RunState:
         return self._state
 
-    @property
-    def wire_path(self) -> Path:
-        return self.place.run_dir / WIRE_SOCKET
+    async def open_wire(self) -> SocketCarrier:
+        return await SocketCarrier.connect_unix(self.place.run_dir / WIRE_SOCKET)
 
     @property
     def memory_fd(self) -> int | None:
@@ -235,7 +235,7 @@ class QemuMachine(Machine):
     def set_background(self, background: bool) -> None:
         self._cgroup.set_background(background)
 
-    async def device_state(self, path: Path) -> None:
+    async def device_state(self) -> int:
         require(self._state, RunState.PAUSED)
         # A memfd always has room: QEMU 7.2 leaks its descriptor when it cannot write.
         fd = os.memfd_create("hypercell-device", os.MFD_CLOEXEC)
@@ -251,22 +251,16 @@ class QemuMachine(Machine):
                 await self._execute("xen-save-devices-state", arguments)
             finally:
                 await self._remove_descriptors({_DEVICE_STATE_FDSET})
-            await asyncio.to_thread(_write_new, path, fd)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
 
     def memory_mapping(self) -> MemoryMapping:
         require(self._state, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
         length = self.spec.shape.memory_mib << 20
         address = find_mapping(self.pid, inode=self._record.memory_inode, size_bytes=length)
         return MemoryMapping(address=address, length=length, private=self._record.memory_fd is None)
-
-    async def dirty_ranges(self) -> Sequence[tuple[int, int]]:
-        require(self._state, RunState.PAUSED)
-        mapping = self.memory_mapping()
-        if mapping.private:
-            return await asyncio.to_thread(written_pages, self.pid, mapping.address, mapping.length)
-        return [(0, mapping.length // PAGE_SIZE)]
 
     async def freeze_disk(self, new_overlay: Path) -> Path:
         require(self._state, RunState.RUNNING, RunState.PAUSED)
@@ -282,7 +276,7 @@ class QemuMachine(Machine):
                 await self._execute("blockdev-snapshot", {"node": record.disk_node, "overlay": node})
             except BaseException:
                 self._set_record(next_overlay=None)
-                os.unlink(new_overlay)  # noqa: PTH108 - as in device_state
+                os.unlink(new_overlay)  # noqa: PTH108 - at once, so that no cancellation comes between
                 raise
             self._set_record(
                 disk_chain=(*record.disk_chain, new_overlay), disk_node=node, overlay=new_overlay, next_overlay=None
@@ -502,16 +496,6 @@ class QemuMachine(Machine):
             await asyncio.wait(tasks)
         if self._qmp is not None:
             await self._qmp.close()
-
-
-def _write_new(path: Path, source: int) -> None:
-    """Write what a descriptor leads to into a new file."""
-    with path.open("xb") as file:
-        try:
-            file.write(os.pread(source, os.fstat(source).st_size, 0))
-        except BaseException:
-            path.unlink()
-            raise
 
 
 def remove_runtime_files(place: MachinePlace, cgroup: Cgroup) -> None:

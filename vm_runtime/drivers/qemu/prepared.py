@@ -10,10 +10,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
-from vm_runtime.drivers.base import PreparedMachine
 from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.errors import MachineError, MachineGoneError, MachineStartError, VmmProtocolError
-from vm_runtime.machine import MemoryMapping
+from vm_runtime.paged.machine import MemoryMapping, PreparedMachine
 from vm_runtime.snapshots.errors import SnapshotError
 
 # A clone runs 50 ms after its spawn on an idle host; twenty at once under TCG on two busy CPUs take seconds.

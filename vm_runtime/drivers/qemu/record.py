@@ -71,8 +71,3 @@ class MachineRecord(BaseModel):
         except (FileNotFoundError, NotADirectoryError, ValidationError):
             return None
         return record if record.format == FORMAT_VERSION else None
-
-
-def boot_id() -> str:
-    """Names this boot of the host: pids and start times mean nothing after the next one."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

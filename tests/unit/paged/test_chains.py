@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vm_runtime.saving.chains import MAX_CHAIN, MAX_SETTLED, Shortened, check_room, merge_from, rebased
-from vm_runtime.saving.values import Ground
+from vm_runtime.paged.chains import MAX_CHAIN, MAX_SETTLED, check_room, merge_from, rebased
+from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.errors import ChainTooLongError
-from vm_runtime.snapshots.manifest import MAX_LAYERS, DiskPart, MemoryParts, Part
+from vm_runtime.snapshots.manifest import MAX_LAYERS, Part
 
 SIZE = 1 << 20
 
@@ -19,41 +19,30 @@ def part(name: str) -> Part:
 
 
 def ground(base: str, layers: str, disks: str) -> Ground:
-    chain: list[DiskPart] = []
-    for name in disks:
-        below = chain[-1].digest if chain else None
-        chain.append(DiskPart(digest=name * 64, size_bytes=SIZE, format="qcow2" if below else "raw", backing=below))
-    memory = MemoryParts(size_bytes=SIZE, base=part(base), layers=tuple(part(name) for name in layers))
-    return Ground(memory=memory, disks=tuple(chain))
+    return Ground(base=part(base), layers=tuple(map(part, layers)), disks=tuple(map(part, disks)))
 
 
-SHORTENED = Shortened(old=ground("0", "123", "ab"), new=ground("9", "", "ae"))
+OLD, NEW = ground("0", "123", "ab"), ground("9", "", "ae")
 
 
 def test_a_machine_on_the_state_or_above_it_gets_the_shorter_form() -> None:
-    assert rebased(ground("0", "123", "ab"), SHORTENED) == ground("9", "", "ae")
-    assert rebased(ground("0", "12345", "abc"), SHORTENED) == ground("9", "45", "aec")
+    assert rebased(ground("0", "123", "ab"), old=OLD, new=NEW) == ground("9", "", "ae")
+    assert rebased(ground("0", "12345", "abc"), old=OLD, new=NEW) == ground("9", "45", "aec")
 
 
 def test_memory_and_disks_are_replaced_each_for_themselves() -> None:
-    assert rebased(ground("0", "1234", "ac"), SHORTENED) == ground("9", "4", "ac")
-    assert rebased(ground("8", "4", "abc"), SHORTENED) == ground("8", "4", "aec")
+    assert rebased(ground("0", "1234", "ac"), old=OLD, new=NEW) == ground("9", "4", "ac")
+    assert rebased(ground("8", "4", "abc"), old=OLD, new=NEW) == ground("8", "4", "aec")
 
 
 def test_other_machines_stay_where_they_are() -> None:
     for other in (ground("0", "12", "a"), ground("0", "21", "a"), ground("9", "123", "ac"), ground("0", "", "a")):
-        assert rebased(other, SHORTENED) is None
+        assert rebased(other, old=OLD, new=NEW) is None
 
 
 def long_ground(layers: int, disks: int) -> Ground:
-    names = [f"{number:064x}" for number in range(max(layers, disks))]
-    memory = MemoryParts(
-        size_bytes=SIZE,
-        base=part("0"),
-        layers=tuple(Part(digest=name, size_bytes=SIZE) for name in names[:layers]),
-    )
-    chain = [DiskPart(digest=name, size_bytes=SIZE, format="raw") for name in names[:disks]]
-    return Ground(memory=memory, disks=tuple(chain))
+    parts = [Part(digest=f"{number:064x}", size_bytes=SIZE) for number in range(max(layers, disks))]
+    return Ground(base=part("0"), layers=tuple(parts[:layers]), disks=tuple(parts[:disks]))
 
 
 @pytest.mark.parametrize(("layers", "disks"), [(MAX_CHAIN, 1), (1, MAX_CHAIN)])

@@ -1,14 +1,13 @@
-"""Machines and the snapshot store together, on every driver: a tiny guest counts in memory; its disk is written from
-outside, by the VMM itself (QEMU's `qemu-io`)."""
+"""Snapshots page by page, and disks: a tiny guest counts in memory; its disk is written from outside, by the VMM itself
+(QEMU's `qemu-io`)."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -16,61 +15,19 @@ from unittest.mock import AsyncMock
 import pytest
 
 from tests.conformance import pvh
-from tests.conformance.conftest import Bench, beat, read_word
+from tests.conformance.conftest import Bench, beat, describe, qemu, read_word
 from vm_runtime.drivers.qemu import disk_merge
-from vm_runtime.drivers.qemu.machine import QemuMachine
 from vm_runtime.errors import MachineGoneError
-from vm_runtime.saving import chains
-from vm_runtime.saving.chains import LONG_CHAIN, MANY_DISKS
-from vm_runtime.saving.forking import Children
-from vm_runtime.saving.hooks import Captured, SnapshotHooks
+from vm_runtime.paged import chains
+from vm_runtime.paged.chains import LONG_CHAIN, MANY_DISKS
+from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.saver import Saver
-from vm_runtime.saving.values import Description, Then
+from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import BrokenSnapshotError, ChainTooLongError, SnapshotError, StoreFullError
 from vm_runtime.snapshots.injection import can_inject
-from vm_runtime.snapshots.layers import MemoryImage
-from vm_runtime.snapshots.manifest import Manifest, PartKind
+from vm_runtime.snapshots.manifest import Manifest, Part, PartKind
 from vm_runtime.snapshots.pages import PAGES_NAME
-from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.states import RunState
-
-
-@dataclass
-class Place:
-    """A bench with a store and a saver."""
-
-    bench: Bench
-    store: SnapshotStore
-    saver: Saver
-
-    async def template(self) -> Manifest:
-        machine = await self.bench.boot()
-        try:
-            await beat(machine)
-            return await self.saver.freeze(machine, describe(None))
-        finally:
-            await machine.kill()
-
-    async def restore(self, manifest: Manifest, name: str = "clone") -> SavedMachine:
-        return await self.saver.restore(manifest, place=self.bench.place(name))
-
-
-def describe(sandbox_id: str | None = "s1", *, name: str | None = None) -> Description:
-    return Description(
-        owner="someone",
-        name=name,
-        sandbox_id=sandbox_id,
-        template="tiny",
-        image_digest="0" * 64,
-        kernel=None,
-        wire_marker="0" * 32,
-    )
-
-
-def qemu(saved: SavedMachine) -> QemuMachine:
-    assert isinstance(saved.machine, QemuMachine)
-    return saved.machine
 
 
 def maps_shared_pages(saved: SavedMachine) -> bool:
@@ -114,21 +71,10 @@ def small_file_system(directory: Path) -> Iterator[None]:
         subprocess.run(["umount", directory], check=True)
 
 
-@pytest.fixture
-async def place(bench: Bench) -> AsyncIterator[Place]:
-    store = SnapshotStore(bench.directory / "snapshots")
-    saver = Saver(store=store, driver=bench.driver, image_files=lambda digest: bench.spec.image)
-    try:
-        yield Place(bench=bench, store=store, saver=saver)
-    finally:
-        await saver.close()
-        store.close()
-
-
-async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(place: Place) -> None:
-    template = await place.template()
-    assert template.memory.layers == ()
-    parent = await place.restore(template, "first")
+async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(qemu_bench: Bench) -> None:
+    template = await qemu_bench.template()
+    assert layers_of(template) == ()
+    parent = await qemu_bench.restore(template, "first")
     child = None
     try:
         await beat(qemu(parent))
@@ -138,11 +84,11 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(place: P
         await disk_io(parent, "write -P 0x22 1M 64k")
         assert parent.machine.state is RunState.RUNNING
         assert taken.manifest.parents == (template.id,)
-        assert len(taken.manifest.memory.layers) == 1
-        assert [disk.format for disk in taken.manifest.disks] == ["raw", "qcow2"]
-        assert place.store.verify(taken.manifest.id) == []
+        assert len(layers_of(taken.manifest)) == 1
+        assert len(disks_of(taken.manifest)) == 2
+        assert qemu_bench.store.verify(taken.manifest.id) == []
 
-        child = await place.restore(taken.manifest, "second")
+        child = await qemu_bench.restore(taken.manifest, "second")
         assert read_word(qemu(child), pvh.COUNTER_ADDRESS) > 0
         await beat(qemu(child))
         await assert_disk(child, 0x11, "1M")
@@ -152,21 +98,21 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(place: P
         await parent.kill()
         if child is not None:
             await child.kill()
-    assert place.store.pins() == {}
-    assert not place.bench.place("first").disk_dir.exists()
-    assert not place.bench.place("first").run_dir.exists()
+    assert qemu_bench.store.pins() == {}
+    assert not qemu_bench.place("first").disk_dir.exists()
+    assert not qemu_bench.place("first").run_dir.exists()
 
 
 # One of the two has enough children for them to share more than each alone.
 @pytest.mark.parametrize("count", [3, 5])
-async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Place, count: int) -> None:
-    parent = await place.restore(await place.template(), "first")
+async def test_a_fork_runs_children_with_the_parents_memory_and_disk(qemu_bench: Bench, count: int) -> None:
+    parent = await qemu_bench.restore(await qemu_bench.template(), "first")
     machines = [parent]
     try:
         await beat(qemu(parent))
         await disk_io(parent, "write -P 0x11 1M 64k")
         names = tuple(f"clone-{number}" for number in range(count))
-        forked = await place.saver.fork(parent, describe(), places=[place.bench.place(name) for name in names])
+        forked = await qemu_bench.saver.fork(parent, describe(), places=[qemu_bench.place(name) for name in names])
         children = [child for child in forked.children if isinstance(child, SavedMachine)]
         machines += children
         assert len(children) == len(names)
@@ -179,7 +125,7 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Plac
             assert maps_shared_pages(child) == (count == 5 and can_inject())
         # A child is a machine like any other: of the second generation, with a disk of its own.
         await disk_io(children[0], "write -P 0x33 1M 64k")
-        again = await place.saver.fork(children[0], describe("s2"), places=[place.bench.place("second")])
+        again = await qemu_bench.saver.fork(children[0], describe("s2"), places=[qemu_bench.place("second")])
         (grandchild,) = again.children
         assert isinstance(grandchild, SavedMachine)
         machines.append(grandchild)
@@ -187,29 +133,28 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(place: Plac
         await assert_disk(children[1], 0x11, "1M")
         await assert_disk(parent, 0x22, "1M")
         assert again.taken.manifest.parents == (forked.taken.manifest.id,)
-        assert place.store.verify(again.taken.manifest.id) == []
+        assert qemu_bench.store.verify(again.taken.manifest.id) == []
     finally:
         await asyncio.gather(*(machine.kill() for machine in machines))
-    assert place.store.pins() == {}
+    assert qemu_bench.store.pins() == {}
 
 
-async def test_a_child_sees_what_was_written_to_the_disk_after_its_vmm_was_started(place: Place) -> None:
-    parent = await place.restore(await place.template(), "first")
+async def test_a_child_sees_what_was_written_to_the_disk_after_its_vmm_was_started(qemu_bench: Bench) -> None:
+    parent = await qemu_bench.restore(await qemu_bench.template(), "first")
     child = None
     try:
         for first_write in ("write -P 0x10 0 64k", ""):
             if first_write:
                 await disk_io(parent, first_write)
 
-            class Writing(Children):
-                async def prepare(self, ground: Awaitable[MemoryImage]) -> None:
-                    await super().prepare(ground)
+            class Writing(SnapshotHooks):
+                async def before_pause(self) -> None:
                     await disk_io(parent, "write -P 0x44 4M 64k")
                     await disk_io(parent, "write -P 0x55 40M 64k")
 
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("vm_runtime.saving.saver.Children", Writing)
-                forked = await place.saver.fork(parent, describe(), places=[place.bench.place("clone")])
+            forked = await qemu_bench.saver.fork(
+                parent, describe(), places=[qemu_bench.place("clone")], hooks=[Writing()]
+            )
             (child,) = forked.children
             assert isinstance(child, SavedMachine), child
             await assert_disk(child, 0x44, "4M")
@@ -223,47 +168,31 @@ async def test_a_child_sees_what_was_written_to_the_disk_after_its_vmm_was_start
             await child.kill()
 
 
-async def test_one_failed_child_does_not_fail_its_siblings(place: Place) -> None:
-    parent = await place.restore(await place.template(), "first")
-    machines = [parent]
-    try:
-        places = [place.bench.place("clone-1"), place.bench.place("clone-2")]
-        places[0].run_dir.touch()  # no directory: its sockets have no place
-        forked = await place.saver.fork(parent, describe(), places=places)
-        failed, child = forked.children
-        assert isinstance(failed, OSError)
-        assert isinstance(child, SavedMachine)
-        machines.append(child)
-        assert not places[0].disk_dir.exists()
-    finally:
-        await asyncio.gather(*(machine.kill() for machine in machines))
-
-
-async def test_a_full_store_fails_the_snapshot_and_leaves_the_machine_running(place: Place) -> None:
+async def test_a_full_store_fails_the_snapshot_and_leaves_the_machine_running(qemu_bench: Bench) -> None:
     """Real ENOSPC: the store lies on a file system of a few MB."""
-    machine = await place.restore(await place.template(), "first")
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     try:
         await beat(qemu(machine))
         await disk_io(machine, "write -P 0x11 1M 64k")
-        drafts = place.store.directory / "drafts"
+        drafts = qemu_bench.store.directory / "drafts"
         with small_file_system(drafts):
             for then in Then:
                 with pytest.raises(StoreFullError):
                     await machine.take(describe(), then=then)
                 assert machine.machine.state is RunState.RUNNING
             with pytest.raises(StoreFullError):
-                await place.saver.fork(machine, describe(), places=[place.bench.place("clone")])
+                await qemu_bench.saver.fork(machine, describe(), places=[qemu_bench.place("clone")])
             assert list(drafts.iterdir()) == []
-        assert not place.bench.place("clone").disk_dir.exists()
+        assert not qemu_bench.place("clone").disk_dir.exists()
         before = qemu(machine).serial_tail().count(".")
         await beat(qemu(machine), before + 1)
-        assert len(place.store.ls()) == 1
+        assert len(qemu_bench.store.ls()) == 1
         # Room again: nothing of what was not stored then is missing now.
         taken = await machine.take(describe(), then=Then.STOP)
-        assert place.store.verify(taken.manifest.id) == []
+        assert qemu_bench.store.verify(taken.manifest.id) == []
     finally:
         await machine.kill()
-    woken = await place.restore(taken.manifest)
+    woken = await qemu_bench.restore(taken.manifest)
     try:
         await assert_disk(woken, 0x11, "1M")
         await beat(qemu(woken))
@@ -271,9 +200,9 @@ async def test_a_full_store_fails_the_snapshot_and_leaves_the_machine_running(pl
         await woken.kill()
 
 
-async def test_a_machine_whose_last_snapshot_cannot_be_noted_down_runs_on(place: Place) -> None:
-    machine = await place.restore(await place.template(), "first")
-    manifests = place.store.directory / "manifests"
+async def test_a_machine_whose_last_snapshot_cannot_be_noted_down_runs_on(qemu_bench: Bench) -> None:
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
+    manifests = qemu_bench.store.directory / "manifests"
     try:
         manifests.rename(manifests.with_name("away"))
         manifests.touch()  # no directory: the manifest, which comes last, cannot be written
@@ -292,104 +221,30 @@ async def test_a_machine_whose_last_snapshot_cannot_be_noted_down_runs_on(place:
         await machine.kill()
 
 
-class Recorded(SnapshotHooks):
-    """Notes its steps; waits in the one named `waits_in` until `go_on`, and fails in the one named `fails_in`."""
-
-    def __init__(self, machine: SavedMachine, *, waits_in: str = "", fails_in: str = "") -> None:
-        self._machine = machine
-        self._waits_in = waits_in
-        self._fails_in = fails_in
-        self.steps: list[tuple[str, RunState]] = []
-        self.reached = asyncio.Event()
-        self.go_on = asyncio.Event()
-
-    async def _step(self, name: str) -> None:
-        self.steps.append((name, self._machine.machine.state))
-        if name == self._fails_in:
-            raise RuntimeError(f"not in {name}")
-        if name == self._waits_in:
-            self.reached.set()
-            await self.go_on.wait()
-
-    async def prepare(self, ground: Awaitable[MemoryImage]) -> None:
-        await self._step("prepare")
-
-    async def before_pause(self) -> None:
-        await self._step("before_pause")
-
-    async def before_resume(self) -> None:
-        await self._step("before_resume")
-
-    async def captured(self, captured: Captured) -> None:
-        await self._step("captured")
-
-    async def abandoned(self) -> None:
-        await self._step("abandoned")
-
-
-async def test_all_who_take_part_in_a_snapshot_come_to_each_step(place: Place) -> None:
-    machine = await place.restore(await place.template(), "first")
-    try:
-        one, two = Recorded(machine), Recorded(machine)
-        await machine.take(describe(), then=Then.RESUME, hooks=[one, two])
-        running, paused = RunState.RUNNING, RunState.PAUSED
-        assert one.steps == two.steps == [
-            ("prepare", running), ("before_pause", running), ("before_resume", paused), ("captured", running),
-        ]  # fmt: skip
-        for step in ("prepare", "before_pause", "before_resume", "captured"):
-            for then in Then:
-                one, two = Recorded(machine, fails_in=step), Recorded(machine)
-                with pytest.raises(RuntimeError, match=step):
-                    await machine.take(describe(), then=then, hooks=[one, two])
-                assert one.steps[-1] == two.steps[-1] == ("abandoned", running)
-        assert len(place.store.ls()) == 2
-    finally:
-        await machine.kill()
-
-
-async def test_a_snapshot_that_is_cancelled_leaves_the_machine_as_its_user_left_it(place: Place) -> None:
-    machine = await place.restore(await place.template(), "first")
-    try:
-        for left in (RunState.RUNNING, RunState.PAUSED):
-            if left is RunState.PAUSED:
-                await machine.machine.pause()
-            hook = Recorded(machine, waits_in="captured")
-            taking = asyncio.create_task(machine.take(describe(), then=Then.STOP, hooks=[hook]))
-            await hook.reached.wait()
-            taking.cancel()
-            hook.go_on.set()
-            with pytest.raises(asyncio.CancelledError):
-                await taking
-            assert machine.machine.state is left
-            assert hook.steps[-1] == ("abandoned", left)
-    finally:
-        await machine.kill()
-
-
-async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> None:
-    machine = await place.restore(await place.template(), "first")
+async def test_a_machine_is_adopted_with_what_lies_under_it(qemu_bench: Bench) -> None:
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     await beat(qemu(machine))
     await disk_io(machine, "write -P 0x11 1M 64k")
     first = (await machine.take(describe(), then=Then.RESUME)).manifest
     await disk_io(machine, "write -P 0x22 2M 64k")
     await machine.detach()
-    await place.saver.close()
+    await qemu_bench.saver.close()
 
-    later = Saver(store=place.store, driver=place.bench.driver, image_files=lambda digest: place.bench.spec.image)
+    later = qemu_bench.new_saver()
     try:
-        adopted = await later.adopt(place.bench.place("first"))
+        adopted = await later.adopt(qemu_bench.place("first"))
         assert adopted.snapshot == first
         await beat(qemu(adopted))
         taken = await adopted.take(describe(), then=Then.STOP)
         assert taken.manifest.parents == (first.id,)
         await adopted.kill()
-        woken = await later.restore(taken.manifest, place=place.bench.place("second"))
+        woken = await later.restore(taken.manifest, place=qemu_bench.place("second"))
         await assert_disk(woken, 0x11, "1M")
         await assert_disk(woken, 0x22, "2M")
         await woken.kill()
         with pytest.raises(MachineGoneError):
-            await later.adopt(place.bench.place("first"))
-        assert place.store.pins() == {}
+            await later.adopt(qemu_bench.place("first"))
+        assert qemu_bench.store.pins() == {}
     finally:
         await later.close()
 
@@ -397,9 +252,9 @@ async def test_a_machine_is_adopted_with_what_lies_under_it(place: Place) -> Non
 # The command of a disk's freeze that the VMM had just done when the gateway was killed.
 @pytest.mark.parametrize("done", [[], ["add-fd"], ["blockdev-add"], ["blockdev-snapshot"]], ids=str)
 async def test_a_machine_whose_gateway_was_killed_while_it_froze_the_disk_is_adopted_whole(
-    place: Place, done: list[str]
+    qemu_bench: Bench, done: list[str]
 ) -> None:
-    machine = await place.restore(await place.template(), "first")
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     await disk_io(machine, "write -P 0x11 1M 64k")
     left = qemu(machine)
     execute, killed = left._execute, asyncio.Event()
@@ -412,97 +267,97 @@ async def test_a_machine_whose_gateway_was_killed_while_it_froze_the_disk_is_ado
         return answer
 
     left._execute = until_killed  # type: ignore[method-assign]
-    freezing = asyncio.create_task(left.freeze_disk(place.bench.place("first").disk_dir / "disk-new.qcow2"))
+    freezing = asyncio.create_task(left.freeze_disk(qemu_bench.place("first").disk_dir / "disk-new.qcow2"))
     waiting = asyncio.create_task(killed.wait())
     await asyncio.wait([freezing, waiting], return_when=asyncio.FIRST_COMPLETED)
     # Nothing of the killed gateway runs on: not even what it would clean up.
-    record = (place.bench.place("first").run_dir / "machine.json").read_bytes()
-    overlay, kept = (place.bench.place("first").disk_dir / name for name in ("disk-new.qcow2", "kept"))
+    record = (qemu_bench.place("first").run_dir / "machine.json").read_bytes()
+    overlay, kept = (qemu_bench.place("first").disk_dir / name for name in ("disk-new.qcow2", "kept"))
     kept.hardlink_to(overlay)
     left._execute = execute  # type: ignore[method-assign]
     freezing.cancel()
     waiting.cancel()
     await asyncio.gather(freezing, waiting, return_exceptions=True)
-    (place.bench.place("first").run_dir / "machine.json").write_bytes(record)
+    (qemu_bench.place("first").run_dir / "machine.json").write_bytes(record)
     overlay.unlink(missing_ok=True)
     kept.rename(overlay)
     await machine.detach()
-    await place.saver.close()
+    await qemu_bench.saver.close()
 
-    later = Saver(store=place.store, driver=place.bench.driver, image_files=lambda digest: place.bench.spec.image)
+    later = qemu_bench.new_saver()
     try:
-        adopted = await later.adopt(place.bench.place("first"))
+        adopted = await later.adopt(qemu_bench.place("first"))
         await disk_io(adopted, "write -P 0x22 2M 64k", printed=False)
         await adopted.take(describe(), then=Then.RESUME)
         await disk_io(adopted, "write -P 0x33 3M 64k", printed=False)
         taken = await adopted.take(describe(), then=Then.STOP)
         await adopted.kill()
-        woken = await later.restore(taken.manifest, place=place.bench.place("second"))
+        woken = await later.restore(taken.manifest, place=qemu_bench.place("second"))
         for byte, offset in ((0x11, "1M"), (0x22, "2M"), (0x33, "3M")):
             await assert_disk(woken, byte, offset)
         await woken.kill()
-        assert place.store.pins() == {}
-        assert not place.bench.place("first").disk_dir.exists()
+        assert qemu_bench.store.pins() == {}
+        assert not qemu_bench.place("first").disk_dir.exists()
     finally:
         await later.close()
 
 
-async def test_long_chains_are_shortened_for_restores_and_for_the_running_machine(place: Place) -> None:
+async def test_long_chains_are_shortened_for_restores_and_for_the_running_machine(qemu_bench: Bench) -> None:
     # The template's disk is one; layers are shortened on the way.
     count = MANY_DISKS - 1
-    machine = await place.restore(await place.template(), "first")
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     try:
         for number in range(count):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
             await beat(qemu(machine), qemu(machine).serial_tail().count(".") + 1)
             taken = await machine.take(describe(), then=Then.RESUME)
-        await place.saver.settled()
-        flat = place.store.flattened(taken.manifest.id)
+        await qemu_bench.saver.settled()
+        flat = qemu_bench.store.flattened(taken.manifest.id)
         assert flat is not None
-        assert len(flat.memory.layers) < LONG_CHAIN
-        assert len(flat.disks) < MANY_DISKS // 2
-        assert place.store.verify(flat.id) == []
-        assert flat.id not in {manifest.id for manifest in place.store.ls()}
+        assert len(layers_of(flat)) < LONG_CHAIN
+        assert len(disks_of(flat)) < MANY_DISKS // 2
+        assert qemu_bench.store.verify(flat.id) == []
+        assert flat.id not in {manifest.id for manifest in qemu_bench.store.ls()}
         after = (await machine.take(describe(), then=Then.STOP)).manifest
-        assert len(after.memory.layers) <= LONG_CHAIN
+        assert len(layers_of(after)) <= LONG_CHAIN
         for manifest in (taken.manifest, after):
-            woken = await place.restore(manifest, "second")
+            woken = await qemu_bench.restore(manifest, "second")
             for number in range(count):
                 await assert_disk(woken, number + 1, f"{number}M")
             await beat(qemu(woken))
             await woken.kill()
-        place.store.rm(taken.manifest.id)
-        assert place.store.flattened(taken.manifest.id) is None
-        assert place.store.verify(after.id) == []
+        qemu_bench.store.rm(taken.manifest.id)
+        assert qemu_bench.store.flattened(taken.manifest.id) is None
+        assert qemu_bench.store.verify(after.id) == []
     finally:
         await machine.kill()
 
 
-async def test_chains_stay_short_however_many_snapshots_a_running_machine_takes(place: Place) -> None:
+async def test_chains_stay_short_however_many_snapshots_a_running_machine_takes(qemu_bench: Bench) -> None:
     """Flattening goes on working on what the VMM opens and writes after its disk was shortened, again and again."""
     count = 40
-    machine = await place.restore(await place.template(), "first")
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     try:
         for number in range(count):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
             taken = await machine.take(describe(), then=Then.RESUME)
             if number % 3 == 0:  # so that some shortenings meet a machine that has gone further meanwhile
-                await place.saver.settled()
-        await place.saver.settled()
-        assert place.saver.flattening().failures == 0
+                await qemu_bench.saver.settled()
+        await qemu_bench.saver.settled()
+        assert qemu_bench.saver.flattening().failures == 0
         after = await machine.take(describe(), then=Then.RESUME)
-        for manifest in (place.store.flattened(taken.manifest.id) or taken.manifest, after.manifest):
-            assert len(manifest.memory.layers) <= 24
-            assert len(manifest.disks) <= 24
-            assert place.store.verify(manifest.id) == []
-        assert len(machine.machine.disk_chain) <= 24
+        for manifest in (qemu_bench.store.flattened(taken.manifest.id) or taken.manifest, after.manifest):
+            assert len(layers_of(manifest)) <= 24
+            assert len(disks_of(manifest)) <= 24
+            assert qemu_bench.store.verify(manifest.id) == []
+        assert len(qemu(machine).disk_chain) <= 24
         nodes = [node for node in await qemu(machine)._execute("query-named-block-nodes", {"flat": True})]
         assert len(nodes) <= 2 * 24 + 2  # each file has two, and the root file system
-        for part in place.store.directory.joinpath("parts/disk").iterdir():
+        for part in qemu_bench.store.directory.joinpath("parts/disk").iterdir():
             header = part.read_bytes()[:104]
             if header.startswith(b"QFI"):
                 assert header[8:20] == bytes(12), f"{part} names a backing file"
-        woken = await place.restore(taken.manifest, "second")
+        woken = await qemu_bench.restore(taken.manifest, "second")
         for number in range(count):
             await assert_disk(machine, number + 1, f"{number}M")
             await assert_disk(woken, number + 1, f"{number}M")
@@ -512,11 +367,13 @@ async def test_chains_stay_short_however_many_snapshots_a_running_machine_takes(
         await machine.kill()
 
 
-async def test_a_chain_at_its_limit_is_refused_before_the_pause(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_chain_at_its_limit_is_refused_before_the_pause(
+    qemu_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chains, "MAX_CHAIN", MANY_DISKS + 1)
     monkeypatch.setattr(chains, "CROWDED", MANY_DISKS)
     monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img-that-is-not-installed")
-    machine = await place.restore(await place.template(), "first")
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     try:
         for number in range(MANY_DISKS - 1):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
@@ -528,19 +385,19 @@ async def test_a_chain_at_its_limit_is_refused_before_the_pause(place: Place, mo
             await machine.take(describe(), then=Then.RESUME)
         paused.assert_not_called()
         assert machine.machine.state is RunState.RUNNING
-        assert "not installed" in place.saver.flattening().failing[0].reason
+        assert "not installed" in qemu_bench.saver.flattening().failing[0].reason
         # The disks can be merged again: the snapshot waits for that, and is taken.
         monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img")
         taken = await machine.take(describe(), then=Then.RESUME)
-        assert len(taken.manifest.disks) < MANY_DISKS
+        assert len(disks_of(taken.manifest)) < MANY_DISKS
         await assert_disk(machine, 9, "9M")
         await assert_disk(machine, 1, "0M")
     finally:
         await machine.kill()
 
 
-async def test_a_machine_that_cannot_be_controlled_any_more_is_ended(place: Place) -> None:
-    machine = await place.restore(await place.template(), "first")
+async def test_a_machine_that_cannot_be_controlled_any_more_is_ended(qemu_bench: Bench) -> None:
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     try:
         control = qemu(machine)._qmp
         assert control is not None
@@ -554,35 +411,35 @@ async def test_a_machine_that_cannot_be_controlled_any_more_is_ended(place: Plac
 
 
 async def test_a_family_base_is_mapped_itself_and_a_changed_one_refused(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    qemu_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("chains", "flattening"):
-        monkeypatch.setattr(f"vm_runtime.saving.{module}.LARGE_LAYERS_BYTES", 1)
-    machine = await place.restore(await place.template(), "first")
+        monkeypatch.setattr(f"vm_runtime.paged.{module}.LARGE_LAYERS_BYTES", 1)
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     await beat(qemu(machine))
     manifest = (await machine.take(describe(), then=Then.STOP)).manifest
     await machine.kill()
-    await place.saver.settled()
-    flat = place.store.flattened(manifest.id)
+    await qemu_bench.saver.settled()
+    flat = qemu_bench.store.flattened(manifest.id)
     assert flat is not None
-    assert flat.memory.layers == ()
-    woken = await place.restore(manifest)
+    assert layers_of(flat) == ()
+    woken = await qemu_bench.restore(manifest)
     await beat(qemu(woken))
-    assert place.store.verify(flat.id) == []
+    assert qemu_bench.store.verify(flat.id) == []
     await woken.kill()
-    with place.store.part_path(PartKind.BASE, flat.memory.base.digest).open("r+b") as base:
+    with qemu_bench.store.part_path(PartKind.BASE, flat.state.of_kind(PartKind.BASE)[0].digest).open("r+b") as base:
         base.seek(pvh.COUNTER_ADDRESS)
         base.write(b"????")
     with pytest.raises(BrokenSnapshotError, match="changed"):
-        await place.restore(manifest)
-    assert place.store.verify(flat.id) != []
+        await qemu_bench.restore(manifest)
+    assert qemu_bench.store.verify(flat.id) != []
 
 
-async def test_sleep_and_wake_keep_the_state_and_the_chain_grows_only_with_the_disk(place: Place) -> None:
-    manifest = await place.template()
+async def test_sleep_and_wake_keep_the_state_and_the_chain_grows_only_with_the_disk(qemu_bench: Bench) -> None:
+    manifest = await qemu_bench.template()
     counted = 0
     for round_number in range(4):
-        saved = await place.restore(manifest)
+        saved = await qemu_bench.restore(manifest)
         await beat(qemu(saved))
         await saved.machine.pause()
         assert read_word(qemu(saved), pvh.COUNTER_ADDRESS) > counted
@@ -593,10 +450,18 @@ async def test_sleep_and_wake_keep_the_state_and_the_chain_grows_only_with_the_d
         assert saved.machine.state is RunState.PAUSED
         counted = read_word(qemu(saved), pvh.COUNTER_ADDRESS)
         await saved.kill()
-    assert len(manifest.disks) == 2
-    assert len(manifest.memory.layers) == 4
-    saved = await place.restore(manifest)
+    assert len(disks_of(manifest)) == 2
+    assert len(layers_of(manifest)) == 4
+    saved = await qemu_bench.restore(manifest)
     try:
         await assert_disk(saved, 0x33, "2M")
     finally:
         await saved.kill()
+
+
+def layers_of(manifest: Manifest) -> tuple[Part, ...]:
+    return manifest.state.of_kind(PartKind.LAYER)
+
+
+def disks_of(manifest: Manifest) -> tuple[Part, ...]:
+    return manifest.state.of_kind(PartKind.DISK)

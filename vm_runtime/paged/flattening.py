@@ -24,26 +24,27 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vm_runtime.drivers.base import Failure, FlatteningStatus, Shortened
 from vm_runtime.errors import VmRuntimeError
-from vm_runtime.saving.bases import Bases
-from vm_runtime.saving.chains import (
+from vm_runtime.paged.bases import Bases
+from vm_runtime.paged.chains import (
     LARGE_LAYERS_BYTES,
     LONG_CHAIN,
     MANY_DISKS,
-    Shortened,
     has_many_disks,
-    layer_bytes,
-    may_need,
+    is_long_memory,
     merge_from,
+    rebased,
 )
+from vm_runtime.paged.ground import Ground
 from vm_runtime.saving.threads import open_draft
-from vm_runtime.saving.values import Ground
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.layers import MemoryImage
-from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, SnapshotContents
+from vm_runtime.snapshots.manifest import Manifest, Part, PartKind, SnapshotContents, State
 from vm_runtime.snapshots.memory import BaseMemory, data_extents
 from vm_runtime.snapshots.store import Draft, SnapshotStore
 
@@ -66,28 +67,6 @@ _NICENESS = 10
 
 class _StoppedError(Exception):
     """The saver is being closed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Something that could not be shortened. sandbox_id: whose, None for a snapshot that is nobody's.
-    attempts: how often it was tried; it will be again."""
-
-    snapshot_id: str
-    sandbox_id: str | None
-    reason: str
-    attempts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlatteningStatus:
-    """waiting: snapshots whose chains are to be shortened. failing: those of them that failed last time.
-    failures, merged_bytes: counted since the start; the bytes are those written."""
-
-    waiting: int = 0
-    failing: tuple[Failure, ...] = ()
-    failures: int = 0
-    merged_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +114,8 @@ class Flattener:
         self._merged_bytes = 0
 
     def want(self, manifest: Manifest, *, stopped: bool) -> None:
-        """Shorten the chain of a snapshot if it has become long. stopped: its machine will be restored next."""
-        if self._stopped or not may_need(Ground.of(manifest)):
+        """Shorten the chain of a snapshot, which may need it. stopped: its machine will be restored next."""
+        if self._stopped:
             return
         key = manifest.sandbox_id or manifest.id
         # One that has failed goes on waiting for its time.
@@ -259,26 +238,27 @@ class Flattener:
         current = await self._in_thread(self._current, manifest)
         if current is not manifest:
             # Also of an earlier attempt, after which a machine may have stayed where it was.
-            await attempt(self._on_shortened(Shortened(old=Ground.of(manifest), new=Ground.of(current))))
+            old, new = Ground.of(manifest.state), Ground.of(current.state)
+            await attempt(self._on_shortened(Shortened(partial(_rebased_state, old=old, new=new))))
         exists = await self._in_thread(self._store.manifest_path(manifest.id).exists)
         return " ".join(reasons) if reasons and exists else None
 
     async def _shorten_memory(self, manifest: Manifest, *, stopped: bool) -> None:
-        current = await self._in_thread(self._current, manifest)
-        if len(current.memory.layers) < LONG_CHAIN and layer_bytes(current.memory) < LARGE_LAYERS_BYTES:
+        ground = Ground.of((await self._in_thread(self._current, manifest)).state)
+        if not is_long_memory(ground):
             return
         async with open_draft(self._store) as draft:
-            memory = await self._in_thread(self._merge_memory, draft, current.memory, stopped)
-            if memory != current.memory:
-                await self._in_thread(self._publish, draft, manifest, Ground(memory=memory, disks=current.disks))
+            merged = await self._in_thread(self._merge_memory, draft, ground, stopped)
+            if merged != ground:
+                await self._in_thread(self._publish, draft, manifest, merged)
 
     async def _shorten_disks(self, manifest: Manifest) -> None:
-        current = await self._in_thread(self._current, manifest)
-        if not has_many_disks(Ground.of(current)):
+        ground = Ground.of((await self._in_thread(self._current, manifest)).state)
+        if not has_many_disks(ground):
             return
         # The lowest is the template's, shared by strangers.
-        start = 1 + merge_from([disk.size_bytes for disk in current.disks[1:]], most=MANY_DISKS - 1)
-        below, upper = current.disks[:start], current.disks[start:]
+        start = 1 + merge_from([disk.size_bytes for disk in ground.disks[1:]], most=MANY_DISKS - 1)
+        below, upper = ground.disks[:start], ground.disks[start:]
         async with open_draft(self._store) as draft:
             paths = await self._in_thread(lambda: [self._store.checked_path(PartKind.DISK, disk) for disk in upper])
             target = draft.path("disk")
@@ -290,9 +270,7 @@ class Flattener:
             self._merging.result()
             part = await self._in_thread(draft.add, PartKind.DISK, target)
             self._merged_bytes += part.size_bytes
-            merged = DiskPart(digest=part.digest, size_bytes=part.size_bytes, format="qcow2", backing=below[-1].digest)
-            ground = Ground(memory=current.memory, disks=(*below, merged))
-            await self._in_thread(self._publish, draft, manifest, ground)
+            await self._in_thread(self._publish, draft, manifest, replace(ground, disks=(*below, part)))
 
     # -- in threads -----------------------------------------------------------------------------------------------
 
@@ -306,8 +284,7 @@ class Flattener:
     def _publish(self, draft: Draft, manifest: Manifest, ground: Ground) -> None:
         values = manifest.model_dump(exclude={"id"})
         values |= {
-            "memory": ground.memory,
-            "disks": ground.disks,
+            "state": _as(manifest.state, ground),
             "flattened_from": manifest.id,
             "created_at": datetime.datetime.now(datetime.UTC),  # the newest is the shortest
         }
@@ -323,14 +300,14 @@ class Flattener:
             if self._stopped:
                 raise _StoppedError
 
-    def _merge_memory(self, draft: Draft, memory: MemoryParts, stopped: bool) -> MemoryParts:
+    def _merge_memory(self, draft: Draft, ground: Ground, stopped: bool) -> Ground:
         self._step()
         with ExitStack() as stack:
-            path = self._store.checked_path(PartKind.BASE, memory.base)
+            path = self._store.checked_path(PartKind.BASE, ground.base)
             base = stack.enter_context(
-                BaseMemory.open_file(path, digest=memory.base.digest, size_bytes=memory.size_bytes, check=False)
+                BaseMemory.open_file(path, digest=ground.base.digest, size_bytes=ground.memory_bytes, check=False)
             )
-            layers = self._store.open_layers(memory)
+            layers = self._store.open_layers(ground.layers, memory_bytes=ground.memory_bytes)
             for layer in layers:
                 stack.callback(layer.close)
             image = MemoryImage(base, layers)
@@ -343,17 +320,28 @@ class Flattener:
                 digest = image.flatten(target, step=self._step)
                 target.chmod(self._bases.mode(family=True))
                 self._merged_bytes += target.stat().st_blocks * 512
-                return MemoryParts(size_bytes=memory.size_bytes, base=draft.add(PartKind.BASE, target, digest=digest))
-            start = merge_from([layer.size_bytes for layer in memory.layers], most=LONG_CHAIN)
-            if stopped or layer_bytes(memory) >= 2 * image.layered_bytes + LARGE_LAYERS_BYTES:
+                return replace(ground, base=draft.add(PartKind.BASE, target, digest=digest), layers=())
+            start = merge_from([layer.size_bytes for layer in ground.layers], most=LONG_CHAIN)
+            if stopped or ground.layer_bytes >= 2 * image.layered_bytes + LARGE_LAYERS_BYTES:
                 start = 0
             if start >= len(layers) - 1:
-                return memory
+                return ground
             target = draft.path("layer")
             digest = MemoryImage(base, layers[start:]).merge_layers(target, step=self._step)
             part = draft.add(PartKind.LAYER, target, digest=digest)
             self._merged_bytes += part.size_bytes
-            return memory.model_copy(update={"layers": (*memory.layers[:start], part)})
+            return replace(ground, layers=(*ground.layers[:start], part))
+
+
+def _rebased_state(state: State, *, old: Ground, new: Ground) -> State | None:
+    ground = rebased(Ground.of(state), old=old, new=new)
+    return None if ground is None else _as(state, ground)
+
+
+def _as(state: State, ground: Ground) -> State:
+    """The same state on another ground."""
+    device: Part | None = next(iter(state.of_kind(PartKind.DEVICE)), None)
+    return ground.state(driver=state.driver, format=state.format, needs=state.needs, device=device)
 
 
 def _be_nice() -> None:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.saving.chained import publish
+from tests.unit.paged.chained import publish
 from vm_runtime.confinement.host import find_confinement
 from vm_runtime.confinement.process import Spawner
+from vm_runtime.drivers.base import Failure, Shortened
 from vm_runtime.drivers.qemu import disk_merge
-from vm_runtime.saving import flattening
-from vm_runtime.saving.bases import Bases
-from vm_runtime.saving.chains import LONG_CHAIN, MANY_DISKS, Shortened
-from vm_runtime.saving.flattening import Failure, Flattener
-from vm_runtime.snapshots.manifest import (
-    PartKind,
-)
+from vm_runtime.paged import flattening
+from vm_runtime.paged.bases import Bases
+from vm_runtime.paged.chains import LONG_CHAIN, MANY_DISKS
+from vm_runtime.paged.flattening import Flattener
+from vm_runtime.paged.ground import Ground
+from vm_runtime.snapshots.manifest import Manifest, PartKind
 from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.store import SnapshotStore
 
@@ -78,10 +78,9 @@ async def test_memory_and_disks_get_shorter_forms(bench: Bench) -> None:
     await bench.flattener.settled()
     flat = bench.store.flattened(manifest.id)
     assert flat is not None
-    assert (len(flat.memory.layers), len(flat.disks)) == (1, 2)
+    assert _lengths(flat) == (1, 2)
     assert bench.store.verify(flat.id) == []
-    assert bench.shortened[-1].new.disks == flat.disks
-    assert bench.shortened[-1].new.memory == flat.memory
+    assert bench.shortened[-1].rebased(manifest.state) == flat.state
     status = bench.flattener.status()
     assert (status.waiting, status.failures, status.failing) == (0, 0, ())
     assert status.merged_bytes > 0
@@ -97,7 +96,7 @@ async def test_disks_that_cannot_be_merged_do_not_keep_memory_long_and_are_tried
     await until_failed(bench, 2)
     flat = bench.store.flattened(manifest.id)
     assert flat is not None
-    assert (len(flat.memory.layers), len(flat.disks)) == (1, MANY_DISKS)
+    assert _lengths(flat) == (1, MANY_DISKS)
     (failing,) = bench.flattener.status().failing
     assert "not installed" in failing.reason
     assert (failing.snapshot_id, failing.sandbox_id) == (manifest.id, "s1")
@@ -110,18 +109,20 @@ async def test_disks_that_cannot_be_merged_do_not_keep_memory_long_and_are_tried
     await bench.flattener.hurried(limit_s=20)
     flat = bench.store.flattened(manifest.id)
     assert flat is not None
-    assert (len(flat.memory.layers), len(flat.disks)) == (1, 2)
+    assert _lengths(flat) == (1, 2)
     assert bench.flattener.status().failing == ()
 
 
 async def test_memory_that_cannot_be_merged_does_not_keep_disks_long(bench: Bench) -> None:
     manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
-    bench.store.part_path(PartKind.LAYER, manifest.memory.layers[0].digest).write_bytes(bytes(2 * PAGE_SIZE))
+    bench.store.part_path(PartKind.LAYER, manifest.state.of_kind(PartKind.LAYER)[0].digest).write_bytes(
+        bytes(2 * PAGE_SIZE)
+    )
     bench.flattener.want(manifest, stopped=False)
     await bench.flattener.settled()
     flat = bench.store.flattened(manifest.id)
     assert flat is not None
-    assert (len(flat.memory.layers), len(flat.disks)) == (LONG_CHAIN, 2)
+    assert _lengths(flat) == (LONG_CHAIN, 2)
     assert len(bench.failed) == 1
 
 
@@ -153,3 +154,9 @@ async def test_it_gives_up_when_it_is_closed(bench: Bench) -> None:
         await bench.flattener.close()
     assert bench.store.flattened(manifest.id) is None
     assert list((bench.store.directory / "drafts").iterdir()) == []
+
+
+def _lengths(manifest: Manifest) -> tuple[int, int]:
+    """Of its chains of layers and of disks."""
+    ground = Ground.of(manifest.state)
+    return len(ground.layers), len(ground.disks)

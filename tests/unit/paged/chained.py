@@ -7,8 +7,9 @@ import os
 import secrets
 
 from vm_runtime.drivers.qemu import qcow2
+from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.layers import encode_index
-from vm_runtime.snapshots.manifest import DiskPart, Manifest, MemoryParts, PartKind, Shape, SnapshotContents, Vmm
+from vm_runtime.snapshots.manifest import Manifest, Part, PartKind, Shape, SnapshotContents
 from vm_runtime.snapshots.memory import PAGE_SIZE, memory_digest
 from vm_runtime.snapshots.store import Draft, SnapshotStore
 
@@ -22,8 +23,7 @@ def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
         path = draft.path("base")
         path.write_bytes(secrets.token_bytes(MEMORY_BYTES))
         base = draft.add(PartKind.BASE, path, digest=memory_digest(path))
-        memory = MemoryParts(
-            size_bytes=MEMORY_BYTES,
+        ground = Ground(
             base=base,
             layers=tuple(
                 draft.add_bytes(
@@ -31,6 +31,7 @@ def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
                 )
                 for number in range(layers)
             ),
+            disks=tuple(chain(draft, disks)),
         )
         contents = SnapshotContents(
             created_at=datetime.datetime.now(datetime.UTC),
@@ -39,17 +40,16 @@ def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
             template="tiny",
             image_digest="0" * 64,
             shape=Shape(memory_mib=1, vcpus=1, disk_mib=64),
-            vmm=Vmm(driver="qemu", version="7.2.0", machine="m", cpu_model="max", accelerator="tcg"),
-            memory=memory,
-            device=draft.add_bytes(PartKind.DEVICE, secrets.token_bytes(16)),
-            disks=tuple(chain(draft, disks)),
+            state=ground.state(
+                driver="qemu", format="f", needs={}, device=draft.add_bytes(PartKind.DEVICE, secrets.token_bytes(16))
+            ),
             wire_marker="0" * 32,
         )
         return draft.publish(contents)
 
 
-def chain(draft: Draft, count: int) -> list[DiskPart]:
-    disks: list[DiskPart] = []
+def chain(draft: Draft, count: int) -> list[Part]:
+    disks: list[Part] = []
     for number in range(count):
         path = draft.path(f"disk-{number}")
         if number:
@@ -61,11 +61,5 @@ def chain(draft: Draft, count: int) -> list[DiskPart]:
         else:
             path.touch()
             os.truncate(path, DISK_BYTES)
-        part = draft.add(PartKind.DISK, path)
-        backing = disks[-1].digest if disks else None
-        disks.append(
-            DiskPart(
-                digest=part.digest, size_bytes=part.size_bytes, format="qcow2" if number else "raw", backing=backing
-            )
-        )
+        disks.append(draft.add(PartKind.DISK, path))
     return disks

@@ -8,11 +8,11 @@ is merged some six times in its life, however long that is (simulated: 2,000 par
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-from vm_runtime.saving.values import Ground
+from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.errors import ChainTooLongError
-from vm_runtime.snapshots.manifest import MAX_LAYERS, MemoryParts
+from vm_runtime.snapshots.manifest import MAX_LAYERS
 
 # A restore opens and indexes every layer, a fork too. Measured, layers of 1,700 runs: four 8 ms, seven 26 ms.
 LONG_CHAIN = 6
@@ -32,14 +32,6 @@ CROWDED = 48
 MAX_CHAIN = MAX_LAYERS - 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shortened:
-    """The same state on another, shorter chain."""
-
-    old: Ground
-    new: Ground
-
-
 def merge_from(sizes: Sequence[int], *, most: int) -> int:
     """The index from which on the parts of a chain, lowest first, are to be merged into one; their count for none."""
     if len(sizes) < most:
@@ -54,21 +46,20 @@ def merge_from(sizes: Sequence[int], *, most: int) -> int:
 
 def may_need(ground: Ground) -> bool:
     """Whether there may be something to shorten; cheap."""
-    layers = ground.memory.layers
-    return len(layers) >= LONG_CHAIN or layer_bytes(ground.memory) >= LARGE_LAYERS_BYTES or has_many_disks(ground)
+    return is_long_memory(ground) or has_many_disks(ground)
+
+
+def is_long_memory(ground: Ground) -> bool:
+    return len(ground.layers) >= LONG_CHAIN or ground.layer_bytes >= LARGE_LAYERS_BYTES
 
 
 def has_many_disks(ground: Ground) -> bool:
     return len(ground.disks) >= MANY_DISKS
 
 
-def layer_bytes(memory: MemoryParts) -> int:
-    return sum(layer.size_bytes for layer in memory.layers)
-
-
 def is_crowded(ground: Ground, *, open_disks: int) -> bool:
     """Whether a snapshot should wait until the chain is shorter. open_disks: files that the VMM has open."""
-    return max(len(ground.memory.layers), len(ground.disks), open_disks) >= CROWDED
+    return max(len(ground.layers), len(ground.disks), open_disks) >= CROWDED
 
 
 def check_room(ground: Ground, *, new_disks: int, open_disks: int, last: bool) -> None:
@@ -78,7 +69,7 @@ def check_room(ground: Ground, *, new_disks: int, open_disks: int, last: bool) -
     """
     most = MAX_LAYERS if last else MAX_CHAIN
     for what, count in (
-        ("memory layers", len(ground.memory.layers) + 1),
+        ("memory layers", len(ground.layers) + 1),
         ("disks", len(ground.disks) + new_disks),
         ("open disks", 0 if last else open_disks + 1),
     ):
@@ -86,20 +77,15 @@ def check_room(ground: Ground, *, new_disks: int, open_disks: int, last: bool) -
             raise ChainTooLongError(what, count=count, most=most)
 
 
-def rebased(ground: Ground, shortened: Shortened) -> Ground | None:
-    """The ground of a machine that lies on the shortened state or on snapshots over it; None if it does not.
+def rebased(ground: Ground, *, old: Ground, new: Ground) -> Ground | None:
+    """The ground of a machine that lies on the old state or on snapshots over it, on the new one; None if it does not.
 
     Memory and disks each for themselves: one of them may have been replaced by an earlier shortening already.
     """
-    old, new = shortened.old, shortened.new
-    memory, disks = ground.memory, ground.disks
-    count = len(old.memory.layers)
-    if memory.base == old.memory.base and memory.layers[:count] == old.memory.layers:
-        memory = new.memory.model_copy(update={"layers": (*new.memory.layers, *memory.layers[count:])})
-    if disks[: len(old.disks)] == old.disks:
-        above = list(disks[len(old.disks) :])
-        if above:
-            above[0] = above[0].model_copy(update={"backing": new.disks[-1].digest})
-        disks = (*new.disks, *above)
-    result = Ground(memory=memory, disks=disks)
+    result = ground
+    count = len(old.layers)
+    if ground.base == old.base and ground.layers[:count] == old.layers:
+        result = replace(result, base=new.base, layers=(*new.layers, *ground.layers[count:]))
+    if ground.disks[: len(old.disks)] == old.disks:
+        result = replace(result, disks=(*new.disks, *ground.disks[len(old.disks) :]))
     return None if result == ground else result

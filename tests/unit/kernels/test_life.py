@@ -1,0 +1,181 @@
+"""A sandbox's life: created, asleep, awake, paused, without its kernel, without its machine, gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from kernels.errors import (
+    LimitError,
+    MachineFailedError,
+    RequestError,
+    SandboxExistsError,
+    SandboxStateError,
+    UnknownSandboxError,
+    UnknownTemplateError,
+)
+from kernels.models import CreateSandbox, EventKind, SandboxState
+from tests.unit.kernels.conftest import TEMPLATE, Service, TestDriver, started_service
+from vm_runtime.states import RunState
+
+
+async def test_a_new_sandbox_runs_cells_and_leaves_nothing(kernels: Service) -> None:
+    sandbox_id = await kernels.new(name="box", env={"COLOUR": "red"})
+    sandbox = kernels.get(sandbox_id)
+    assert (sandbox.state, sandbox.driver, sandbox.name) == (SandboxState.RUNNING, "fake", "box")
+    assert await kernels.run(sandbox_id, "import os; print(os.environ['COLOUR'], 6 * 7)") == "red 42\n"
+    assert await kernels.run(sandbox_id, "1 / 0") == "ZeroDivisionError"
+    live = kernels.core.running(sandbox_id)
+    place = live.saved.place
+    assert (await kernels.usage(sandbox_id)).unique_bytes > 1 << 20
+    await kernels.delete(sandbox_id)
+    assert live.saved.machine.is_dead
+    assert not place.run_dir.exists() and not place.disk_dir.exists()
+    assert kernels.core.store.pins().keys() == {"template-" + _template(kernels)}
+    with pytest.raises(UnknownSandboxError):
+        kernels.get(sandbox_id)
+
+
+def _template(kernels: Service) -> str:
+    (path,) = (kernels.core.settings.state_dir / "templates").glob("*.json")
+    return path.stem[:16]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"template": "nothing"}, UnknownTemplateError),
+        ({"memory_mib": 1 << 20}, LimitError),
+        ({"kernel_id": "no id"}, RequestError),
+        ({"checkpoints": "sometimes"}, RequestError),
+    ],
+)
+async def test_a_request_that_cannot_be_met_leaves_nothing(
+    kernels: Service, fields: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await kernels.create(CreateSandbox(**{"template": TEMPLATE, **fields}))  # type: ignore[arg-type]
+    assert kernels.list() == []
+
+
+async def test_a_machine_that_does_not_start_leaves_nothing(kernels: Service, driver: TestDriver) -> None:
+    driver.refuses = "not today"
+    with pytest.raises(MachineFailedError, match="not today"):
+        await kernels.new()
+    assert kernels.list() == []
+    driver.refuses = None
+    sandbox_id = await kernels.new()
+    with pytest.raises(SandboxExistsError):
+        await kernels.new(kernel_id=sandbox_id)
+
+
+async def test_a_sandbox_sleeps_and_wakes_with_its_files(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.run(sandbox_id, "open('kept', 'w').write('x')")
+    machine = kernels.core.running(sandbox_id).saved.machine
+    asleep = await kernels.sleep(sandbox_id)
+    assert asleep.state is SandboxState.ASLEEP and asleep.snapshot_id is not None
+    assert machine.is_dead
+    assert await kernels.sleep(sandbox_id) == asleep
+    with pytest.raises(SandboxStateError):
+        kernels.core.running(sandbox_id)
+    assert (await kernels.wake(sandbox_id)).state is SandboxState.RUNNING
+    assert await kernels.run(sandbox_id, "print(open('kept').read())") == "x\n"
+
+
+async def test_a_client_that_asks_a_sleeping_sandbox_wakes_it(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.sleep(sandbox_id)
+    assert await kernels.run(sandbox_id, "print('awake')") == "awake\n"
+    assert kernels.get(sandbox_id).state is SandboxState.RUNNING
+
+
+async def test_a_sandbox_that_cannot_be_woken_sleeps_on(kernels: Service, driver: TestDriver) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.sleep(sandbox_id)
+    driver.refuses = "not today"
+    with pytest.raises(MachineFailedError, match="not today"):
+        await kernels.wake(sandbox_id)
+    assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
+    driver.refuses = None
+    await kernels.wake(sandbox_id)
+
+
+async def test_a_paused_machine_stands_still_through_a_checkpoint(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    machine = kernels.core.running(sandbox_id).saved.machine
+    assert (await kernels.pause(sandbox_id)).state is SandboxState.PAUSED
+    await kernels.checkpoint(sandbox_id, name="still")
+    assert machine.state is RunState.PAUSED
+    with pytest.raises(SandboxStateError, match="resume it first"):
+        await kernels.interrupt(sandbox_id)
+    assert (await kernels.resume(sandbox_id)).state is SandboxState.RUNNING
+    assert await kernels.run(sandbox_id, "print(1)") == "1\n"
+
+
+async def test_a_kernel_that_dies_is_restarted_and_given_up_at_last(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver, restart_limit=1) as kernels:
+        sandbox_id = await kernels.new()
+        kinds = (EventKind.KERNEL_RESTARTING, EventKind.KERNEL_RESTARTED, EventKind.KERNEL_DEAD)
+        async with kernels.core.bus.subscribe() as events:
+            for expected in ((EventKind.KERNEL_RESTARTING, EventKind.KERNEL_RESTARTED), (EventKind.KERNEL_DEAD,)):
+                async with kernels.client(sandbox_id) as client:
+                    client.execute("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+                    seen: list[EventKind] = []
+                    async with asyncio.timeout(30):
+                        while len(seen) < len(expected):
+                            event = await anext(events)
+                            seen += [event.kind] if event.kind in kinds else []
+                assert tuple(seen) == expected
+        assert kernels.get(sandbox_id).execution_state == "dead"
+
+
+async def test_an_interrupt_ends_a_cell_and_a_restart_its_kernel(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    cell = asyncio.create_task(kernels.run(sandbox_id, "import time\nprint('begun', flush=True)\ntime.sleep(60)"))
+    await kernels.until(lambda: kernels.get(sandbox_id).execution_state == "busy")
+    await kernels.interrupt(sandbox_id)
+    assert (await cell).endswith("KeyboardInterrupt")
+    await kernels.run(sandbox_id, "x = 1")
+    await kernels.restart(sandbox_id)
+    assert await kernels.run(sandbox_id, "x") == "NameError"
+
+
+async def test_a_machine_that_dies_falls_back_on_its_checkpoint_or_fails(kernels: Service) -> None:
+    with_checkpoint, without = await kernels.new(), await kernels.new()
+    await kernels.run(with_checkpoint, "open('kept', 'w').write('x')")
+    await kernels.checkpoint(with_checkpoint, name="safe")
+    for sandbox_id in (with_checkpoint, without):
+        os.kill(kernels.core.running(sandbox_id).saved.machine.pid, signal.SIGKILL)
+    await kernels.until(lambda: kernels.get(without).state is SandboxState.FAILED)
+    assert "SIGKILL" in str(kernels.get(without).reason)
+    with pytest.raises(MachineFailedError):
+        await kernels.wake(without)
+    await kernels.until(lambda: kernels.get(with_checkpoint).state is SandboxState.ASLEEP)
+    assert "checkpoint of" in str(kernels.get(with_checkpoint).reason)
+    assert await kernels.run(with_checkpoint, "print(open('kept').read())") == "x\n"
+
+
+async def test_a_kernel_that_jupyter_deletes_is_left_behind_for_its_notebook(kernels: Service) -> None:
+    sandbox_id = await kernels.new(notebook="a.ipynb")
+    await kernels.release(sandbox_id)
+    assert kernels.get(sandbox_id).released
+    assert await kernels.new(notebook="b.ipynb") != sandbox_id
+    assert await kernels.new(notebook="a.ipynb") == sandbox_id
+    assert not kernels.get(sandbox_id).released
+
+
+async def test_spare_machines_are_given_out_once(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver, pool_size=1) as kernels:
+        await kernels.prepare(progress=lambda text: None)
+        async with asyncio.timeout(60):
+            while kernels.pool_ready() < 1:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+        spare = kernels.core.launcher.pool
+        sandbox_id = await kernels.new(env={"COLOUR": "red"})
+        assert spare.ready_count() == 0 or kernels.core.running(sandbox_id)
+        assert await kernels.run(sandbox_id, "import os; print(os.environ['COLOUR'])") == "red\n"

@@ -1,0 +1,67 @@
+"""Checkpoints after cells and by name, and going back to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kernels.errors import RequestError, UnknownSnapshotError
+from kernels.models import SandboxState
+from tests.unit.kernels.conftest import Service, TestDriver, started_service
+
+
+async def test_each_cell_leaves_a_checkpoint_that_says_which(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver, checkpoints="cell") as kernels:
+        sandbox_id = await kernels.new()
+        for number in (1, 2):
+            await kernels.run(sandbox_id, f"open('number', 'w').write('{number}')")
+            await kernels.checkpointed(sandbox_id, number)
+        assert [each.cell for each in await kernels.checkpoints(sandbox_id)] == [1, 2]
+        await kernels.goto(sandbox_id, "1")
+        assert await kernels.run(sandbox_id, "print(open('number').read())") == "1\n"
+
+
+async def test_one_goes_to_a_checkpoint_by_name_and_back(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.run(sandbox_id, "open('name', 'w').write('old')")
+    old = await kernels.checkpoint(sandbox_id, name="old")
+    await kernels.run(sandbox_id, "open('name', 'w').write('new')")
+    assert (await kernels.goto(sandbox_id, "old")).state is SandboxState.RUNNING
+    assert await kernels.run(sandbox_id, "print(open('name').read())") == "old\n"
+    (left,) = [each for each in await kernels.checkpoints(sandbox_id) if each.id != old.id]
+    assert left.name is not None and left.name.startswith("left at ")
+    await kernels.goto(sandbox_id, left.id[:8])
+    assert await kernels.run(sandbox_id, "print(open('name').read())") == "new\n"
+
+
+async def test_what_is_no_checkpoint_is_refused_and_nothing_is_left(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    machine = kernels.core.running(sandbox_id).saved.machine
+    for target in ("nowhere", "7", ""):
+        with pytest.raises(UnknownSnapshotError):
+            await kernels.goto(sandbox_id, target)
+    with pytest.raises(UnknownSnapshotError):
+        await kernels.undo(sandbox_id)
+    with pytest.raises(RequestError):
+        await kernels.checkpoint(sandbox_id, name="x" * 101)
+    assert kernels.core.running(sandbox_id).saved.machine is machine
+    assert await kernels.checkpoints(sandbox_id) == []
+
+
+async def test_where_a_checkpoint_cannot_be_restored_the_sandbox_runs_on(kernels: Service, driver: TestDriver) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.checkpoint(sandbox_id, name="old")
+    machine = kernels.core.running(sandbox_id).saved.machine
+    driver.refuses = "not today"
+    with pytest.raises(Exception, match="not today"):
+        await kernels.goto(sandbox_id, "old")
+    assert kernels.core.running(sandbox_id).saved.machine is machine
+    assert await kernels.run(sandbox_id, "print('on')") == "on\n"
+
+
+async def test_a_guest_takes_checkpoints_and_asks_who_it_is(kernels: Service) -> None:
+    sandbox_id = await kernels.new(name="box")
+    await kernels.run(sandbox_id, "import sandbox; sandbox.snapshot('from inside')")
+    assert [each.name for each in await kernels.checkpoints(sandbox_id)] == ["from inside"]
+    assert await kernels.run(sandbox_id, "import sandbox; print(sandbox.id)") == f"{sandbox_id}\n"

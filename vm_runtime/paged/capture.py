@@ -1,0 +1,346 @@
+"""Captures of machines whose memory is pages: what was written since the last snapshot, or all of a booted machine.
+
+    prepare     a chain that is too long is refused; the tracker reserves memory, and copies what was written so far;
+                what lies below is opened
+    take        device state, the disk's overlay if anything was written to it, and the pages written since
+    store       the pages are compared with what lies below, hashed, written as a layer
+    commit      the next capture lies on this one
+
+A fork loads its children from the capture, before it is stored. Their VMMs are started, and what the parent's last
+snapshot has is written into them, while the parent still runs. Knows no VMM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vm_runtime.drivers.base import Capture, MachinePlace, Shell
+from vm_runtime.errors import MachineStateError
+from vm_runtime.paged.bases import Bases
+from vm_runtime.paged.chains import check_room
+from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.machine import PagedMachine, PagedVmm
+from vm_runtime.paged.shells import Content, Loaded, PagedShell, fill_ahead
+from vm_runtime.saving.threads import gather_all
+from vm_runtime.snapshots.family import open_family
+from vm_runtime.snapshots.injection import can_inject
+from vm_runtime.snapshots.layers import CapturedPages, Layer, MemoryImage, copy_sparse
+from vm_runtime.snapshots.manifest import Part, PartKind, State
+from vm_runtime.snapshots.memory import BaseMemory, freeze_memfd, removed_on_error
+from vm_runtime.snapshots.sharing import SharedPages, place_pages
+from vm_runtime.snapshots.store import Draft, SnapshotStore
+from vm_runtime.snapshots.tracking import DirtyTracker
+from vm_runtime.spec import MachineSpec
+from vm_runtime.states import RunState
+
+# So many children map what a family shares. That saves each 10 MiB and more, and takes time: 50 ms to lay out.
+FAMILY = 4
+# Fewer children get copies of a capture that is smaller (32 MiB): that takes no longer.
+SHARED_CAPTURE_PAGES = 8192
+
+
+@dataclass(kw_only=True)
+class Resting:
+    """What a clone that runs lies on, and the tracker of what it has written since."""
+
+    ground: Ground
+    base: BaseMemory
+    tracker: DirtyTracker
+
+    def close(self) -> None:
+        self.tracker.close()
+        self.base.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What captures of one store share."""
+
+    store: SnapshotStore
+    vmm: PagedVmm
+    bases: Bases
+    on_loaded: Callable[[Ground, Loaded], None]
+
+    def frozen_disks(self, machine: PagedMachine, ground: Ground) -> list[Path]:
+        """See `PageCapture._frozen_disks`. Blocking."""
+        stored: set[int] = set()
+        for disk in ground.disks:
+            with contextlib.suppress(FileNotFoundError):
+                stored.add(self.store.part_path(PartKind.DISK, disk.digest).stat().st_ino)
+        own = [path for path in machine.disk_chain[:-1] if path.parent == machine.place.disk_dir and path.exists()]
+        return [path for path in own if path.stat().st_ino not in stored]
+
+    def state(self, ground: Ground, device: Part | None) -> State:
+        return ground.state(driver=self.vmm.name, format=self.vmm.state_format, needs=self.vmm.needs, device=device)
+
+
+class PageCapture(Capture):
+    """Of a clone; made by `capturing`."""
+
+    def __init__(self, tools: Tools, machine: PagedMachine, resting: Resting, *, children: int, last: bool) -> None:
+        self._tools = tools
+        self._machine = machine
+        self._resting = resting
+        self._ground = resting.ground
+        self._as_family = children >= FAMILY and can_inject()
+        self._has_children = children > 0
+        self._last = last
+        self._under = _Opening(self._open_under)
+        self._device: int | None = None
+        self._frozen_disk: Path | None = None
+        self._pages: CapturedPages | None = None
+        self._shared: asyncio.Future[SharedPages] | None = None
+        self._stack = AsyncExitStack()
+
+    async def prepare(self) -> None:
+        await asyncio.to_thread(self._check_room)
+        share_from = None if not self._has_children else 0 if self._as_family else SHARED_CAPTURE_PAGES
+        preparing = asyncio.to_thread(self._resting.tracker.prepare, share_from_pages=share_from)
+        # With many layers opening them takes longer than the rest, and children need them before the pause.
+        await gather_all(preparing, *([self._under] if self._has_children else []))
+
+    def _check_room(self) -> None:
+        new_disks = 1 + len(self._frozen_disks())
+        open_disks = len(self._machine.disk_chain)
+        check_room(self._ground, new_disks=new_disks, open_disks=open_disks, last=self._last)
+
+    async def catch_up(self) -> None:
+        await asyncio.to_thread(self._resting.tracker.catch_up)
+
+    async def take(self) -> None:
+        # None of the three writes to guest memory, so they need not wait for each other.
+        await gather_all(self._take_device(), self._freeze_disk(), self._take_pages())
+
+    async def _take_device(self) -> None:
+        self._device = await self._machine.device_state()
+
+    async def _freeze_disk(self) -> None:
+        if self._machine.disk_written:
+            target = self._machine.place.disk_dir / f"disk-{secrets.token_hex(4)}.qcow2"
+            self._frozen_disk = await self._machine.freeze_disk(target)
+
+    async def _take_pages(self) -> None:
+        self._pages = await asyncio.to_thread(self._resting.tracker.capture)
+
+    async def store(self, draft: Draft) -> State:
+        assert self._pages is not None and self._device is not None
+        return await asyncio.to_thread(self._store, draft, self._pages, self._device, await self._under)
+
+    def _store(self, draft: Draft, pages: CapturedPages, device: int, under: MemoryImage) -> State:
+        device_part = draft.add_bytes(PartKind.DEVICE, _content(device))
+        layer = self._store_layer(draft, pages, under)
+        disks = tuple(self._store_disk(draft, path) for path in self._frozen_disks())
+        return self._tools.state(self._ground.over(layer=layer, disks=disks), device_part)
+
+    def _store_layer(self, draft: Draft, pages: CapturedPages, under: MemoryImage) -> Part | None:
+        path = draft.path("layer")
+        digest, _ = pages.write(path, under=under)
+        with contextlib.closing(Layer.open(path, size_bytes=self._ground.memory_bytes)) as layer:
+            if not layer.data_runs and not layer.zero_runs:
+                return None
+        return draft.add(PartKind.LAYER, path, digest=digest)
+
+    def _store_disk(self, draft: Draft, path: Path) -> Part:
+        link = draft.path(path.name)
+        os.link(path, link)
+        _sync(link)
+        return draft.add(PartKind.DISK, link)
+
+    async def commit(self, state: State) -> None:
+        self._resting.tracker.commit()
+        self._resting.ground = Ground.of(state)
+        await asyncio.to_thread(self._drop_stored_disks)
+
+    def _drop_stored_disks(self) -> None:
+        unstored = self._frozen_disks()
+        for path in self._machine.disk_chain[:-1]:
+            if path.parent == self._machine.place.disk_dir and path not in unstored:
+                path.unlink(missing_ok=True)
+
+    def _frozen_disks(self) -> list[Path]:
+        """Frozen files of this machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
+        that an earlier gateway did not finish."""
+        return self._tools.frozen_disks(self._machine, self._resting.ground)
+
+    def _open_under(self) -> MemoryImage:
+        store, ground = self._tools.store, self._ground
+        return MemoryImage(self._resting.base, store.open_layers(ground.layers, memory_bytes=ground.memory_bytes))
+
+    # -- children -------------------------------------------------------------------------------------------------
+
+    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
+        # A disk that was written already will be frozen at the pause, so a child may be started on it: it looks at it
+        # again when it is loaded.
+        expected = await asyncio.to_thread(self._unsaved_disks)
+        return await self._start(spec, place, expected)
+
+    async def _start(self, spec: MachineSpec, place: MachinePlace, unsaved: Sequence[Path]) -> PagedShell:
+        tools = self._tools
+        chain = [tools.store.part_path(PartKind.DISK, disk.digest) for disk in self._ground.disks]
+
+        async def content(shell: PagedShell) -> Content:
+            """Its disks are nearly always what they were expected to be; else its VMM is started anew."""
+            if (taken := self._taken_disks(unsaved)) != list(unsaved):
+                await shell.prepared.discard()
+                shell.prepared = await tools.vmm.prepare_restore(spec, shell.base, [*chain, *taken], place=place)
+                await self._fill_ahead(shell)
+            pages = await self._shared_pages()
+            return Content(
+                device=Path(f"/proc/self/fd/{self._device}"),
+                files=pages.files,
+                write=lambda pid, address, lent: place_pages(pid, address, pages.pieces, lent=lent),
+            )
+
+        base = await tools.bases.acquire(self._ground.base)
+        try:
+            prepared = await tools.vmm.prepare_restore(spec, base, [*chain, *unsaved], place=place)
+        except BaseException:
+            base.close()
+            raise
+        # Until it is stored it lies on what its parent lay on; its owner says so when it is.
+        shell = PagedShell(
+            prepared, base, content=content, on_loaded=lambda loaded: tools.on_loaded(self._ground, loaded)
+        )
+        try:
+            await self._fill_ahead(shell)
+        except BaseException:
+            await shell.discard()
+            raise
+        return shell
+
+    async def _fill_ahead(self, shell: PagedShell) -> None:
+        if not self._as_family and (image := await self._under).layers:
+            await fill_ahead(shell.prepared, image)
+
+    def _unsaved_disks(self) -> list[Path]:
+        """Disk files with what was written since the last snapshot, oldest first."""
+        return [*self._frozen_disks(), *(self._machine.disk_chain[-1:] if self._machine.disk_written else ())]
+
+    def _taken_disks(self, expected: Sequence[Path]) -> list[Path]:
+        frozen = self._frozen_disk
+        return [*expected] if frozen is None or frozen in expected else [*expected, frozen]
+
+    async def _shared_pages(self) -> SharedPages:
+        """What children are loaded with, laid out once for all of them."""
+        if self._shared is None:
+            self._shared = asyncio.ensure_future(self._lay_out())
+        return await asyncio.shield(self._shared)
+
+    async def _lay_out(self) -> SharedPages:
+        assert self._pages is not None
+        if not self._as_family:
+            return self._pages.shared()
+        under, stack = await self._under, ExitStack()
+        pages = await asyncio.to_thread(stack.enter_context, open_family(under, self._pages))
+        self._stack.callback(stack.close)
+        return pages
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[PageCapture]:
+        """Everything that it holds is let go of at the end."""
+        try:
+            yield self
+        finally:
+            if self._shared is not None:
+                await asyncio.wait([self._shared])
+            await self._stack.aclose()
+            await self._under.close()
+            if self._device is not None:
+                os.close(self._device)
+
+
+class BootedCapture(Capture):
+    """Of a machine that was booted, whose RAM and disk are its own: all of both, once."""
+
+    def __init__(self, tools: Tools, machine: PagedMachine) -> None:
+        self._tools = tools
+        self._machine = machine
+        self._device: int | None = None
+
+    async def prepare(self) -> None:
+        """Nothing: it is stored as a whole, while it stands still."""
+
+    async def catch_up(self) -> None:
+        """Nothing."""
+
+    async def take(self) -> None:
+        self._device = await self._machine.device_state()
+
+    async def store(self, draft: Draft) -> State:
+        if self._machine.state is not RunState.PAUSED:
+            raise MachineStateError(found=self._machine.state, wanted="paused until its snapshot is stored")
+        return await asyncio.to_thread(self._store, draft)
+
+    def _store(self, draft: Draft) -> State:
+        assert self._machine.memory_fd is not None and self._device is not None
+        digest = freeze_memfd(self._machine.memory_fd, draft.path("base"))
+        draft.path("base").chmod(self._tools.bases.mode(family=False))
+        base = draft.add(PartKind.BASE, draft.path("base"), digest=digest)
+        (disk_path,) = self._machine.disk_chain
+        _copy_disk(disk_path, draft.path("disk"))
+        disk = draft.add(PartKind.DISK, draft.path("disk"))
+        device = draft.add_bytes(PartKind.DEVICE, _content(self._device))
+        return self._tools.state(Ground(base=base, disks=(disk,)), device)
+
+    async def commit(self, state: State) -> None:
+        """Nothing: its memory does not lie on what was stored."""
+
+    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
+        raise MachineStateError(found="booted", wanted="restored from a snapshot")
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[BootedCapture]:
+        try:
+            yield self
+        finally:
+            if self._device is not None:
+                os.close(self._device)
+
+
+class _Opening:
+    """A memory image that is opened in a thread when it is first awaited. `await close()` in any case."""
+
+    def __init__(self, open_image: Callable[[], MemoryImage]) -> None:
+        self._open_image = open_image
+        self._opening: asyncio.Future[MemoryImage] | None = None
+
+    def __await__(self) -> Generator[Any, None, MemoryImage]:
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_image))
+        return self._opening.__await__()
+
+    async def close(self) -> None:
+        if self._opening is not None:
+            (image,) = await asyncio.gather(self._opening, return_exceptions=True)
+            if isinstance(image, MemoryImage):
+                for layer in image.layers:
+                    layer.close()
+
+
+def _content(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _copy_disk(source: Path, target: Path) -> None:
+    """A sparse, synced copy: the machine still holds the original open for writing."""
+    with removed_on_error(target), source.open("rb") as original, target.open("xb") as copy:
+        size_bytes = os.fstat(original.fileno()).st_size
+        copy.truncate(size_bytes)
+        copy_sparse(original.fileno(), copy.fileno(), size_bytes)
+        os.fsync(copy.fileno())
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
