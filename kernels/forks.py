@@ -250,6 +250,7 @@ class Forks:
             core.registry.move(parent_id, SandboxState.ASLEEP)
             await core.go_live(parent_id, warm, configure=False, snapshot=snapshot)
             core.registry.adopt(child_id, parent_id)
+            await self.outcomes.adopt(child_id, parent_id)
             await core.forget(child_id)
         await self.outcomes.forget(child_id=child_id)
         return core.get(parent_id)
@@ -275,7 +276,7 @@ class Forks:
                 sandbox = core.get(event.sandbox_id)
                 await self._crashed(sandbox, str(event.data.get("reason") or "The kernel died."))
         elif event.kind is EventKind.EXECUTION_STATE:
-            await self.outcomes.poke()
+            self.outcomes.poke(event.sandbox_id)
         elif event.kind is EventKind.DELETED:
             parent_id = event.data.get("parent_id")
             if isinstance(parent_id, str) and parent_id in core.registry:

@@ -28,6 +28,8 @@ from vm_runtime.wire.stream import Incoming, Stream
 MAX_WAIT_S = 7 * 86400.0
 # As many of the newest as fit into an answer (32 KiB).
 MAX_LISTED_CHECKPOINTS = 100
+# A guest's calls, of which it may have many at a time, are looked through once each.
+MAX_WAITED_IDS = 1000
 # A guest's text for itself or others (names, targets): what a person would type.
 MAX_TEXT_CHARACTERS = 200
 
@@ -153,11 +155,12 @@ class GuestCalls:
         ids = incoming.params.get("ids")
         if ids is None:
             ids = self._core.registry.lineage.children(me)
-        if not isinstance(ids, list) or not all(isinstance(each, str) for each in ids):
-            raise RequestError("ids must be a list of children's ids.")
+        if not isinstance(ids, list) or len(ids) > MAX_WAITED_IDS or not all(isinstance(each, str) for each in ids):
+            raise RequestError(f"ids must be a list of at most {MAX_WAITED_IDS} children's ids.")
+        descendants = set(self._core.registry.lineage.descendants(me))
         for child_id in ids:
-            if self._outcome_of(me, child_id) is None:
-                self._descendant(me, child_id)
+            if self._outcome_of(me, child_id) is None and child_id not in descendants:
+                raise UnknownSandboxError(child_id)
         outcome = await self._wait_for(me, ids, _timeout(incoming))
         if outcome is not None:
             await incoming.answer({"id": outcome.child_id})
@@ -168,11 +171,10 @@ class GuestCalls:
     async def _wait_for(self, me: str, ids: list[str], timeout_s: float | None) -> Outcome | None:
         """The first outcome; None when the time is over or one of them is idle: its cell ended without a word."""
 
-        def idle() -> bool:
-            registry = self._core.registry
-            return any(each in registry and self._core.get(each).execution_state == "idle" for each in ids)
+        def is_idle(child_id: str) -> bool:
+            return child_id in self._core.registry and self._core.get(child_id).execution_state == "idle"
 
-        return await self._forks.outcomes.wait(ids, timeout_s=timeout_s, give_up=idle)
+        return await self._forks.outcomes.wait(ids, timeout_s=timeout_s, is_over=is_idle)
 
     def _outcome_of(self, me: str, child_id: str) -> Outcome | None:
         outcome = self._forks.outcomes.get(child_id)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,6 +57,14 @@ class _Family:
         self.total_bytes -= self.value_bytes.pop(child_id, 0)
 
 
+@dataclass(eq=False)
+class _Wait:
+    """Of one caller for some children. changed: those that are to be looked at. news: there are some."""
+
+    changed: dict[str, None]
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Outcomes:
     """Records and waits. Blocking file I/O, small: a value of the largest size takes some 20 ms in a thread."""
 
@@ -64,7 +72,7 @@ class Outcomes:
         self._directory = directory
         self._known: dict[str, Outcome] = {}
         self._families: defaultdict[str, _Family] = defaultdict(_Family)
-        self._changed = asyncio.Condition()
+        self._waits: defaultdict[str, set[_Wait]] = defaultdict(set)
         self._recording = asyncio.Lock()
 
     def load(self) -> None:
@@ -105,9 +113,8 @@ class Outcomes:
                     f"{MAX_PARENT_BYTES >> 20} MiB are kept until it ends."
                 )
             await asyncio.to_thread(self._write, outcome, value)
-            async with self._changed:
-                self._note(outcome, len(value))
-                self._changed.notify_all()
+            self._note(outcome, len(value))
+            self.poke(outcome.child_id)
 
     def _note(self, outcome: Outcome, value_bytes: int) -> None:
         self._known[outcome.child_id] = outcome
@@ -115,30 +122,53 @@ class Outcomes:
 
     def _write(self, outcome: Outcome, value: bytes) -> None:
         self._value_path(outcome.child_id).write_bytes(value)
+        self._write_record(outcome)
+
+    def _write_record(self, outcome: Outcome) -> None:
         temporary = self._directory / f".{outcome.child_id}-{secrets.token_hex(4)}"
         temporary.write_text(outcome.model_dump_json())
         temporary.replace(self._directory / f"{outcome.child_id}.json")
 
-    async def poke(self) -> None:
-        """Something changed that a wait's `give_up` may ask for."""
-        async with self._changed:
-            self._changed.notify_all()
+    def poke(self, child_id: str) -> None:
+        """Something changed that `is_over` looks at. Costs nothing but the waits for this child."""
+        for wait in self._waits.get(child_id, ()):
+            wait.changed[child_id] = None
+            wait.news.set()
 
     async def wait(
-        self, child_ids: list[str], *, timeout_s: float | None, give_up: Callable[[], bool]
+        self, child_ids: Sequence[str], *, timeout_s: float | None, is_over: Callable[[str], bool]
     ) -> Outcome | None:
-        """The outcome of the first of these that has one; None if the time is over or `give_up` says so."""
+        """The outcome of the first of these that has one; None when the time is over, or one of them `is_over`."""
+        wait = _Wait(changed=dict.fromkeys(child_ids))
+        for child_id in child_ids:
+            self._waits[child_id].add(wait)
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
+            async with asyncio.timeout(timeout_s):
                 while True:
-                    for child_id in child_ids:
+                    changed, wait.changed = wait.changed, {}
+                    for child_id in changed:
                         if child_id in self._known:
                             return self._known[child_id]
-                    if give_up():
+                    if any(map(is_over, changed)):
                         return None
-                    await self._changed.wait()
+                    wait.news.clear()
+                    await wait.news.wait()
         except TimeoutError:
             return None
+        finally:
+            for child_id in dict.fromkeys(child_ids):
+                self._waits[child_id].discard(wait)
+                if not self._waits[child_id]:
+                    del self._waits[child_id]
+
+    async def adopt(self, child_id: str, parent_id: str) -> None:
+        """What a child has of its own children is its parent's from now on, which goes on in its state."""
+        async with self._recording:
+            family = self._families.pop(child_id, _Family())
+            for each, value_bytes in family.value_bytes.items():
+                outcome = self._known[each].model_copy(update={"parent_id": parent_id})
+                self._note(outcome, value_bytes)
+                await asyncio.to_thread(self._write_record, outcome)
 
     async def forget(self, *, child_id: str | None = None, parent_id: str | None = None) -> None:
         """Drops one outcome, or all of a parent's."""

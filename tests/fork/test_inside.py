@@ -163,6 +163,21 @@ async def test_try_takes_over_what_succeeds_only(notebook: Notebook, api: Api) -
     assert await notebook.value("x, sandbox.id") == (3, ours)
 
 
+async def test_who_goes_on_in_its_childs_state_has_the_childs_children(notebook: Notebook, api: Api) -> None:
+    cell = """%%sandbox try
+early = sandbox.fork()
+if early is None:
+    sandbox.exit("early")
+sandbox.wait([early])
+late = sandbox.fork()
+if late is None:
+    time.sleep(3)
+    sandbox.exit("late")
+"""
+    await notebook.client.run(cell)
+    assert await notebook.value("early.result(60), late.result(60)") == ("early", "late")
+
+
 async def test_magics_tell_of_the_family(notebook: Notebook, api: Api) -> None:
     (forked,) = await notebook.displays("%sandbox fork 2 --name worker")
     assert "worker" in forked["data"]["text/html"]

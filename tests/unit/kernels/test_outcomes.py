@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from pathlib import Path
@@ -86,3 +87,46 @@ async def test_values_and_children_of_one_parent_are_limited(
     assert _children(tmp_path) == {"other"}
     assert outcomes.get("child-4") is None
     await outcomes.record(_exited(5), bytes(100))
+
+
+async def test_a_change_of_one_child_costs_those_who_wait_for_it_only(outcomes: Outcomes) -> None:
+    asked: list[str] = []
+    over: set[str] = set()
+
+    def is_over(child_id: str) -> bool:
+        asked.append(child_id)
+        return child_id in over
+
+    async with asyncio.TaskGroup() as group:
+        waits = [
+            group.create_task(outcomes.wait(ids, timeout_s=None, is_over=is_over))
+            for ids in ([f"child-{each}" for each in range(n, n + 50)] for n in range(0, 1000, 50))
+        ]
+        await asyncio.sleep(0)
+        assert len(asked) == 1000
+        asked.clear()
+        outcomes.poke("child-7")
+        outcomes.poke("nobody's child")
+        await asyncio.sleep(0)
+        assert asked == ["child-7"]
+        await outcomes.record(_exited(7))
+        over.add("child-77")
+        outcomes.poke("child-77")
+        assert (await waits[0], await waits[1]) == (_exited(7), None)
+        for wait in waits[2:]:
+            wait.cancel()
+    assert await outcomes.wait(["child-7", "child-8"], timeout_s=None, is_over=is_over) == _exited(7)
+    assert await outcomes.wait(["child-8", "child-8"], timeout_s=0, is_over=is_over) is None
+    assert not outcomes._waits
+
+
+async def test_who_becomes_its_child_has_the_results_of_its_children(outcomes: Outcomes, tmp_path: Path) -> None:
+    await outcomes.record(_exited(1), b"value")
+    await outcomes.adopt("parent", "grandparent")
+    await outcomes.forget(parent_id="parent")
+    for known in (outcomes, _loaded(tmp_path)):
+        found = known.get("child-1")
+        assert found is not None and found.parent_id == "grandparent"
+        assert known.value("child-1") == b"value"
+    await outcomes.forget(parent_id="grandparent")
+    assert _children(tmp_path) == set()
