@@ -16,9 +16,9 @@ from typing import cast
 import pytest
 
 from tests.conformance import pvh
+from tests.fake_driver.driver import FakeDriver
+from tests.fake_driver.tree import is_stopped
 from vm_runtime.drivers.base import Driver, DriverSettings, MachinePlace
-from vm_runtime.drivers.fake.driver import FakeDriver
-from vm_runtime.drivers.fake.tree import is_stopped
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.machine import QemuMachine
@@ -121,7 +121,8 @@ class Bench:
     saver: Saver
 
     def place(self, name: str) -> MachinePlace:
-        return MachinePlace(id=name, run_dir=self.directory / "m" / name, disk_dir=self.directory / "d" / name)
+        directory = self.directory
+        return MachinePlace(id=name + OURS, run_dir=directory / "m" / name, disk_dir=directory / "d" / name)
 
     async def boot(self, name: str = "booted") -> SavedMachine:
         return await self.saver.boot(self.spec, place=self.place(name), guest=b"", timeout_s=BOOT_TIMEOUT_S)
@@ -233,7 +234,7 @@ def assert_nothing_left(bench: Bench, name: str) -> None:
     place = bench.place(name)
     assert not place.run_dir.exists(), list(place.run_dir.iterdir())
     assert not place.disk_dir.exists(), list(place.disk_dir.iterdir())
-    assert f"machine-{name}" not in bench.store.pins()
+    assert f"machine-{place.id}" not in bench.store.pins()
 
 
 @pytest.fixture(autouse=True)
@@ -245,13 +246,13 @@ def nothing_left() -> Iterator[None]:
 
 
 def leftovers() -> set[str]:
-    found = {f"shm {path.name}" for path in Path("/dev/shm").iterdir()}
+    found = {f"shm {path.name}" for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
     found |= {line for line in Path("/proc/self/mounts").read_text().splitlines() if "/hc-" in line}
     for parent in ("memory/hypercell", "cpu/hypercell", "pids/hypercell", "hypercell"):
         directory = Path("/sys/fs/cgroup", parent)
         if directory.is_dir():
-            # Other gateways' machines may come and go while a test runs: only this suite's names count.
-            found |= {str(path) for path in directory.iterdir() if path.is_dir() and path.name.startswith(NAMES)}
+            # Other gateways' machines may come and go while a test runs: only ours count.
+            found |= {str(path) for path in directory.iterdir() if path.is_dir() and path.name.endswith(OURS)}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             ours = int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
@@ -262,6 +263,6 @@ def leftovers() -> set[str]:
     return found
 
 
-# Ids of the machines that the tests make.
-NAMES = ("booted", "clone", "first", "second")
+# The end of the ids of machines that this process makes.
+OURS = f"-{os.getpid()}"
 RUNNING, PAUSED = RunState.RUNNING, RunState.PAUSED

@@ -154,14 +154,9 @@ class FlatteningStatus:
     merged_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Shortened:
-    """The state of a snapshot has been published in another, shorter form (`SnapshotStore.flattened`).
-
-    rebased: the shorter form of a state that lies on the old one; None if it does not.
-    """
-
-    rebased: Callable[[State], State | None]
+# Of a state that has got a shorter form, which is published (`SnapshotStore.flattened`): what a state that lies on it
+# is then; None for one that does not.
+Shorter = Callable[[State], State | None]
 
 
 class States(ABC):
@@ -264,7 +259,7 @@ class Driver(ABC):
         self,
         store: SnapshotStore,
         *,
-        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_shortened: Callable[[Shorter], Awaitable[None]],
         on_failed: Callable[[Failure], None],
     ) -> States:
         """How machines are kept in this store. on_shortened: called when a state has got a shorter form; an error that

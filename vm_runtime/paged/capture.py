@@ -16,11 +16,10 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vm_runtime.drivers.base import Capture, MachinePlace, Shell
 from vm_runtime.errors import MachineStateError
@@ -93,7 +92,7 @@ class PageCapture(Capture):
         self._as_family = children >= FAMILY and can_inject()
         self._has_children = children > 0
         self._last = last
-        self._under = _Opening(self._open_under)
+        self._opening: asyncio.Future[MemoryImage] | None = None
         self._device: int | None = None
         self._frozen_disk: Path | None = None
         self._pages: CapturedPages | None = None
@@ -105,7 +104,7 @@ class PageCapture(Capture):
         share_from = None if not self._has_children else 0 if self._as_family else SHARED_CAPTURE_PAGES
         preparing = asyncio.to_thread(self._resting.tracker.prepare, share_from_pages=share_from)
         # With many layers opening them takes longer than the rest, and children need them before the pause.
-        await gather_all(preparing, *([self._under] if self._has_children else []))
+        await gather_all(preparing, *([self._under()] if self._has_children else []))
 
     def _check_room(self) -> None:
         new_disks = 1 + len(self._frozen_disks())
@@ -132,7 +131,7 @@ class PageCapture(Capture):
 
     async def store(self, draft: Draft) -> State:
         assert self._pages is not None and self._device is not None
-        return await asyncio.to_thread(self._store, draft, self._pages, self._device, await self._under)
+        return await asyncio.to_thread(self._store, draft, self._pages, self._device, await self._under())
 
     def _store(self, draft: Draft, pages: CapturedPages, device: int, under: MemoryImage) -> State:
         device_part = draft.add_bytes(PartKind.DEVICE, _content(device))
@@ -169,6 +168,12 @@ class PageCapture(Capture):
         """Frozen files of this machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
         that an earlier gateway did not finish."""
         return self._tools.frozen_disks(self._machine, self._resting.ground)
+
+    async def _under(self) -> MemoryImage:
+        """What it lies on: opened when it is first needed, and closed with the capture."""
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_under))
+        return await asyncio.shield(self._opening)
 
     def _open_under(self) -> MemoryImage:
         store, ground = self._tools.store, self._ground
@@ -217,7 +222,7 @@ class PageCapture(Capture):
         return shell
 
     async def _fill_ahead(self, shell: PagedShell) -> None:
-        if not self._as_family and (image := await self._under).layers:
+        if not self._as_family and (image := await self._under()).layers:
             await fill_ahead(shell.prepared, image)
 
     def _unsaved_disks(self) -> list[Path]:
@@ -238,7 +243,7 @@ class PageCapture(Capture):
         assert self._pages is not None
         if not self._as_family:
             return self._pages.shared()
-        under, stack = await self._under, ExitStack()
+        under, stack = await self._under(), ExitStack()
         pages = await asyncio.to_thread(stack.enter_context, open_family(under, self._pages))
         self._stack.callback(stack.close)
         return pages
@@ -252,7 +257,11 @@ class PageCapture(Capture):
             if self._shared is not None:
                 await asyncio.wait([self._shared])
             await self._stack.aclose()
-            await self._under.close()
+            if self._opening is not None:
+                (under,) = await asyncio.gather(self._opening, return_exceptions=True)
+                if isinstance(under, MemoryImage):
+                    for layer in under.layers:
+                        layer.close()
             if self._device is not None:
                 os.close(self._device)
 
@@ -303,26 +312,6 @@ class BootedCapture(Capture):
         finally:
             if self._device is not None:
                 os.close(self._device)
-
-
-class _Opening:
-    """A memory image that is opened in a thread when it is first awaited. `await close()` in any case."""
-
-    def __init__(self, open_image: Callable[[], MemoryImage]) -> None:
-        self._open_image = open_image
-        self._opening: asyncio.Future[MemoryImage] | None = None
-
-    def __await__(self) -> Generator[Any, None, MemoryImage]:
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_image))
-        return self._opening.__await__()
-
-    async def close(self) -> None:
-        if self._opening is not None:
-            (image,) = await asyncio.gather(self._opening, return_exceptions=True)
-            if isinstance(image, MemoryImage):
-                for layer in image.layers:
-                    layer.close()
 
 
 def _content(fd: int) -> bytes:

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vm_runtime.drivers.base import Failure, FlatteningStatus, Shortened
+from vm_runtime.drivers.base import Failure, FlatteningStatus, Shorter
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.paged.bases import Bases
 from vm_runtime.paged.chains import (
@@ -90,7 +90,7 @@ class Flattener:
         bases: Bases,
         *,
         merge_disks: Callable[[Sequence[Path], Path], Awaitable[None]],
-        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_shortened: Callable[[Shorter], Awaitable[None]],
         on_failed: Callable[[Failure], None],
     ) -> None:
         self._store = store
@@ -239,7 +239,7 @@ class Flattener:
         if current is not manifest:
             # Also of an earlier attempt, after which a machine may have stayed where it was.
             old, new = Ground.of(manifest.state), Ground.of(current.state)
-            await attempt(self._on_shortened(Shortened(partial(_rebased_state, old=old, new=new))))
+            await attempt(self._on_shortened(partial(_rebased_state, old=old, new=new)))
         exists = await self._in_thread(self._store.manifest_path(manifest.id).exists)
         return " ".join(reasons) if reasons and exists else None
 

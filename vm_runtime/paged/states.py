@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_runtime.drivers.base import Capture, Failure, FlatteningStatus, MachinePlace, OpenState, Shortened, States
+from vm_runtime.drivers.base import Capture, Failure, FlatteningStatus, MachinePlace, OpenState, Shorter, States
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Machine
 from vm_runtime.paged.bases import Bases
@@ -40,7 +40,7 @@ class PagedStates(States):
         store: SnapshotStore,
         vmm: PagedVmm,
         *,
-        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_shortened: Callable[[Shorter], Awaitable[None]],
         on_failed: Callable[[Failure], None],
     ) -> None:
         self._bases = Bases(store, seal=vmm.sealed_bases)

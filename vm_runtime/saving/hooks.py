@@ -5,10 +5,7 @@ The steps are those of `SavedMachine.take` (machine.py). Knows no VMM and no ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from vm_runtime.drivers.base import Capture
-from vm_runtime.saving.threads import gather_all
 from vm_runtime.saving.values import Description
 
 
@@ -43,34 +40,3 @@ class SnapshotHooks:
     async def abandoned(self) -> None:
         """There is no snapshot, or its caller was cancelled; the machine runs on if it ran before. Always called then,
         whichever step failed."""
-
-
-class AllHooks(SnapshotHooks):
-    """Several participants as one. Steps at the pause are taken in the order given, the others at once."""
-
-    def __init__(self, hooks: Sequence[SnapshotHooks]) -> None:
-        self._hooks = hooks
-        self.children = sum(hook.children for hook in hooks)
-        self.asks_guest = any(hook.asks_guest for hook in hooks)
-
-    async def prepare(self, capture: Capture) -> None:
-        await gather_all(*(hook.prepare(capture) for hook in self._hooks))
-
-    async def before_pause(self) -> None:
-        for hook in self._hooks:
-            await hook.before_pause()
-
-    async def before_resume(self) -> None:
-        for hook in self._hooks:
-            await hook.before_resume()
-
-    async def captured(self) -> None:
-        await gather_all(*(hook.captured() for hook in self._hooks))
-
-    def described(self, description: Description) -> Description:
-        for hook in self._hooks:
-            description = hook.described(description)
-        return description
-
-    async def abandoned(self) -> None:
-        await gather_all(*(hook.abandoned() for hook in self._hooks))

@@ -25,12 +25,12 @@ from contextlib import asynccontextmanager
 
 from vm_runtime.drivers.base import MachinePlace, States
 from vm_runtime.machine import Death, Machine
-from vm_runtime.saving.hooks import AllHooks, SnapshotHooks
+from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.record import SavedRecord, remove_record
 from vm_runtime.saving.threads import gather_all, open_draft, succeeded, uncancelled
-from vm_runtime.saving.values import Description, Taken, Then, contents_of
+from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots.errors import SnapshotError
-from vm_runtime.snapshots.manifest import Manifest, State
+from vm_runtime.snapshots.manifest import Manifest, Shape, SnapshotContents, State
 from vm_runtime.snapshots.store import Draft, Pin, SnapshotStore
 from vm_runtime.states import RunState
 
@@ -74,17 +74,16 @@ class SavedMachine:
         raise: then nothing is stored, and the machine runs on if it ran. When cancelled the snapshot is finished first,
         and a machine that it stopped runs on.
         """
-        every = AllHooks(hooks)
-        taking = asyncio.ensure_future(self._take(description, then, every))
+        taking = asyncio.ensure_future(self._take(description, then, hooks))
         try:
             return await uncancelled(taking)
         except BaseException:
             if succeeded(taking) and taking.result().stopped and not self.machine.is_dead:
                 await self.machine.resume()
-            await every.abandoned()
+            await gather_all(*(hook.abandoned() for hook in hooks))
             raise
 
-    async def _take(self, description: Description, then: Then, hooks: AllHooks) -> Taken:
+    async def _take(self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]) -> Taken:
         await self._states.make_room(self.machine)  # not within the lock: it changes what the machine rests on
         async with self._lock:
             started = time.perf_counter()
@@ -104,26 +103,32 @@ class SavedMachine:
                 stopped=was_running and then is Then.STOP,
             )
 
-    async def _save(self, description: Description, then: Then, hooks: AllHooks) -> tuple[Manifest, float]:
+    async def _save(
+        self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]
+    ) -> tuple[Manifest, float]:
         """The steps of a snapshot, in their order. The machine's lock is held; must not be cancelled."""
         machine = self.machine
         was_running = machine.state is RunState.RUNNING
-        async with self._states.capturing(machine, children=hooks.children, last=then is Then.STOP) as capture:
-            await gather_all(capture.prepare(), hooks.prepare(capture))
-            await hooks.before_pause()
-            if hooks.asks_guest:
+        children = sum(hook.children for hook in hooks)
+        async with self._states.capturing(machine, children=children, last=then is Then.STOP) as capture:
+            await gather_all(capture.prepare(), *(hook.prepare(capture) for hook in hooks))
+            for hook in hooks:
+                await hook.before_pause()
+            if any(hook.asks_guest for hook in hooks):
                 await capture.catch_up()
 
             started = time.perf_counter()
             await machine.pause()
             await capture.take()
-            await hooks.before_resume()
+            for hook in hooks:
+                await hook.before_resume()
             if was_running and then is Then.RESUME:
                 await machine.resume()
             pause_ms = (time.perf_counter() - started) * 1000
 
-            await hooks.captured()
-            description = hooks.described(description)
+            await gather_all(*(hook.captured() for hook in hooks))
+            for hook in hooks:
+                description = hook.described(description)
             async with open_draft(self._store) as draft:
                 state = await capture.store(draft)
                 manifest = await asyncio.to_thread(self._publish, draft, state, description)
@@ -133,12 +138,12 @@ class SavedMachine:
         return manifest, pause_ms
 
     def _publish(self, draft: Draft, state: State, description: Description) -> Manifest:
-        contents = contents_of(
-            description,
-            shape=self.machine.spec.shape,
-            parents=(self.snapshot.id,) if self.snapshot is not None else (),
-            state=state,
+        contents = SnapshotContents(
             created_at=datetime.datetime.now(datetime.UTC),
+            parents=(self.snapshot.id,) if self.snapshot is not None else (),
+            shape=Shape(**vars(self.machine.spec.shape)),
+            state=state,
+            **vars(description),
         )
         # Before there is a manifest that somebody could remove. What it lay on before is part of it.
         pin_machine(self._store, self.place, state)

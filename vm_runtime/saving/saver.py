@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence, Set
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from vm_runtime.drivers.base import Driver, Failure, FlatteningStatus, MachinePlace, Shortened
+from vm_runtime.drivers.base import Driver, Failure, FlatteningStatus, MachinePlace, Shorter
 from vm_runtime.errors import MachineGoneError, VmRuntimeError
 from vm_runtime.machine import Machine
 from vm_runtime.saving.forking import Children, Forked
@@ -165,7 +165,7 @@ class Saver:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _shortened(self, shortened: Shortened) -> None:
+    async def _shortened(self, shorter: Shorter) -> None:
         """Let the running machines that lie on that state use the shorter form. Raises the last error of a machine that
         stays on its long chain, after all have been tried."""
         failed: Exception | None = None
@@ -174,7 +174,7 @@ class Saver:
                 if saved.state is None or saved not in self._live:
                     continue
                 try:
-                    await saved.rest_on(shortened.rebased(saved.state) or saved.state)
+                    await saved.rest_on(shorter(saved.state) or saved.state)
                 except (VmRuntimeError, OSError) as error:
                     if not saved.machine.is_dead:  # else its owner is about to see that
                         failed = error

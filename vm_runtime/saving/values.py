@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vm_runtime.snapshots.manifest import KernelInformation, Manifest, Shape, SnapshotContents, State
-from vm_runtime.spec import MachineShape
+from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 
 
 class Then(StrEnum):
@@ -20,7 +17,7 @@ class Then(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a snapshot is called and whose it is; see `SnapshotContents` for the fields.
+    """What a snapshot is called and whose it is; the fields are those of `SnapshotContents`.
 
     sandbox_id: None for a template. template: its name. wire_marker: hex, opens the guest's next session.
     """
@@ -43,27 +40,3 @@ class Taken:
     pause_ms: float
     total_ms: float
     stopped: bool
-
-
-def contents_of(
-    description: Description,
-    *,
-    shape: MachineShape,
-    parents: Sequence[str],
-    state: State,
-    created_at: datetime.datetime,
-) -> SnapshotContents:
-    """All of a manifest but its id."""
-    return SnapshotContents(
-        created_at=created_at,
-        owner=description.owner,
-        name=description.name,
-        sandbox_id=description.sandbox_id,
-        template=description.template,
-        image_digest=description.image_digest,
-        parents=tuple(parents),
-        shape=Shape(memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib),
-        state=state,
-        kernel=description.kernel,
-        wire_marker=description.wire_marker,
-    )

@@ -21,8 +21,8 @@ from kernels.index import SandboxRecord
 from kernels.models import CreateSandbox, EventKind, Sandbox, SandboxState
 from kernels.service import SandboxService
 from kernels.settings import ServiceSettings
+from tests.fake_driver.driver import FakeDriver
 from vm_runtime.drivers.base import DriverSettings
-from vm_runtime.drivers.fake.driver import FakeDriver
 from vm_runtime.images.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, file_digest, image_digest
 from vm_runtime.images.recipe import Recipe
 from vm_runtime.snapshots.manifest import State

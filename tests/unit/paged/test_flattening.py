@@ -13,7 +13,7 @@ import pytest
 from tests.unit.paged.chained import publish
 from vm_runtime.confinement.host import find_confinement
 from vm_runtime.confinement.process import Spawner
-from vm_runtime.drivers.base import Failure, Shortened
+from vm_runtime.drivers.base import Failure, Shorter
 from vm_runtime.drivers.qemu import disk_merge
 from vm_runtime.paged import flattening
 from vm_runtime.paged.bases import Bases
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-u
 class Bench:
     store: SnapshotStore
     flattener: Flattener
-    shortened: list[Shortened] = field(default_factory=list)
+    shortened: list[Shorter] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
 
 
@@ -44,7 +44,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     async def merge_disks(overlays: object, target: Path) -> None:
         await disk_merge.merge_overlays(overlays, target, spawner=spawner, host=host)  # type: ignore[arg-type]
 
-    async def on_shortened(shortened: Shortened) -> None:
+    async def on_shortened(shortened: Shorter) -> None:
         made.shortened.append(shortened)
 
     bases = Bases(store, seal=False)
@@ -80,7 +80,7 @@ async def test_memory_and_disks_get_shorter_forms(bench: Bench) -> None:
     assert flat is not None
     assert _lengths(flat) == (1, 2)
     assert bench.store.verify(flat.id) == []
-    assert bench.shortened[-1].rebased(manifest.state) == flat.state
+    assert bench.shortened[-1](manifest.state) == flat.state
     status = bench.flattener.status()
     assert (status.waiting, status.failures, status.failing) == (0, 0, ())
     assert status.merged_bytes > 0

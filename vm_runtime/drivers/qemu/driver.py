@@ -29,7 +29,7 @@ from vm_runtime.drivers.base import (
     DriverSettings,
     Failure,
     MachinePlace,
-    Shortened,
+    Shorter,
 )
 from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.accelerator import Wish, choose
@@ -186,7 +186,7 @@ class QemuDriver(Driver):
         self,
         store: SnapshotStore,
         *,
-        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_shortened: Callable[[Shorter], Awaitable[None]],
         on_failed: Callable[[Failure], None],
     ) -> PagedStates:
         return PagedStates(store, self, on_shortened=on_shortened, on_failed=on_failed)

@@ -1,7 +1,7 @@
 """The fake driver: no virtual machine, but a real agent as a process of this host, behind a UNIX socket.
 
-For tests of what lies above a driver, and for trying out the gateway where nothing else runs. What it does: boot, wire,
-kernels, commands, files, pause and resume, death with a reason, adoption by a later process.
+For tests of what lies above a driver. What it does: boot, wire, kernels, commands, files, pause and resume, death with
+a reason, adoption by a later process.
 
 What it does not do:
 
@@ -28,6 +28,18 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import vm_runtime
+from tests.fake_driver.guest import MARKER_FILE, GuestSettings
+from tests.fake_driver.machine import (
+    CONSOLE_FILE,
+    GUEST_DIRECTORY,
+    HOME_DIRECTORY,
+    WIRE_SOCKET,
+    FakeMachine,
+    FakeRecord,
+    remove_files,
+)
+from tests.fake_driver.states import STATE_FORMAT, FakeContent, FakeStates, unpack_home
+from tests.fake_driver.tree import is_stopped
 from vm_runtime.confinement.host import HostConfinement, find_confinement
 from vm_runtime.confinement.namespaces import CLONE_NEWPID, CLONE_NEWUSER, Confinement
 from vm_runtime.confinement.process import Process, Spawner, SpawnRequest, boot_id, start_time_ticks
@@ -40,20 +52,8 @@ from vm_runtime.drivers.base import (
     DriverSettings,
     Failure,
     MachinePlace,
-    Shortened,
+    Shorter,
 )
-from vm_runtime.drivers.fake.guest import MARKER_FILE, GuestSettings
-from vm_runtime.drivers.fake.machine import (
-    CONSOLE_FILE,
-    GUEST_DIRECTORY,
-    HOME_DIRECTORY,
-    WIRE_SOCKET,
-    FakeMachine,
-    FakeRecord,
-    remove_files,
-)
-from vm_runtime.drivers.fake.states import STATE_FORMAT, FakeContent, FakeStates, unpack_home
-from vm_runtime.drivers.fake.tree import is_stopped
 from vm_runtime.errors import MachineGoneError, SpawnError
 from vm_runtime.snapshots.manifest import State
 from vm_runtime.snapshots.store import SnapshotStore
@@ -62,7 +62,7 @@ from vm_runtime.states import RunState
 from vm_runtime.wire.protocol import BOOT_MARKER
 
 _CODE = str(Path(vm_runtime.__path__[0]).parent)
-_BOOTSTRAP = f"import sys; sys.path.insert(0, {_CODE!r}); from vm_runtime.drivers.fake.guest import main; main()"
+_BOOTSTRAP = f"import sys; sys.path.insert(0, {_CODE!r}); from tests.fake_driver.guest import main; main()"
 _NO_ISOLATION = "The fake driver isolates nothing: cells run as processes of this host."
 _NO_MEMORY = "The fake driver keeps files only: after a restore the kernel is a new one."
 
@@ -123,7 +123,7 @@ class FakeDriver(Driver):
         self,
         store: SnapshotStore,
         *,
-        on_shortened: Callable[[Shortened], Awaitable[None]],
+        on_shortened: Callable[[Shorter], Awaitable[None]],
         on_failed: Callable[[Failure], None],
     ) -> FakeStates:
         return FakeStates(
@@ -158,7 +158,8 @@ class FakeDriver(Driver):
         process: Process | None = None
         try:
             with ExitStack() as stack:
-                listener, console = await asyncio.to_thread(_prepare, stack, place, content)
+                # Not in a thread, which would go on making files when this is cancelled.
+                listener, console = _prepare(stack, place, content)
                 settings = GuestSettings(
                     run=str(place.run_dir / GUEST_DIRECTORY),
                     home=str(place.disk_dir / HOME_DIRECTORY),
@@ -189,7 +190,7 @@ class FakeDriver(Driver):
                 initramfs=spec.image.initramfs,
                 rootfs=spec.image.rootfs,
             )
-            await asyncio.to_thread(record.write, place.run_dir)
+            record.write(place.run_dir)
             await self._spawner.keep(process)
         except BaseException as error:
             if process is not None:

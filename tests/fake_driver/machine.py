@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tests.fake_driver import tree
 from vm_runtime.confinement.process import Process
 from vm_runtime.drivers.base import MachinePlace
-from vm_runtime.drivers.fake import tree
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Death, Machine, MemoryUsage
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec

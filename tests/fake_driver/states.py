@@ -15,9 +15,9 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tests.fake_driver.guest import MARKER_FILE
+from tests.fake_driver.machine import GUEST_DIRECTORY, HOME_DIRECTORY, FakeMachine
 from vm_runtime.drivers.base import Capture, FlatteningStatus, MachinePlace, OpenState, Shell, States
-from vm_runtime.drivers.fake.guest import MARKER_FILE
-from vm_runtime.drivers.fake.machine import GUEST_DIRECTORY, HOME_DIRECTORY, FakeMachine
 from vm_runtime.machine import Machine
 from vm_runtime.snapshots.manifest import Manifest, PartKind, State, StatePart
 from vm_runtime.snapshots.store import Draft, SnapshotStore
