@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -457,6 +459,46 @@ async def test_sleep_and_wake_keep_the_state_and_the_chain_grows_only_with_the_d
         await assert_disk(saved, 0x33, "2M")
     finally:
         await saved.kill()
+
+
+async def test_a_snapshot_that_an_earlier_version_has_stored_is_restored_and_continued(qemu_bench: Bench) -> None:
+    sleeper = await qemu_bench.restore(await qemu_bench.template(), "first")
+    await beat(qemu(sleeper))
+    await disk_io(sleeper, "write -P 0x11 1M 64k")
+    asleep = (await sleeper.take(describe(), then=Then.STOP)).manifest
+    await sleeper.kill()
+    old = as_format_1(asleep)
+    path = qemu_bench.store.manifest_path(old["id"])
+    path.write_text(json.dumps(old, sort_keys=True, separators=(",", ":")))
+    manifest = qemu_bench.store.get(old["id"])
+    woken = await qemu_bench.restore(manifest, "second")
+    try:
+        await beat(qemu(woken))
+        await assert_disk(woken, 0x11, "1M")
+        taken = (await woken.take(describe(), then=Then.RESUME)).manifest
+        assert taken.parents == (old["id"],)
+        assert taken.state.of_kind(PartKind.BASE) == asleep.state.of_kind(PartKind.BASE)
+        assert qemu_bench.store.verify(taken.id) == []
+    finally:
+        await woken.kill()
+
+
+def as_format_1(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as version 0.1 has written it."""
+    values = manifest.model_dump(mode="json", exclude={"id", "state"}) | {"format_version": 1}
+    (base,) = manifest.state.of_kind(PartKind.BASE)
+    (device,) = manifest.state.of_kind(PartKind.DEVICE)
+    layers = [layer.model_dump() for layer in layers_of(manifest)]
+    values["vmm"] = {"driver": manifest.state.driver, **manifest.state.needs}
+    values["memory"] = {"size_bytes": base.size_bytes, "base": base.model_dump(), "layers": layers}
+    values["device"] = device.model_dump()
+    values["disks"] = []
+    for disk in disks_of(manifest):
+        backing = values["disks"][-1]["digest"] if values["disks"] else None
+        disk_format = "raw" if backing is None else "qcow2"
+        values["disks"].append(disk.model_dump() | {"format": disk_format, "backing": backing})
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return values | {"id": hashlib.sha256(text.encode()).hexdigest()[:32]}
 
 
 def layers_of(manifest: Manifest) -> tuple[Part, ...]:
