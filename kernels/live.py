@@ -25,6 +25,8 @@ RESTART_TIMEOUT_S = 60.0
 # Of a guest that hangs: what waits for it here (a snapshot that is to be stored) waits no longer than this.
 RELEASE_TIMEOUT_S = 2.0
 CATCH_UP_S = 2.0
+# A kernel ends once, and the one after it when that was started: what comes beyond that is made up by the guest.
+MAX_EXITS = 8
 # From a cell's reply to its end.
 ENDING_S = 0.1
 # Between the wire's end and the VMM process's own end when both come from the same death.
@@ -77,7 +79,7 @@ class LiveSandbox:
         self._restart_limit = restart_limit
         self._restart_window_s = restart_window_s
         self._crashes: deque[float] = deque()
-        self._exits: asyncio.Queue[KernelExited] = asyncio.Queue()
+        self._exits: asyncio.Queue[KernelExited] = asyncio.Queue(MAX_EXITS)
         self._kernel_lock = asyncio.Lock()
         self._kernel_pid: int | None = None
         warm.take(self.on_event)
@@ -175,7 +177,8 @@ class LiveSandbox:
                 if event.state == "idle":
                     self._cell_ended.set()
             case KernelExited():
-                self._exits.put_nowait(event)
+                if not self._exits.full():
+                    self._exits.put_nowait(event)
 
     async def run(self) -> None:
         """Supervises until the machine is dead or cancelled: crashes of kernel, session and machine."""

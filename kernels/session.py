@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,11 @@ CLOCK_TRIES = 5
 MAX_UNANSWERED_BYTES = 20 << 10
 # One line of the guest's event stream; ours are under 200 bytes.
 MAX_EVENT_BYTES = 4096
+# A cell has two events, and a kernel runs up to some hundred cells a second. A guest that sends more is read no faster;
+# it keeps the newest (guest/notices.py). What is read at once costs by its length, too.
+READS_PER_S = 100.0
+READS_AT_ONCE = 200.0
+EVENTS_PER_READ = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,17 +211,40 @@ class GuestSession:
         self._has_events = True
         stream = await incoming.accept()
         pending = b""
+        pace = _Pace()
         while data := await stream.read():
             *lines, pending = (pending + data).split(b"\n")
             if len(pending) > MAX_EVENT_BYTES:
                 stream.reset("too_long", f"An event has at most {MAX_EVENT_BYTES} bytes")
                 return
-            for line in lines:
-                event = parse_event(line)
+            for event in condensed([event for line in lines if (event := parse_event(line)) is not None]):
                 if isinstance(event, KernelStatus):
                     self.kernel_busy = event.state == "busy"
-                if event is not None:
-                    self.on_event(event)
+                self.on_event(event)
+            await pace.spend(1 + len(lines) / EVENTS_PER_READ)
+
+
+class _Pace:
+    """READS_PER_S in the long run, READS_AT_ONCE before that counts."""
+
+    def __init__(self) -> None:
+        self._left = READS_AT_ONCE
+        self._looked_at = time.monotonic()
+
+    async def spend(self, reads: float) -> None:
+        """Waits until so many more may follow."""
+        now = time.monotonic()
+        self._left = min(READS_AT_ONCE, self._left + (now - self._looked_at) * READS_PER_S) - reads
+        self._looked_at = now
+        if self._left < 0:
+            await asyncio.sleep(-self._left / READS_PER_S)
+
+
+def condensed(events: Sequence[GuestEvent]) -> list[GuestEvent]:
+    """Of changes of state that came together only the last two: how a cell began and ended, or ended and the next
+    began."""
+    states = [event for event in events if isinstance(event, KernelStatus)][-2:]
+    return [event for event in events if isinstance(event, KernelExited) or any(event is state for state in states)]
 
 
 def parse_event(line: bytes) -> GuestEvent | None:

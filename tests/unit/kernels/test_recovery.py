@@ -10,8 +10,10 @@ import pytest
 
 from kernels.models import SandboxState
 from kernels.warm import new_place
+from tests.fake_driver.machine import FakeMachine
 from tests.unit.kernels.conftest import Service, TestDriver, started_driver, started_service
 from vm_runtime.confinement.process import start_time_ticks
+from vm_runtime.errors import MachineError
 from vm_runtime.spec import MachineShape, MachineSpec
 from vm_runtime.states import RunState
 
@@ -40,6 +42,25 @@ async def test_a_machine_that_runs_is_found_again(state_dir: Path, driver: TestD
             assert machine.state is RunState.PAUSED
             await kernels.resume(sandbox_id)
         assert await kernels.run(sandbox_id, "print(x)") == "42\n"
+
+
+async def test_one_that_cannot_be_paused_again_is_not_lost(
+    state_dir: Path, driver: TestDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started_service(state_dir, driver) as kernels:
+        sandbox_id = await kernels.new()
+        await kernels.run(sandbox_id, "x = 42")
+        await kernels.pause(sandbox_id)
+        await leave(kernels)
+
+    async def fail(machine: FakeMachine) -> None:
+        raise MachineError("It does not stop.")
+
+    async with started_driver(state_dir) as later:
+        monkeypatch.setattr(FakeMachine, "pause", fail)
+        async with started_service(state_dir, later) as kernels:
+            assert kernels.get(sandbox_id).state is SandboxState.RUNNING
+            assert await kernels.run(sandbox_id, "print(x)") == "42\n"
 
 
 async def test_machines_that_died_meanwhile_fall_back_or_fail_and_sleepers_sleep_on(

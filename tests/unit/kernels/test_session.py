@@ -1,0 +1,85 @@
+"""A session with a guest that sends what it likes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from kernels import session as module
+from kernels.session import Greeting, GuestEvent, GuestSession, KernelExited, KernelStatus, condensed
+from tests.unit.kernels.conftest import Service
+from vm_runtime.wire.carriers import SocketCarrier
+from vm_runtime.wire.greeting import Hello, Welcome
+from vm_runtime.wire.link import Link
+from vm_runtime.wire.protocol import BOOT_MARKER
+from vm_runtime.wire.serving import serve
+
+FLOOD = 5000
+
+
+def status(state: str, cell: int | None = None) -> KernelStatus:
+    return KernelStatus(state=state, cell=cell)
+
+
+def test_of_many_changes_of_state_the_last_two_count() -> None:
+    exited = KernelExited(pid=1, reason="It exited.")
+    flood: list[GuestEvent] = [status("busy"), status("idle", 1), exited] * 100
+    assert condensed([*flood, status("busy"), status("idle", 7)]) == [exited] * 100 + [
+        status("busy"),
+        status("idle", 7),
+    ]
+    assert condensed([status("idle", 7), status("busy")]) == [status("idle", 7), status("busy")]
+    assert condensed([]) == []
+
+
+async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READS_PER_S", 1e6)
+
+    async def welcome(hello: Hello) -> Welcome:
+        return Welcome(agent_version="1", kernel=None, extra={})
+
+    async def flood(link: Link) -> None:
+        async with await link.open("events") as stream:
+            lines = [json.dumps({"event": "kernel.status", "state": state}) for state in ("busy", "idle")]
+            await stream.write("".join(f"{line}\n" for line in lines * FLOOD).encode())
+            last = {"event": "kernel.status", "state": "idle", "execution_count": 99}
+            await stream.write(json.dumps(last).encode() + b"\n")
+            await link.wait_closed()
+
+    served = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve(SocketCarrier(reader, writer), flood, make_welcome=welcome)
+        await writer.wait_closed()
+        served.set()
+
+    path = tmp_path / "wire.sock"
+    async with await asyncio.start_unix_server(accept, path):
+        greeting = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
+        session = await GuestSession.open(lambda: SocketCarrier.connect_unix(path), greeting)
+        events: list[GuestEvent] = []
+        ended = asyncio.Event()
+
+        def note(event: GuestEvent) -> None:
+            events.append(event)
+            if event == status("idle", 99):
+                ended.set()
+
+        session.on_event = note
+        async with asyncio.timeout(30):
+            await ended.wait()
+        await session.close()
+        await served.wait()
+    assert len(events) < FLOOD / 10
+
+
+async def test_exits_that_a_kernel_cannot_have_had_are_not_queued(kernels: Service) -> None:
+    live = kernels.core.running(await kernels.new())
+    for pid in range(FLOOD):
+        live.on_event(KernelExited(pid=pid, reason="It exited."))
+    assert live._exits.qsize() < 10
