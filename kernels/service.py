@@ -420,14 +420,14 @@ class SandboxService:
         recipe, settings = image.manifest.recipe, self._settings
 
         def size(what: str, asked: int | None, configured: int | None, usual: int, maximum: int, step: int = 1) -> int:
+            value = asked if asked is not None else configured if configured is not None else usual
+            if not 0 < value <= maximum:
+                raise LimitError(f"{what} must be between 1 and {maximum}; {value} was asked for.")
             if asked is not None and asked % step:
                 following = asked + step - asked % step
                 raise RequestError(
                     f"{what} comes in steps of {step}: {asked} is none of them, {following} is the next."
                 )
-            value = asked if asked is not None else configured if configured is not None else usual
-            if not 0 < value <= maximum:
-                raise LimitError(f"{what} must be between 1 and {maximum}; {value} was asked for.")
             return value
 
         memory = size(
