@@ -169,7 +169,7 @@ class TimeLine:
         entries = [entry for entry in core.store.ls(sandbox_id=sandbox_id)[:-1] if entry.id != kept]
         loose = [entry.id for entry in entries if is_automatic(entry)]
         named = [entry.id for entry in entries if not is_automatic(entry)]
-        return loose, named, [0, *core.store.freed_bytes([*loose, *named])]
+        return loose, named, [0, *core.store.index.freed_bytes([*loose, *named])]
 
     def _thin(self, sandbox_ids: Iterable[str]) -> None:
         """Removes the oldest checkpoints that nobody named where there are too many or they take too much."""
@@ -187,7 +187,7 @@ class TimeLine:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             try:
-                grown, newest = await asyncio.to_thread(self._core.store.sandboxes_since, newest)
+                grown, newest = await asyncio.to_thread(self._core.store.index.sandboxes_since, newest)
                 await self._core.removing(self._thin, grown)
             except SnapshotError as error:
                 log.error("Checkpoints could not be thinned out: %s", error)

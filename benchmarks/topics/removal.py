@@ -63,7 +63,7 @@ def _measure(bench: Bench) -> list[Line]:
             large.grow(LARGE)
             listing_ms += _times_ms(partial(store.ls, sandbox_id=large.sandbox_id), 5)
             ids = [entry.id for entry in store.ls(sandbox_id=large.sandbox_id)]
-            counting_ms += _times_ms(partial(store.freed_bytes, ids[:200]), 5)
+            counting_ms += _times_ms(partial(store.index.freed_bytes, ids[:200]), 5)
             one_ms += [_ms(partial(store.rm, ids.pop(0))) for _ in range(20)]
             store.unpin(large.sandbox_id)
             large_ms.append(_ms(partial(store.rm_many, ids)))

@@ -17,10 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vm_runtime.snapshots.digests import FileIdentity
+from vm_runtime.snapshots.directory import PartKey
 from vm_runtime.snapshots.errors import StoreFullError, StoreIndexError
 from vm_runtime.snapshots.manifest import Manifest, PartKind
-
-PartKey = tuple[PartKind, str]
 
 SCHEMA_VERSION = 3
 # number: of a snapshot never given again, so that "newer than" can be asked. parent: the first of the manifest's.

@@ -19,12 +19,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -32,6 +29,7 @@ from typing import Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vm_runtime.snapshots.digests import FileIdentity, part_digest
+from vm_runtime.snapshots.directory import PartKey, StoreDirectory, sync_directory, try_lock, write_new
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotError,
@@ -39,29 +37,15 @@ from vm_runtime.snapshots.errors import (
     SnapshotRequestError,
     UnknownSnapshotError,
 )
-from vm_runtime.snapshots.index import Index, PartKey, SnapshotEntry
+from vm_runtime.snapshots.index import Index, SnapshotEntry
 from vm_runtime.snapshots.layers import Layer
-from vm_runtime.snapshots.manifest import (
-    MAX_MANIFEST_BYTES,
-    Digest,
-    Manifest,
-    Part,
-    PartKind,
-    SnapshotContents,
-    SnapshotId,
-    StatePart,
-)
+from vm_runtime.snapshots.manifest import Digest, Manifest, Part, PartKind, SnapshotContents, SnapshotId, StatePart
 from vm_runtime.snapshots.memory import full_or_same, removed_on_error
 
 _T = TypeVar("_T")
 
-_USER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-_SNAPSHOT_ID = re.compile(r"^[0-9a-f]{32}$")
 # What is removed without letting go of the index: some milliseconds for others that wait, and as many open files.
 _PORTION = 64
-_CLOSERS = 8
-# A pin is written in milliseconds; what is older than this was left by a writer that was killed.
-_HALF_WRITTEN_S = 3600.0
 
 
 class Pin(BaseModel):
@@ -84,37 +68,43 @@ class Pin(BaseModel):
             found.setdefault(f"{part.kind}s", []).append(part.digest)
         return cls.model_validate(found)
 
-    def parts(self) -> Iterator[tuple[PartKind, str]]:
+    def parts(self) -> Iterator[PartKey]:
         for kind in PartKind:
             yield from ((kind, digest) for digest in getattr(self, f"{kind}s"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What a collection removed."""
+    """What a removal or collection removed."""
 
-    parts: int
-    drafts: int
-    freed_bytes: int
+    parts: int = 0
+    drafts: int = 0
+    freed_bytes: int = 0
+
+    def __add__(self, other: Collected) -> Collected:
+        return Collected(
+            parts=self.parts + other.parts,
+            drafts=self.drafts + other.drafts,
+            freed_bytes=self.freed_bytes + other.freed_bytes,
+        )
 
 
-class SnapshotStore:
-    """One store directory, made if it is missing. Close it. Several processes may have the same one open.
+class SnapshotStore(StoreDirectory):
+    """A store's directory with its index. Close it. Several processes may have the same one open.
 
     Every method that reads or changes the index raises StoreIndexError if that fails.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        for name in ("manifests", "pins", "drafts", *(f"parts/{kind}" for kind in PartKind)):
-            (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        super().__init__(directory)
         # Parts that were pinned, and are not any more; the next removal looks whether anything needs them.
         self._released: set[PartKey] = set()
         self._unreadable: list[Path] = []
         with contextlib.ExitStack() as stack:
+            stack.callback(super().close)
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, lock)
-            sole = _try_lock(lock)
+            sole = try_lock(lock)
             if not sole:
                 fcntl.flock(lock, fcntl.LOCK_SH)
             self.index = Index(directory / "index.sqlite", sole=sole)
@@ -122,7 +112,6 @@ class SnapshotStore:
             with self.index.exclusive():
                 self._reconcile()
             fcntl.flock(lock, fcntl.LOCK_SH)
-            self._closers = stack.enter_context(ThreadPoolExecutor(_CLOSERS, thread_name_prefix="unlink"))
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -136,19 +125,6 @@ class SnapshotStore:
         self.close()
 
     # Looking
-
-    def get(self, snapshot_id: str) -> Manifest:
-        """Raises UnknownSnapshotError, or BrokenSnapshotError if the manifest was tampered with."""
-        if not _SNAPSHOT_ID.match(snapshot_id):
-            raise UnknownSnapshotError(snapshot_id)
-        try:
-            with self.manifest_path(snapshot_id).open("rb") as file:
-                manifest = Manifest.parse(file.read(MAX_MANIFEST_BYTES + 1))
-        except FileNotFoundError as error:
-            raise UnknownSnapshotError(snapshot_id) from error
-        if manifest.id != snapshot_id:
-            raise BrokenSnapshotError(f"The file of snapshot {snapshot_id} holds another one, {manifest.id}.")
-        return manifest
 
     def resolve(self, reference: str) -> str:
         """The id for an id, a unique beginning of one, or a name. Raises UnknownSnapshotError, SnapshotRequestError."""
@@ -182,18 +158,6 @@ class SnapshotStore:
                 return self.get(id_)
         return None
 
-    def freed_bytes(self, ids: Sequence[str]) -> list[int]:
-        """Disk space that removing the first of these snapshots would free, the first two, and so on."""
-        return self.index.freed_bytes(ids)
-
-    def sandboxes_since(self, number: int) -> tuple[set[str], int]:
-        """The sandboxes of which anything was published since an earlier call, and the number for the next call."""
-        return self.index.sandboxes_since(number)
-
-    def part_path(self, kind: PartKind, digest: str) -> Path:
-        """Where a part lies, or would lie. Its content is only what its digest says if somebody checked that."""
-        return self.directory / "parts" / kind / digest
-
     def checked_path(self, kind: PartKind, part: Part) -> Path:
         """The path of a part whose content is what its digest says. Raises BrokenSnapshotError.
 
@@ -206,7 +170,7 @@ class SnapshotStore:
         except FileNotFoundError as error:
             raise BrokenSnapshotError(f"The {kind} {part.digest} is missing.") from error
         if identity.size_bytes != part.size_bytes or self.index.checked(kind, part.digest) != identity:
-            self._check_part(kind, part)
+            self.check_part(kind, part)
             self.index.note_checked(kind, part.digest, identity)
         return path
 
@@ -231,7 +195,7 @@ class SnapshotStore:
         problems: list[str] = []
         for kind, part in manifest.parts():
             try:
-                self._check_part(kind, part)
+                self.check_part(kind, part)
                 if kind is PartKind.LAYER:
                     path = self.part_path(kind, part.digest)
                     Layer.open(path, size_bytes=manifest.state.memory_bytes).close()
@@ -247,18 +211,13 @@ class SnapshotStore:
 
         It may stay open for long; nobody waits for it.
         """
-        directory = self.directory / "drafts" / secrets.token_hex(8)
         try:
             with contextlib.ExitStack() as stack:
                 with self.index.exclusive():  # no collection meets it before it is locked
-                    directory.mkdir(mode=0o700)
-                    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                    stack.callback(os.close, fd)
-                    stack.callback(shutil.rmtree, directory, ignore_errors=True)
-                    fcntl.flock(fd, fcntl.LOCK_EX)
+                    directory = self.open_draft(stack)
                 yield Draft(self, directory)
         except OSError as error:
-            raise full_or_same(error, directory) from error
+            raise full_or_same(error, self.directory) from error
 
     # Keeping and removing
 
@@ -268,10 +227,10 @@ class SnapshotStore:
         durable: it must survive a power loss too; a running machine does not, so its pin need not wait for the disk.
         Raises UnknownSnapshotError, SnapshotRequestError (not a name), StoreFullError.
         """
-        path = self._pin_path(user)
+        path = self.pin_path(user)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with removed_on_error(temporary):
-            _write(temporary, pin.model_dump_json().encode(), synced=durable)
+            write_new(temporary, pin.model_dump_json().encode(), synced=durable)
             with self.index.exclusive():
                 for snapshot_id in pin.snapshots:
                     if not self.manifest_path(snapshot_id).exists():
@@ -283,26 +242,26 @@ class SnapshotStore:
 
     def unpin(self, user: str) -> None:
         """Harmless if nothing is pinned. What nobody needs any more goes with the next removal."""
-        path = self._pin_path(user)
+        path = self.pin_path(user)
         with self.index.exclusive():
             path.unlink(missing_ok=True)
             self._released.update(self.index.pin(user))
 
-    def pin_users(self) -> set[str]:
-        """Who has pinned something, also where that cannot be read."""
-        return {path.stem for path in (self.directory / "pins").glob("*.json") if _USER_NAME.match(path.stem)}
-
     def pins(self) -> dict[str, Pin]:
-        """Who needs what. Raises BrokenSnapshotError if a pin cannot be read: nothing may be removed then."""
+        """Who needs what. Raises BrokenSnapshotError if a pin cannot be read."""
         pins: dict[str, Pin] = {}
-        for path in sorted((self.directory / "pins").glob("*.json")):
-            try:
-                pins[path.stem] = Pin.model_validate_json(path.read_bytes())
-            except FileNotFoundError:
-                continue
-            except ValidationError as error:
-                raise BrokenSnapshotError(f"The pin {path} cannot be read; mend or remove it.") from error
+        for user in sorted(self.pin_users()):
+            with contextlib.suppress(FileNotFoundError):
+                pins[user] = self.read_pin(user)
         return pins
+
+    def read_pin(self, user: str) -> Pin:
+        """Raises FileNotFoundError, BrokenSnapshotError."""
+        path = self.pin_path(user)
+        try:
+            return Pin.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise BrokenSnapshotError(f"The pin {path} cannot be read; mend or remove it.") from error
 
     def rm(self, snapshot_id: str) -> Collected:
         """Remove a snapshot, its flattened forms, and the parts that only they needed.
@@ -310,8 +269,6 @@ class SnapshotStore:
         Raises UnknownSnapshotError; SnapshotInUseError if a live or sleeping sandbox needs it, naming it;
         BrokenSnapshotError if there is a pin that cannot be read, and so might name it.
         """
-        if not _SNAPSHOT_ID.match(snapshot_id):
-            raise UnknownSnapshotError(snapshot_id)
         return self._remove([snapshot_id], strict=True)
 
     def rm_many(self, ids: Sequence[str]) -> Collected:
@@ -329,27 +286,18 @@ class SnapshotStore:
         """
         with contextlib.ExitStack() as stack, self.index.exclusive():
             self._reconcile()
-            drafts = list((self.directory / "drafts").iterdir())
-            dead = [path for path in drafts if _lock_dead_draft(path, stack)]
+            dead = self.dead_drafts(stack)
             for path in dead:
                 stack.callback(shutil.rmtree, path, ignore_errors=True)
-            live = {_draft_user(path) for path in drafts} - {_draft_user(path) for path in dead}
+            live = {_draft_user(path) for path in (self.directory / "drafts").iterdir() if path not in dead}
             for user in self.index.pins():
-                if not _USER_NAME.match(user) and user not in live:
+                if user.startswith(".") and user not in live:
                     self.index.pin(user)
-            on_disk = {(kind, path.name) for kind in PartKind for path in (self.directory / "parts" / kind).iterdir()}
-            strays = on_disk - self.index.needed()
-        for name in ("manifests", "pins"):
-            for path in (self.directory / name).glob(".*"):
-                with contextlib.suppress(FileNotFoundError):  # its writer has just renamed it
-                    if time.time() - path.stat().st_mtime > _HALF_WRITTEN_S:
-                        path.unlink()
-        if self._unreadable:
-            raise BrokenSnapshotError(
-                f"{self._unreadable[0]} cannot be read; mend or remove it. No part is removed until then."
-            )
-        parts, freed_bytes = self._drop(list(strays))
-        return Collected(parts=parts, drafts=len(dead), freed_bytes=freed_bytes)
+            strays = self.part_keys() - self.index.needed()
+        self.remove_half_written()
+        for path in self._still_unreadable():
+            raise BrokenSnapshotError(f"{path} cannot be read; mend or remove it. No part is removed until then.")
+        return Collected(drafts=len(dead)) + self._drop(list(strays))
 
     # Inside
 
@@ -360,68 +308,50 @@ class SnapshotStore:
                 raise BrokenSnapshotError(f"The pin {path} cannot be read; mend or remove it.")
         candidates: list[PartKey] = []
         for some in _portions(ids):
-            with self._unlinking() as unlink, self.index.exclusive():
+            with self.unlinking() as unlink, self.index.exclusive():
                 doomed: list[str] = []
                 for id_ in some:
-                    users = [user for user in self.index.users(id_) if self._pin_path(user).exists()]
-                    if strict and not self.manifest_path(id_).exists():
-                        raise UnknownSnapshotError(id_)
-                    if strict and users:
-                        raise SnapshotInUseError(id_, users=[f"sandbox {user}" for user in users])
-                    if not users and _SNAPSHOT_ID.match(id_):
+                    try:
+                        self._check_removable(id_)
+                    except SnapshotRequestError:
+                        if strict:
+                            raise
+                    else:
                         # The snapshot last: a flattened form without it would stay for ever.
                         doomed += [*self.index.flattened(id_), id_]
                 for id_ in doomed:
                     with contextlib.suppress(FileNotFoundError):
                         unlink(self.manifest_path(id_))
                 candidates += self.index.remove(doomed)
-        # A manifest whose parts are gone must not come back after a power loss.
-        sync_directory(self.directory / "manifests")
+        if ids:  # a manifest whose parts are gone must not come back after a power loss
+            sync_directory(self.directory / "manifests")
         with self.index.exclusive():
             candidates += self._released
             self._released.clear()
-        parts, freed_bytes = self._drop(list(dict.fromkeys(candidates)))
-        if (was_unreadable and not self._still_unreadable()) or self._has_dead_draft():
-            collected = self.gc()
-            return Collected(
-                parts=parts + collected.parts,
-                drafts=collected.drafts,
-                freed_bytes=freed_bytes + collected.freed_bytes,
-            )
-        return Collected(parts=parts, drafts=0, freed_bytes=freed_bytes)
+        collected = self._drop(list(dict.fromkeys(candidates)))
+        with contextlib.ExitStack() as stack:
+            has_dead = bool(self.dead_drafts(stack))
+        if has_dead or (was_unreadable and not self._still_unreadable()):
+            collected += self.gc()
+        return collected
 
-    def _drop(self, candidates: Sequence[PartKey]) -> tuple[int, int]:
-        """Remove those of these parts that nothing needs; how many there were, and how much space they took."""
-        if self._still_unreadable():
-            return 0, 0
+    def _check_removable(self, snapshot_id: str) -> None:
+        if not self.manifest_path(snapshot_id).exists():
+            raise UnknownSnapshotError(snapshot_id)
+        users = [f"sandbox {user}" for user in self.index.users(snapshot_id) if self.pin_path(user).exists()]
+        if users:
+            raise SnapshotInUseError(snapshot_id, users=users)
+
+    def _drop(self, candidates: Sequence[PartKey]) -> Collected:
+        """Remove those of these parts that nothing needs."""
         count = freed_bytes = 0
-        for some in _portions(candidates):
-            with self._unlinking() as unlink, self.index.exclusive():
+        for some in _portions(candidates if not self._still_unreadable() else ()):
+            with self.unlinking() as unlink, self.index.exclusive():
                 for kind, digest in self.index.forget_unneeded(some):
                     with contextlib.suppress(FileNotFoundError):
                         freed_bytes += unlink(self.part_path(kind, digest))
                         count += 1
-        return count, freed_bytes
-
-    @contextlib.contextmanager
-    def _unlinking(self) -> Iterator[Callable[[Path], int]]:
-        """Gives what removes a file and answers how much space it takes, which is free when this ends.
-
-        The kernel frees it when the file is closed for the last time. On ext4 that takes most of a millisecond, without
-        using a CPU, so several threads do it: 500 files in 0.04 s instead of 0.42.
-        """
-        opened: list[int] = []
-
-        def unlink(path: Path) -> int:
-            opened.append(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
-            path.unlink()
-            return os.fstat(opened[-1]).st_blocks * 512
-
-        try:
-            yield unlink
-        finally:
-            shares = [opened[first::_CLOSERS] for first in range(min(_CLOSERS, len(opened)))]
-            list(self._closers.map(_close_all, shares))
+        return Collected(parts=count, freed_bytes=freed_bytes)
 
     def _reconcile(self) -> None:
         """Make the index agree with manifests and pins. Within `exclusive`.
@@ -437,66 +367,27 @@ class SnapshotStore:
             except BrokenSnapshotError:
                 self._unreadable.append(self.manifest_path(snapshot_id))
         for manifest in sorted(missing, key=lambda manifest: manifest.created_at):
-            self.index.add(manifest, self._stored_bytes(manifest))
+            self.index.add(manifest, self.stored_bytes(manifest))
         self.index.remove(indexed - on_disk)
         known = self.index.pins()
         for user in self.pin_users():
             try:
-                pin = Pin.model_validate_json(self._pin_path(user).read_bytes())
-            except ValidationError:
+                pin = self.read_pin(user)
+            except BrokenSnapshotError:
                 if user not in known:
-                    self._unreadable.append(self._pin_path(user))
+                    self._unreadable.append(self.pin_path(user))
             else:
                 if known.get(user, (set(), set())) != (set(pin.snapshots), set(pin.parts())):
                     self.index.pin(user, snapshots=pin.snapshots, parts=pin.parts())
             known.pop(user, None)
         for user in known:
-            if _USER_NAME.match(user):
+            if not user.startswith("."):
                 self.index.pin(user)
 
     def _still_unreadable(self) -> list[Path]:
         """Manifests and pins of which nobody knows what they need, for they cannot be read."""
         self._unreadable = [path for path in self._unreadable if path.exists()]
         return self._unreadable
-
-    def _has_dead_draft(self) -> bool:
-        with contextlib.ExitStack() as stack:
-            return any(_lock_dead_draft(path, stack) for path in (self.directory / "drafts").iterdir())
-
-    def _stored_bytes(self, manifest: Manifest) -> list[int]:
-        """Disk space of each part; a base is mostly holes."""
-        found: list[int] = []
-        for kind, part in manifest.parts():
-            try:
-                found.append(self.part_path(kind, part.digest).stat().st_blocks * 512)
-            except FileNotFoundError:  # `verify` names it
-                found.append(0)
-        return found
-
-    def ids(self) -> set[str]:
-        """The ids of all snapshots, also of those whose manifest turns out to be broken."""
-        names = (path.stem for path in (self.directory / "manifests").glob("*.json"))
-        return {name for name in names if _SNAPSHOT_ID.match(name)}
-
-    def manifest_path(self, snapshot_id: str) -> Path:
-        """Where the manifest of a snapshot lies, or would lie."""
-        return self.directory / "manifests" / f"{snapshot_id}.json"
-
-    def _check_part(self, kind: PartKind, part: Part) -> None:
-        path = self.part_path(kind, part.digest)
-        try:
-            size_bytes = path.stat().st_size
-        except FileNotFoundError as error:
-            raise BrokenSnapshotError(f"The {kind} {part.digest} is missing.") from error
-        if size_bytes != part.size_bytes:
-            raise BrokenSnapshotError(f"The {kind} {part.digest} has {size_bytes} bytes instead of {part.size_bytes}.")
-        if part_digest(kind, path) != part.digest:
-            raise BrokenSnapshotError(f"The {kind} {part.digest} was changed: its content has another digest.")
-
-    def _pin_path(self, user: str) -> Path:
-        if not _USER_NAME.match(user):
-            raise SnapshotRequestError(f"{user!r} cannot be the name of a pin.")
-        return self.directory / "pins" / f"{user}.json"
 
 
 class Draft:
@@ -522,7 +413,7 @@ class Draft:
         """Take a small part, such as device state, from memory."""
         path = self.path(f"{kind}-{len(self._staged)}")
         with removed_on_error(path):
-            _write(path, content, synced=True)
+            write_new(path, content, synced=True)
         return self.add(kind, path)
 
     def publish(self, contents: SnapshotContents) -> Manifest:
@@ -534,7 +425,7 @@ class Draft:
         store = self._store
         manifest = Manifest.of(contents)
         written = self.path("manifest.json")
-        _write(written, manifest.to_json(), synced=True)
+        write_new(written, manifest.to_json(), synced=True)
         target = store.manifest_path(manifest.id)
         with store.index.exclusive():
             existed = target.exists()
@@ -548,7 +439,7 @@ class Draft:
                 origin = manifest.flattened_from
                 if origin is not None and not store.manifest_path(origin).exists():
                     raise UnknownSnapshotError(origin)
-                store.index.add(manifest, store._stored_bytes(manifest))
+                store.index.add(manifest, store.stored_bytes(manifest))
                 store.index.pin(_draft_user(self._directory))
                 written.replace(target)
             sync_directory(target.parent)
@@ -590,50 +481,8 @@ class Draft:
         store._drop([(kind, part.digest) for kind, part in manifest.parts()])
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames and removals in a directory survive a power loss."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write(path: Path, content: bytes, *, synced: bool) -> None:
-    """Write a new small file; synced: it survives a power loss once its directory is synced, too."""
-    with path.open("xb") as file:
-        file.write(content)
-        if synced:
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def _portions(whole: Sequence[_T]) -> Iterator[Sequence[_T]]:
     return (whole[first : first + _PORTION] for first in range(0, len(whole), _PORTION))
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    """Whether nobody else held this lock, which is then ours."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _lock_dead_draft(directory: Path, stack: contextlib.ExitStack) -> bool:
-    """Whether nobody works on a draft any more; it is then locked until the stack is closed."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    stack.callback(os.close, fd)
-    return _try_lock(fd)
 
 
 def _draft_user(directory: Path) -> str:

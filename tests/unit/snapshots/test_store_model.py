@@ -179,7 +179,7 @@ class Model(RuleBasedStateMachine):
     def what_removal_frees(self, data: st.DataObject) -> None:
         listed = sorted(id_ for id_, manifest in self.manifests.items() if manifest.flattened_from is None)
         ids = data.draw(st.permutations(listed))[: data.draw(st.integers(0, len(listed)))]
-        freed = self.stores[0].freed_bytes(ids)
+        freed = self.stores[0].index.freed_bytes(ids)
         for count in range(len(ids)):
             gone = {id_ for id_ in ids[: count + 1] if not self.is_pinned(id_)}
             left = [id_ for id_ in self.manifests if self.origin(id_) not in gone]
