@@ -98,13 +98,15 @@ class TimeLine:
     def _check_named(self, sandbox_id: str, name: str) -> None:
         """Errors: SnapshotExistsError; RequestError where there are so many that only their owner can decide which may
         go."""
-        if self._core.store.ls(sandbox_id=sandbox_id, name=name):
+        entries = self._core.store.ls(sandbox_id=sandbox_id)
+        if any(entry.name == name for entry in entries):
             raise SnapshotExistsError(f"This sandbox has a checkpoint named {name!r} already.")
-        loose, named, freed = self._removable(sandbox_id)
+        count = sum(not is_automatic(entry) for entry in entries)
+        loose, freed = self._removable(sandbox_id)
         budget_mib = self._core.settings.checkpoint_budget_mib
-        if len(named) >= MAX_NAMED or freed[-1] - freed[len(loose)] > budget_mib << 20:
+        if count >= MAX_NAMED or freed[-1] - freed[len(loose)] > budget_mib << 20:
             raise RequestError(
-                f"This sandbox has {len(named)} named checkpoints, at most {MAX_NAMED} and {budget_mib} MiB are kept. "
+                f"This sandbox has {count} named checkpoints, at most {MAX_NAMED} and {budget_mib} MiB are kept. "
                 "Delete some (`DELETE /api/snapshots/{id}`) first."
             )
 
@@ -161,22 +163,22 @@ class TimeLine:
                 core.registry.checkpoint_problem(sandbox_id, _SLOW)
             core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
 
-    def _removable(self, sandbox_id: str) -> tuple[list[str], list[str], list[int]]:
-        """The checkpoints that may go by themselves, those with a name, and what removing the first 0, 1, ... of both,
-        in this order, would free. The newest, and what the sandbox wakes from, are neither."""
+    def _removable(self, sandbox_id: str) -> tuple[list[str], list[int]]:
+        """The checkpoints that may go by themselves, oldest first, and what removing the first 0, 1, ... of them, then
+        of those with a name, would free. The newest, and what the sandbox wakes from, are not among them."""
         core = self._core
         kept = core.get(sandbox_id).snapshot_id
         entries = [entry for entry in core.store.ls(sandbox_id=sandbox_id)[:-1] if entry.id != kept]
         loose = [entry.id for entry in entries if is_automatic(entry)]
         named = [entry.id for entry in entries if not is_automatic(entry)]
-        return loose, named, [0, *core.store.index.freed_bytes([*loose, *named])]
+        return loose, [0, *core.store.index.freed_bytes([*loose, *named])]
 
     def _thin(self, sandbox_ids: Iterable[str]) -> None:
         """Removes the oldest checkpoints that nobody named where there are too many or they take too much."""
         budget_bytes = self._core.settings.checkpoint_budget_mib << 20
         for sandbox_id in sandbox_ids:
             with contextlib.suppress(UnknownSandboxError):  # its checkpoints are being removed
-                loose, _, freed = self._removable(sandbox_id)
+                loose, freed = self._removable(sandbox_id)
                 self._core.store.rm_many(loose[: too_many(freed, loose=len(loose), budget_bytes=budget_bytes)])
 
     async def watch(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.snapshots.small_snapshots import kill_while, publish
+from tests.unit.snapshots.small_snapshots import PAGES, kill_while, publish
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotInUseError,
@@ -151,6 +151,28 @@ def test_parts_that_another_snapshot_or_a_live_machine_needs_stay(store: Snapsho
     store.pin("machine", Pin(bases=(two.state.of_kind(PartKind.BASE)[0].digest,)))
     store.rm(two.id)
     assert _files(store) == {"pins/machine.json", f"parts/base/{two.state.of_kind(PartKind.BASE)[0].digest}"}
+
+
+def test_what_a_snapshot_brings_and_what_removing_it_frees(store: SnapshotStore) -> None:
+    """Memory, device state and disks count once, to who brought them, and are freed with the last who needs them."""
+    page, base = 4096, PAGES
+    one = publish(store, 1, layers=[1], disks=[3])  # base, layer (table, page), device, disk (header, page)
+    two = publish(store, 2, layers=[1, 2], disks=[3, 5])  # layer, device, disk (header, three pages)
+    flat = publish(store, 2, base=9, disks=[3], flattened_from=two.id)  # a base
+    three = publish(store, 3, base=9, disks=[3], sandbox_id="child")  # device only
+    assert [entry.added_bytes // page for entry in store.ls()] == [base + 2 + 1 + 2, 2 + 1 + 4, 1]
+    assert store.entry(three.id) == store.ls()[-1]
+    alone = store.index.freed_bytes([two.id, one.id])
+    assert [freed // page for freed in alone] == [2 + 1 + 4, 2 + 1 + 4 + base + 2 + 1]
+    assert store.index.freed_bytes([three.id, two.id])[1] // page == 1 + base + 2 + 1 + 4
+    store.pin("machine-1", Pin(bases=(flat.memory.base.digest,), disks=(two.disks[1].digest,)))
+    assert store.index.freed_bytes([three.id, two.id])[1] // page == 1 + 2 + 1
+    store.pin("sandbox-1", Pin(snapshots=(two.id,)))
+    assert store.index.freed_bytes([two.id]) == [0]
+    store.unpin("sandbox-1")
+    assert store.rm(two.id).freed_bytes // page == 2 + 1
+    assert store.index.sandboxes_since(0)[0] == {"one", "child"}
+    assert store.index.sandboxes_since(store.index.sandboxes_since(0)[1])[0] == set()
 
 
 def test_a_pin_needs_a_name_and_something_that_exists(store: SnapshotStore) -> None:
