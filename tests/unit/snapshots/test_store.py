@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.unit.snapshots.small_snapshots import PAGES, kill_while, publish
+from vm_runtime.snapshots import index
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotInUseError,
     SnapshotRequestError,
     StoreFullError,
+    StoreIndexError,
     UnknownSnapshotError,
 )
 from vm_runtime.snapshots.index import SCHEMA, SCHEMA_VERSION
@@ -165,7 +169,8 @@ def test_what_a_snapshot_brings_and_what_removing_it_frees(store: SnapshotStore)
     alone = store.index.freed_bytes([two.id, one.id])
     assert [freed // page for freed in alone] == [2 + 1 + 4, 2 + 1 + 4 + base + 2 + 1]
     assert store.index.freed_bytes([three.id, two.id])[1] // page == 1 + base + 2 + 1 + 4
-    store.pin("machine-1", Pin(bases=(flat.memory.base.digest,), disks=(two.disks[1].digest,)))
+    parts = [*flat.state.parts[:1], *two.state.parts[-1:]]  # a base and the disk of three pages
+    store.pin("machine-1", Pin.of_parts(parts))
     assert store.index.freed_bytes([three.id, two.id])[1] // page == 1 + 2 + 1
     store.pin("sandbox-1", Pin(snapshots=(two.id,)))
     assert store.index.freed_bytes([two.id]) == [0]
@@ -324,16 +329,21 @@ def _opened(store: SnapshotStore, manifest: Manifest) -> list[Layer]:
 @pytest.fixture
 def small_store(tmp_path: Path) -> Iterator[SnapshotStore]:
     """A store on a real file system of one MiB."""
+    with _tmpfs(tmp_path, mib=1) as directory, SnapshotStore(directory) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def _tmpfs(tmp_path: Path, *, mib: int) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount a small tmpfs")
     directory = tmp_path / "small"
     directory.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, b"size=1m"):
+    if libc.mount(b"none", os.fsencode(directory), b"tmpfs", 0, f"size={mib}m".encode()):
         pytest.skip(f"needs to mount a small tmpfs: {os.strerror(ctypes.get_errno())}")
     try:
-        with SnapshotStore(directory) as store:
-            yield store
+        yield directory
     finally:
         libc.umount2(os.fsencode(directory), 0)
 
@@ -366,6 +376,66 @@ def _fill_up(path: Path, *, free_kib: int) -> None:
     status = os.statvfs(path.parent)
     with path.open("wb") as file:
         file.write(bytes(max(0, status.f_bavail * status.f_frsize - free_kib * 1024)))
+
+
+def test_snapshots_can_be_removed_from_a_full_disk(tmp_path: Path) -> None:
+    """SQLite's log has room reserved, so that the index does not hinder who makes room."""
+    with _tmpfs(tmp_path, mib=16) as directory:
+        with SnapshotStore(directory) as store:
+            ids = [publish(store, number, layers=[number], disks=[number]).id for number in range(100)]
+            store.pin("sandbox-1", Pin(snapshots=(ids[0],)))
+        with SnapshotStore(directory) as store:
+            _fill_up(directory / "ballast", free_kib=0)
+            with pytest.raises(StoreFullError):
+                publish(store, 100, layers=[100])
+            assert len(store.ls()) == 100
+            store.unpin("sandbox-1")
+            assert store.rm_many(ids).parts == 1 + 3 * 100
+            (directory / "ballast").unlink()
+            assert _files(store) == set()
+
+
+def test_an_index_with_bad_pages_is_made_again(store: SnapshotStore) -> None:
+    ids = [publish(store, number, layers=[number]).id for number in range(40)]
+    store.close()
+    path = store.directory / "index.sqlite"
+    with path.open("r+b") as file:
+        half = file.seek(path.stat().st_size // 2 // 4096 * 4096)
+        file.write(b"?" * half)
+    with SnapshotStore(store.directory) as opened:
+        assert _listed(opened) == ids
+        assert opened.rm_many(ids).parts == 81
+
+
+def test_an_index_that_others_use_is_not_made_again(store: SnapshotStore) -> None:
+    """They would go on with the old one, and each would remove what only the other knows of."""
+    (store.directory / "index.sqlite").unlink()
+    with pytest.raises(StoreIndexError, match="missing while another process"):
+        SnapshotStore(store.directory)
+    store.close()
+    SnapshotStore(store.directory).close()
+
+
+def test_nothing_is_half_made_where_the_index_cannot_be_written(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_BUSY_TIMEOUT_S", 0.01)
+    with SnapshotStore(store.directory) as other:
+        manifest = publish(other, 1)
+        before = _files(store)
+        with contextlib.closing(sqlite3.connect(store.directory / "index.sqlite")) as greedy, other.begin() as draft:
+            contents = SnapshotContents.model_validate(manifest.model_dump(exclude={"id"}) | {"name": "new"})
+            greedy.execute("BEGIN IMMEDIATE")
+            for change in (
+                lambda: draft.publish(contents),
+                lambda: other.pin("sandbox-1", Pin(snapshots=(manifest.id,))),
+                lambda: other.rm(manifest.id),
+                other.gc,
+            ):
+                with pytest.raises(StoreIndexError, match="locked"):
+                    change()
+        assert _files(store) == before
+        assert other.verify(manifest.id) == []
 
 
 def _device(store: SnapshotStore, manifest: Manifest) -> bytes:
