@@ -25,6 +25,7 @@ from kernels.errors import (
     SandboxStateError,
     SnapshotExistsError,
     SnapshotInUseError,
+    StorageError,
     TemplateError,
     UnknownSandboxError,
     UnknownSnapshotError,
@@ -104,6 +105,7 @@ _STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
     (CheckpointLimitError, 503, "checkpoint_limit"),
     (CapacityError, 503, "no_capacity"),
     (MachineFailedError, 502, "machine_failed"),
+    (StorageError, 500, "storage_failed"),
     (TemplateError, 500, "template_failed"),
     (KernelsError, 500, "kernels_error"),
 )

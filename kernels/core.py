@@ -18,7 +18,15 @@ from weakref import WeakValueDictionary
 from kernels.boundary import CellBoundary
 from kernels.capacity import Capacity
 from kernels.endpoints import Endpoints
-from kernels.errors import CheckpointLimitError, MachineFailedError, SandboxStateError, UnsupportedError
+from kernels.errors import (
+    CheckpointLimitError,
+    MachineFailedError,
+    SandboxStateError,
+    SnapshotInUseError,
+    StorageError,
+    UnknownSnapshotError,
+    UnsupportedError,
+)
 from kernels.events import EventBus
 from kernels.index import Index, SandboxRecord
 from kernels.launcher import Launcher, identity_of
@@ -34,6 +42,7 @@ from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
 from vm_runtime.saving.forking import Forked
 from vm_runtime.saving.values import Description, Taken, Then
+from vm_runtime.snapshots import errors as snapshot_errors
 from vm_runtime.snapshots.errors import ChainTooLongError, SnapshotError
 from vm_runtime.snapshots.index import SnapshotEntry
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
@@ -406,6 +415,19 @@ class Core:
 def is_automatic(snapshot: Manifest | SnapshotEntry) -> bool:
     """Whether nobody asked for this checkpoint by name: it goes when there are too many, or with its sandbox."""
     return snapshot.name is None or snapshot.name.startswith(LEFT_AT)
+
+
+@contextlib.contextmanager
+def store_errors() -> Iterator[None]:
+    """What the snapshot store raises within, as errors of this package."""
+    try:
+        yield
+    except snapshot_errors.SnapshotInUseError as error:
+        raise SnapshotInUseError(str(error)) from error
+    except snapshot_errors.SnapshotRequestError as error:
+        raise UnknownSnapshotError(str(error)) from error
+    except SnapshotError as error:
+        raise StorageError(str(error)) from error
 
 
 def pin_name(sandbox_id: str) -> str:

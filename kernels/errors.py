@@ -16,6 +16,7 @@ KernelsError
 |   +-- CheckpointLimitError      no further snapshot can be stored until those before it were merged
 +-- MachineFailedError        the machine died or did not start
 +-- MachineLeftError          nobody's: the sandbox lost its machine while something used it; `why` says for what
++-- StorageError              the host's: the snapshot store is full, or cannot be read
 +-- CellRunsError             nobody's: the kernel is not between two cells
 +-- TemplateError             the template could not be built
 """
@@ -115,6 +116,10 @@ LEFT = {
     "died": "The sandbox's machine died",
     "stopping": "The gateway began to stop (commands go on in its next start, and can be attached to)",
 }
+
+
+class StorageError(KernelsError):
+    """The snapshot store is full, or what is in it cannot be read; sandboxes that run go on."""
 
 
 class CellRunsError(KernelsError):

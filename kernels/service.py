@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Self
 
-from kernels.core import Core, utc_now
+from kernels.core import Core, store_errors, utc_now
 from kernels.errors import (
     KernelsError,
     LimitError,
@@ -21,8 +21,6 @@ from kernels.errors import (
     RequestError,
     SandboxExistsError,
     SandboxStateError,
-    SnapshotInUseError,
-    UnknownSnapshotError,
     UnknownTemplateError,
 )
 from kernels.events import EventQueue
@@ -45,8 +43,7 @@ from vm_runtime.drivers.base import Driver, FlatteningStatus
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image
 from vm_runtime.machine import MemoryUsage
-from vm_runtime.snapshots import errors as snapshot_errors
-from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import DISK_STEP_MIB, MEMORY_STEP_MIB, MachineShape
@@ -74,12 +71,13 @@ class SandboxService:
         async with AsyncExitStack() as stack:
             index = Index(self._settings.state_dir / "index.sqlite")
             stack.callback(index.close)
-            store = await asyncio.to_thread(SnapshotStore, self._settings.state_dir / "snapshots")
-            stack.callback(store.close)
-            try:
-                await asyncio.to_thread(store.gc)
-            except snapshot_errors.BrokenSnapshotError as error:
-                log.error("What an earlier gateway left in the store is not removed: %s", error)
+            with store_errors():
+                store = await asyncio.to_thread(SnapshotStore, self._settings.state_dir / "snapshots")
+                stack.callback(store.close)
+                try:
+                    await asyncio.to_thread(store.gc)
+                except BrokenSnapshotError as error:
+                    log.error("What an earlier gateway left in the store is not removed: %s", error)
             core = self._core = Core(self._settings, self._driver, index, store)
             naps = self._naps = Naps(core)
             time_line = self._time_line = TimeLine(core)
@@ -230,10 +228,8 @@ class SandboxService:
 
     def _resolve(self, snapshot: str) -> Manifest:
         store = self._core.store
-        try:
+        with store_errors():
             return store.get(store.resolve(snapshot))
-        except snapshot_errors.SnapshotRequestError as error:
-            raise UnknownSnapshotError(str(error)) from error
 
     def _left_behind(self, request: CreateSandbox, sandbox_id: str) -> Sandbox | None:
         """The sleeping sandbox that a Jupyter client deleted and now asks for again, by its id or its notebook."""
@@ -360,20 +356,17 @@ class SandboxService:
 
     async def snapshots(self, *, owner: str | None = None) -> Sequence[Snapshot]:
         """All snapshots in the store, oldest first."""
-        return [snapshot_of(entry) for entry in await asyncio.to_thread(self._core.store.ls, owner=owner)]
+        with store_errors():
+            return [snapshot_of(entry) for entry in await asyncio.to_thread(self._core.store.ls, owner=owner)]
 
     def flattening(self) -> FlatteningStatus:
         """How far the sandboxes' chains of layers and disks are from being short, and what failed."""
         return self._core.launcher.saver.flattening()
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
-        """Errors: UnknownSnapshotError, SnapshotInUseError."""
-        try:
+        """Errors: UnknownSnapshotError, SnapshotInUseError, StorageError."""
+        with store_errors():
             await self._core.removing(self._core.store.rm, snapshot_id)
-        except snapshot_errors.SnapshotInUseError as error:
-            raise SnapshotInUseError(str(error)) from error
-        except snapshot_errors.SnapshotRequestError as error:
-            raise UnknownSnapshotError(str(error)) from error
 
     async def usage(self, sandbox_id: str) -> MemoryUsage:
         """Memory of the sandbox's machine; nothing if it sleeps. Errors: as `interrupt`."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from kernels.core import LEFT_AT, Core, is_automatic, utc_now
+from kernels.core import LEFT_AT, Core, is_automatic, store_errors, utc_now
 from kernels.errors import (
     CellRunsError,
     CheckpointLimitError,
@@ -80,9 +80,10 @@ class TimeLine:
         self._waiting: set[str] = set()
 
     def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
-        """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError."""
+        """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError, StorageError."""
         self._core.get(sandbox_id)
-        return [_checkpoint(entry) for entry in self._core.store.ls(sandbox_id=sandbox_id)]
+        with store_errors():
+            return [_checkpoint(entry) for entry in self._core.store.ls(sandbox_id=sandbox_id)]
 
     async def checkpoint(self, sandbox_id: str, *, name: str | None) -> Checkpoint:
         """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, CheckpointLimitError,
@@ -90,10 +91,11 @@ class TimeLine:
         if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
             raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
         async with self._core.lock(sandbox_id):
-            if name is not None:
-                await asyncio.to_thread(self._check_named, sandbox_id, name)
-            manifest = await self._take(sandbox_id, name=name)
-            return _checkpoint(await asyncio.to_thread(self._core.store.entry, manifest.id))
+            with store_errors():
+                if name is not None:
+                    await asyncio.to_thread(self._check_named, sandbox_id, name)
+                manifest = await self._take(sandbox_id, name=name)
+                return _checkpoint(await asyncio.to_thread(self._core.store.entry, manifest.id))
 
     def _check_named(self, sandbox_id: str, name: str) -> None:
         """Errors: SnapshotExistsError; RequestError where there are so many that only their owner can decide which may
@@ -213,14 +215,16 @@ class TimeLine:
         """
         unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
-            entry = await asyncio.to_thread(self._find, sandbox_id, target)
+            with store_errors():
+                entry = await asyncio.to_thread(self._find, sandbox_id, target)
             return await self._goto(sandbox_id, entry, reply_to, unanswered)
 
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
         unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
-            entry = await asyncio.to_thread(self._before, sandbox_id)
+            with store_errors():
+                entry = await asyncio.to_thread(self._before, sandbox_id)
             return await self._goto(sandbox_id, entry, reply_to, unanswered)
 
     async def _catch_up(self, sandbox_id: str, *, inside: bool) -> Sequence[Mapping[str, Any]]:

@@ -76,7 +76,7 @@ class Saver:
             shape=MachineShape(**manifest.shape.model_dump()), image=self._image_files(manifest.image_digest)
         )
         async with AsyncExitStack() as on_error:
-            on_error.callback(unpin_machine, self._store, place.id)
+            on_error.push_async_callback(asyncio.to_thread, unpin_machine, self._store, place.id)
             # In this order: what is found to be in the store then, stays.
             await asyncio.to_thread(pin_machine, self._store, place, state)
             async with self._states.opened(state) as opened:
@@ -157,7 +157,7 @@ class Saver:
         """Forget the machines that are not in `keep`: disks (`machines_dir/<machine id>`) and what the store keeps."""
         await asyncio.to_thread(self._driver.remove_leftovers, machines_dir, keep=keep)
         for machine_id in await asyncio.to_thread(pinned_machines, self._store) - keep:
-            unpin_machine(self._store, machine_id)
+            await asyncio.to_thread(unpin_machine, self._store, machine_id)
 
     async def close(self) -> None:
         """Let go of everything but the machines, and give up what is done in the background. Twice is harmless."""

@@ -45,7 +45,7 @@ async def gather_all(*work: Awaitable[Any]) -> list[Any]:
 
 @asynccontextmanager
 async def open_draft(store: SnapshotStore) -> AsyncIterator[Draft]:
-    """`store.begin()` in threads, since it may have to wait for a removal. Only within `uncancelled`."""
+    """`store.begin()` in threads. Only within `uncancelled`."""
     context = store.begin()
     draft = await asyncio.to_thread(context.__enter__)
     try:
