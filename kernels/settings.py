@@ -77,7 +77,10 @@ class ServiceSettings(BaseModel):
         "timer:<minutes>.",
     )
     checkpoint_budget_mib: int = Field(
-        2048, ge=0, description="Disk that the checkpoints of one sandbox may take, in MiB; the oldest go first."
+        2048,
+        ge=0,
+        description="Disk that the checkpoints of one sandbox may take, in MiB: what removing them would free. "
+        "The oldest go first.",
     )
     max_children: int = Field(64, ge=0, description="Most children by fork that one sandbox has at a time.")
     max_depth: int = Field(1000, ge=0, description="Most generations of forks of forks.")

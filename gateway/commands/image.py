@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from vm_runtime.images.errors import ImageError
 from vm_runtime.images.progress import LineProgress, Progress, TerminalProgress
 from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
 from vm_runtime.images.store import SHORT_DIGEST_LENGTH, Image, ImageStore
+from vm_runtime.snapshots.errors import BrokenSnapshotError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import PartKind
 from vm_runtime.snapshots.store import SnapshotStore
 
@@ -182,8 +184,10 @@ def users_of(state_dir: Path, image_digest: str) -> list[str]:
         return []
     with SnapshotStore(directory) as store:
         snapshots = [entry.id for entry in store.ls() if entry.image_digest == image_digest]
-        states = (store.get(snapshot_id).state for snapshot_id in snapshots)
-        bases = {base.digest for state in states for base in state.of_kind(PartKind.BASE)}
+        bases: set[str] = set()
+        for snapshot_id in snapshots:
+            with contextlib.suppress(BrokenSnapshotError, UnknownSnapshotError):  # no machine can be made from it
+                bases |= {base.digest for base in store.get(snapshot_id).state.of_kind(PartKind.BASE)}
         running = [user for user, pin in store.pins().items() if user.startswith("machine-") and bases & set(pin.bases)]
         of_templates = {record.snapshot for record, _ in stored_templates(state_dir / "templates", store)}
         return [snapshot_id for snapshot_id in snapshots if snapshot_id not in of_templates] + running

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from kernels.directories import default_state_dir
@@ -62,13 +63,18 @@ def _run(command: _Command, arguments: argparse.Namespace) -> int:
 
 def _ls(store: SnapshotStore, arguments: argparse.Namespace) -> int:
     entries = store.ls(sandbox_id=arguments.sandbox, owner=arguments.owner)
-    if arguments.json:
-        _print_json([store.get(entry.id).model_dump(mode="json") for entry in entries])
-        return 0
     pinned: dict[str, list[str]] = {}
     for user, pin in store.pins().items():
         for snapshot_id in pin.snapshots:
             pinned.setdefault(snapshot_id, []).append(user)
+    if arguments.json:
+        _print_json(
+            [
+                asdict(entry) | {"created_at": entry.created_at.isoformat(), "needed_by": pinned.get(entry.id, [])}
+                for entry in entries
+            ]
+        )
+        return 0
     print(f"{'ID':12}  {'CREATED':19}  {'MIB':>8}  {'LAYERS':>6}  {'TEMPLATE':14}  {'NAME':20}  NEEDED BY")
     for entry in entries:
         created = entry.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -38,7 +38,8 @@ def test_the_commands_that_look(
     assert run("ls") == 0
     assert published.id[:12] in capsys.readouterr().out
     assert run("ls", "--json") == 0
-    assert [entry["id"] for entry in json.loads(capsys.readouterr().out)] == [published.id]
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["id"], entry["name"], entry["needed_by"]) == (published.id, "mine", [])
     assert run("inspect", "mine") == 0
     assert json.loads(capsys.readouterr().out)["wire_marker"] == "cd" * 16
     assert run("verify", "--json") == 0
