@@ -248,7 +248,8 @@ async def test_a_sandbox_that_cannot_go_back_goes_on(state_gateway: RunningGatew
         (checkpoint,) = await api.checkpoints(sandbox_id)
         snapshots = state_gateway.state_dir / "snapshots"
         manifest = json.loads((snapshots / "manifests" / f"{checkpoint['id']}.json").read_text())
-        (snapshots / "parts/device" / manifest["device"]["digest"]).write_bytes(b"not what was saved")
+        (device,) = (part["digest"] for part in manifest["state"]["parts"] if part["kind"] == "device")
+        (snapshots / "parts/device" / device).write_bytes(b"not what was saved")
         machines = vmm_pids(state_gateway.run_dir)
         refused = await api.do(sandbox_id, "goto", {"target": "one"}, status=502)
         assert "could not be restored" in refused["message"]
