@@ -101,6 +101,33 @@ async def test_a_cell_that_ends_while_no_gateway_runs(state_dir: Path) -> None:
             assert await again.value("6 * 8") == 48
 
 
+async def test_who_waits_for_a_child_outlasts_the_gateway(state_dir: Path) -> None:
+    first = start_gateway(state_dir, *FLAGS)
+    parent = await Api(first).create()
+    cell = """
+import os, sandbox, time
+kid = sandbox.fork()
+if kid is None:
+    while not os.path.exists("/tmp/go"):
+        time.sleep(0.1)
+    sandbox.exit("the child's")
+"""
+    async with Notebook.open(first, parent) as notebook:
+        await notebook.run(cell)
+        msg_id = await notebook.client.execute("print('waits', flush=True)\nvalue = kid.result()")
+        await notebook.client.until("stream")
+        first.kill()
+        while await notebook.client.receive() is not None:
+            pass
+    with ended(start_gateway(state_dir, *FLAGS)) as second:
+        api = Api(second)
+        (child,) = [each["id"] for each in await api.call("GET", "/api/sandboxes") if each["parent_id"] == parent]
+        await api.do(child, "exec", {"command": "touch /tmp/go"})
+        async with Notebook.open(second, parent, session_id=notebook.client.session_id) as again:
+            await again.rest(msg_id)
+            assert await again.value("value") == "the child's"
+
+
 async def test_sigterm_in_a_cell_puts_it_to_sleep_and_it_goes_on(state_dir: Path) -> None:
     first = start_gateway(state_dir, *FLAGS)
     traces = Traces(first.run_dir)

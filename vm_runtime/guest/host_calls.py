@@ -40,6 +40,8 @@ REQUEST_LIMIT_S = 30.0
 
 # What ended well if the machine was restored while it was pending: the state that was stored then, or left, goes on.
 _DONE_WHEN_RESTORED = frozenset({"snapshot", "sleep", "restore", "goto", "undo"})
+# What changes nothing is asked again in the next session: the host keeps how children ended.
+_ASKED_AGAIN = frozenset({"result", "wait", "info", "tree", "checkpoints"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class HostCalls:
                 call.answer(Answer(header=header))
             elif restored and call.op in _DONE_WHEN_RESTORED:
                 call.answer(Answer(header={"result": {"restored": True}}))
-            else:
+            elif call.op not in _ASKED_AGAIN:
                 message = f"The connection to the host was renewed while {call.op} was waiting for its answer."
                 call.answer(_refused("interrupted", message))
         self._link = link
@@ -178,7 +180,13 @@ class HostCalls:
                 gone.exception()  # a connection that broke is as gone as one that ended
 
     async def _send_call(self, call: _Call) -> None:
-        """Forward a call; if the session ends meanwhile, the next one's `begin_session` answers it."""
+        """Forward a call; if the session ends meanwhile, the next one's `begin_session` answers it, or it is asked
+        again."""
+        while not await self._answered(call) and call.op in _ASKED_AGAIN:
+            pass
+
+    async def _answered(self, call: _Call) -> bool:
+        """Whether the session lasted until the call was answered."""
         link = await self._session()
         call.link = link
         try:
@@ -192,14 +200,15 @@ class HostCalls:
                     if len(value) > VALUE_BYTES_MAX:
                         stream.reset("too_large", f"A value has at most {VALUE_BYTES_MAX} bytes")
                         call.answer(_refused("too_large", f"The answer to {call.op} is larger than a value may be."))
-                        return
+                        return True
             call.answer(Answer(header={"result": dict(result)}, value=bytes(value)))
         except (OpenRejectedError, StreamResetError) as error:
             call.answer(_refused(error.code, error.reason))
         except LinkClosedError:
-            pass
+            return False
         except WireError as error:  # params that are no JSON for the wire
             call.answer(_refused("bad_request", str(error)))
+        return True
 
     async def _session(self) -> Link:
         while self._link is None or self._link.closed:

@@ -142,12 +142,35 @@ async def test_one_failed_child_fails_not_its_siblings(host: SandboxHost) -> Non
 
 async def test_a_pending_call_that_a_new_session_does_not_name_is_interrupted(host: SandboxHost) -> None:
     async with client(host) as jupyter:
-        jupyter.execute("import sandbox\ntry:\n    sandbox.tree()\nexcept sandbox.HostError as error:\n    e = error")
-        await host.next_call("tree")
+        jupyter.execute(
+            "import sandbox\ntry:\n    sandbox.kill('c1')\nexcept sandbox.HostError as error:\n    e = error"
+        )
+        await host.next_call("kill")
         await host.begin()
     async with client(host) as jupyter:
         text, _ = await run(jupyter, "print(type(e).__name__, e)")
-    assert text.startswith("InterruptedCallError The connection to the host was renewed while tree")
+    assert text.startswith("InterruptedCallError The connection to the host was renewed while kill")
+
+
+async def test_what_changes_nothing_is_asked_again(host: SandboxHost) -> None:
+    """As after a restart of the gateway; also if the answer was on its way."""
+    async with client(host) as jupyter:
+        code = "import sandbox\nkids = sandbox.fork(2)\nfirst = sandbox.wait()\nvalue = first.result()"
+        jupyter.execute(code)
+        entries = [{"id": child_id(index), "index": index} for index in range(2)]
+        await (await host.next_call("fork")).answer({"children": entries})
+        for _ in range(3):
+            waiting = await host.next_call("wait")
+            await host.begin()
+        assert waiting.params["ids"] == [child_id(0), child_id(1)]
+        await (await host.next_call("wait")).answer({"id": child_id(1)})
+        half = await host.next_call("result")
+        stream = await half.incoming.accept({"state": "exited", "status": "ok"})
+        await stream.write(values.encode("all of it")[:4])
+        await host.begin(restored=True)
+        await (await host.next_call("result")).answer({"state": "exited", "status": "ok"}, values.encode("all of it"))
+    async with client(host) as jupyter:
+        assert (await run(jupyter, "print(first.index, value)"))[0] == "1 all of it\n"
 
 
 async def test_a_call_without_a_session_waits_for_the_next(host: SandboxHost) -> None:
