@@ -37,6 +37,7 @@ class Naps:
         Errors: UnknownSandboxError, SandboxStateError, CheckpointLimitError, MachineFailedError (the snapshot failed);
         it runs on.
         """
+        self._core.get(sandbox_id)
         async with self._core.lock(sandbox_id):
             return await self._sleep(sandbox_id)
 
@@ -66,6 +67,7 @@ class Naps:
 
         Errors: UnknownSandboxError, CapacityError (it sleeps on), MachineFailedError.
         """
+        self._core.get(sandbox_id)
         async with self._core.lock(sandbox_id):
             return await self._wake(sandbox_id)
 

@@ -66,7 +66,7 @@ class Pool(Generic[S]):
     """
 
     def __init__(
-        self, *, size: int, limit: int, make: Callable[[Template], Awaitable[S]], has_room: Callable[[], bool]
+        self, *, size: int, limit: int = 0, make: Callable[[Template], Awaitable[S]], has_room: Callable[[], bool]
     ) -> None:
         self._size = size
         self._limit = max(size, limit)
