@@ -8,8 +8,8 @@ Pure functions over bytes. Two WebSocket forms exist (jupyter_server/services/ke
                                       n x uint32be offsets, JSON, buffers...
 
 and on ZMQ: identities..., <IDS|MSG>, HMAC, header, parent, metadata, content, buffers... (jupyter_client.session).
-Going out, the four JSON parts pass as the bytes they are; only the header of the old form is read, for the `msg_id` and
-`msg_type` that form repeats at its top.
+Going out, the four JSON parts pass as the bytes they are, if they are UTF-8; only the header of the old form is read,
+for the `msg_id` and `msg_type` that form repeats at its top.
 """
 
 from __future__ import annotations
@@ -86,8 +86,18 @@ def from_zmq(channel: str, frames: Sequence[Part]) -> KernelMessage | None:
             parts = frames[index + 2 :]
             if len(parts) < 4:
                 return None
-            return KernelMessage(channel, parts[0], parts[1], parts[2], parts[3], tuple(parts[4:]))
+            header, parent, metadata, content = map(_utf8, parts[:4])
+            return KernelMessage(channel, header, parent, metadata, content, tuple(parts[4:]))
     return None
+
+
+def _utf8(part: Part) -> Part:
+    """As jupyter_client reads it: U+FFFD for what is no UTF-8, for which a browser would close the connection."""
+    try:
+        str(part, "utf-8")
+    except UnicodeDecodeError:
+        return str(part, "utf-8", "replace").encode()
+    return part
 
 
 def encode_v1(message: KernelMessage) -> bytes:

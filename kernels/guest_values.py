@@ -12,6 +12,7 @@ from kernels.errors import LEFT, GuestRefusedError, MachineFailedError, MachineL
 from vm_runtime.wire.chunks import ChunkError
 from vm_runtime.wire.command_frames import CommandFrameError
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
+from vm_runtime.wire.payloads import encode_text
 from vm_runtime.wire.stream import Stream
 
 # A list of 10,000 files, or of all commands, with room to spare.
@@ -83,4 +84,4 @@ def time_of(values: Any, name: str) -> float:
 def text_of(values: Any, name: str, *, optional: bool = False) -> Any:
     """A str that can be encoded. Errors: MachineFailedError."""
     found = value_of(values, name, str, optional=optional)
-    return None if found is None else found.encode("utf-8", "replace").decode()
+    return None if found is None else encode_text(found).decode()

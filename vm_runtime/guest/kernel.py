@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ipykernel import kernelapp
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.subshell_manager import UnknownSubshellError
+from jupyter_client.jsonutil import json_clean, json_default
 from jupyter_client.session import Session, new_id
 from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
@@ -42,6 +44,7 @@ from vm_runtime.guest.sandbox.notebook import load
 from vm_runtime.guest.side import TRACEBACK_CHARS_MAX, SideChannel
 from vm_runtime.guest.unanswered import Unanswered
 from vm_runtime.guest.warm import warm_up
+from vm_runtime.wire.payloads import encode_text
 
 # What OpenSSL's generator asks for itself: the strength of its 256-bit state and half of that again as nonce.
 SSL_SEED_BYTES = 48
@@ -205,6 +208,16 @@ def _reply_stream(socket: Any, io_loop: Any = None) -> ZMQStream:
     return ReplyStream(socket, io_loop) if socket.type == zmq.ROUTER else ZMQStream(socket, io_loop)
 
 
+def pack(value: Any) -> bytes:
+    """A part of a message, as jupyter_client packs it; but text that has no UTF-8 is neither an error nor sent as it
+    is, which no WebSocket would take."""
+    dump = partial(json.dumps, default=json_default, ensure_ascii=False, allow_nan=False)
+    try:
+        return encode_text(dump(value))
+    except (TypeError, ValueError):
+        return encode_text(dump(json_clean(value)))
+
+
 def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
     """Run a kernel in this process until it ends. The caller has set environment, signals and standard streams."""
     side = SideChannel(side_socket)
@@ -270,6 +283,7 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     config.IPKernelApp.kernel_class = HypercellKernel
     config.IPKernelApp.outstream_class = "vm_runtime.guest.iopub.BoundedOutStream"
     config.IPKernelApp.log_level = logging.CRITICAL
+    config.Session.packer = "vm_runtime.guest.kernel.pack"
     # The banner's tip is drawn with `random` at every kernel_info: a new client would change a seeded sequence.
     config.InteractiveShell.enable_tip = False
     HypercellKernel.side, HypercellKernel.is_restart = side, settings.is_restart

@@ -17,6 +17,9 @@ MAX_JSON_DEPTH = 32
 # Reasons and messages are for people; one that is longer is cut by the sender and refused by the receiver.
 MAX_TEXT_CHARACTERS = 4096
 
+# What Python makes of a byte in text that is not UTF-8 (PEP 383) is left out here: it becomes that byte again.
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 
 
@@ -46,10 +49,19 @@ def _deeper_than(value: object, limit: int) -> bool:
     return True
 
 
+def encode_text(text: str) -> bytes:
+    """As UTF-8, with U+FFFD for what has none: lone halves of surrogate pairs, and bytes of no UTF-8 in file names."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        data = _HALVES.sub("\ufffd", text).encode("utf-8", "surrogateescape")
+        return data.decode("utf-8", "replace").encode()
+
+
 def encode_json(value: Mapping[str, Any]) -> bytes:
     """A JSON object as UTF-8. LocalProtocolError where it is not JSON, too deep or longer than MAX_JSON_BYTES."""
     try:
-        payload = json.dumps(dict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        payload = encode_text(json.dumps(dict(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")))
     except (TypeError, ValueError, RecursionError) as error:
         raise LocalProtocolError(f"Not a JSON object: {error}") from error
     if len(payload) > MAX_JSON_BYTES:
@@ -83,8 +95,8 @@ def encode_coded(code: str, text_key: str, text: str) -> bytes:
     """The payload of REJECT (`message`), RESET and GOODBYE (`reason`). Long texts are cut."""
     if not is_name(code):
         raise LocalProtocolError(f"Not a code: {code!r}")
-    # Four bytes per character at most, so a cut text always fits a payload; a lone surrogate becomes "?".
-    return encode_json({"code": code, text_key: text[:MAX_TEXT_CHARACTERS].encode(errors="replace").decode()})
+    # Four bytes per character at most, so a cut text always fits a payload.
+    return encode_json({"code": code, text_key: text[:MAX_TEXT_CHARACTERS]})
 
 
 def parse_coded(payload: bytes, text_key: str) -> tuple[str, str]:

@@ -47,6 +47,17 @@ async def test_buffers_in_both_forms(gateway: RunningGateway, kernel_id: str, v1
     await client.close()
 
 
+@pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
+async def test_what_is_no_utf8_breaks_no_connection(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
+    client = await KernelClient.connect(gateway, kernel_id, v1=v1)
+    # A kernel that packs its messages as it likes.
+    pack = "lambda v: json.dumps(v, ensure_ascii=False, default=str).encode('utf-8', 'surrogateescape')"
+    await client.run(f"import json; get_ipython().kernel.session.pack = {pack}")
+    assert stream_text(await client.run("print('a\\udcffb')")) == "a\ufffdb\n"
+    assert stream_text(await client.run("print(1)")) == "1\n"
+    await client.close()
+
+
 async def test_input_is_answered(gateway: RunningGateway, kernel_id: str) -> None:
     client = await KernelClient.connect(gateway, kernel_id)
     await client.execute("print('hello', input('name? '))")

@@ -108,6 +108,15 @@ def test_zmq_identities_and_signature_are_dropped(message: KernelMessage, topic:
     assert encode_v1(received) == encode_v1(message)
 
 
+@given(st.lists(st.binary(max_size=20), min_size=4, max_size=4))
+def test_what_is_no_utf8_is_read_as_jupyter_client_does(parts: list[bytes]) -> None:
+    received = from_zmq("iopub", [memoryview(part) for part in (b"<IDS|MSG>", b"", *parts, b"\xff")])
+    assert received is not None
+    passed = [received.header, received.parent, received.metadata, received.content]
+    assert [bytes(part).decode() for part in passed] == [part.decode("utf-8", "replace") for part in parts]
+    assert list(map(bytes, received.buffers)) == [b"\xff"]
+
+
 @pytest.mark.parametrize("frames", [[], [b"x"], [b"<IDS|MSG>"], [b"<IDS|MSG>", b"sig", b"{}", b"{}", b"{}"]])
 def test_what_is_no_message_is_none(frames: list[bytes]) -> None:
     assert from_zmq("iopub", frames) is None
