@@ -217,7 +217,8 @@ class LiveSandbox:
                 if self._kernel_pid is not None and event.pid != self._kernel_pid:
                     continue  # the one that a restart replaced
                 now = time.monotonic()
-                self._crashes.append(now)
+                if not event.shut_down:
+                    self._crashes.append(now)
                 while self._crashes and now - self._crashes[0] > self._restart_window_s:
                     self._crashes.popleft()
                 if len(self._crashes) > self._restart_limit:

@@ -64,10 +64,11 @@ class LastCell:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelExited:
-    """The guest says that the kernel process `pid` ended; `reason` is a sentence."""
+    """The guest says that the kernel process `pid` ended; `reason` is a sentence. shut_down: as a client had asked."""
 
     pid: int
     reason: str
+    shut_down: bool = False
 
 
 GuestEvent = KernelStatus | KernelExited
@@ -259,6 +260,8 @@ def parse_event(line: bytes) -> GuestEvent | None:
             return KernelStatus(state=state, cell=_cell(value), next_waits=value.get("next_waits") is True)
         case {"event": "kernel.exited", "pid": int(pid)}:
             match value:
+                case {"shut_down": True}:
+                    return KernelExited(pid=pid, reason="The kernel was shut down by a client.", shut_down=True)
                 case {"signal": int(number)}:
                     reason = f"The kernel was killed by signal {number}."
                 case {"exit_status": int(number)}:

@@ -31,6 +31,11 @@ PREPARE_LIMIT_S = 600.0
 # After a restore a kernel's new key is waited for this long: immediate unless a cell holds the interpreter lock.
 RENEW_LIMIT_S = 5.0
 
+# How long a kernel has for its orderly end at a restart: for its running cell to take an interrupt, for exit handlers
+# and finalizers. jupyter_client gives a local one as much. Then SIGTERM, and SIGKILL after TERMINATION_S.
+GRACE_S = 5.0
+TERMINATION_S = 1.0
+
 # Between SIGKILL and the report of the end: vmlinux has to free the memory first.
 KILL_LIMIT_S = 30.0
 
@@ -77,8 +82,9 @@ class _Kernel:
     calls: Calls
     ready: asyncio.Future[None]
     exited: asyncio.Future[None]
-    busy: bool = False
+    idle: asyncio.Event
     ending: bool = False  # its end was asked for, so it is no news
+    shut_down: bool = False  # by a client, with a shutdown_request
 
 
 class KernelKeeper:
@@ -121,8 +127,9 @@ class KernelKeeper:
         kernel = self._kernel
         if kernel is None:
             return None
-        state = "starting" if not kernel.ready.done() else "busy" if kernel.busy else "idle"
-        return KernelStatus(state=state, pid=kernel.pid, busy=kernel.busy)
+        busy = not kernel.idle.is_set()
+        state = "starting" if not kernel.ready.done() else "busy" if busy else "idle"
+        return KernelStatus(state=state, pid=kernel.pid, busy=busy)
 
     async def start(self, *, key: str | None, env: Mapping[str, str], cwd: str | None) -> tuple[int, bool]:
         """Start the kernel; its pid, and whether it took another one's place. If one runs already (a template's), it
@@ -143,14 +150,15 @@ class KernelKeeper:
             return await self._fork(is_restart=False), True
 
     async def restart(self, *, env: Mapping[str, str]) -> int:
-        """A new kernel with the same sockets and key, forked from the zygote. Returns its pid."""
+        """A new kernel with the same sockets and key, forked from the zygote. Returns its pid. The old one ends in
+        order: its cell is interrupted, exit handlers run, files are written."""
         async with self._changing:
             self._env.update(env)
-            await self._end_kernel(grace_s=0.0)
+            await self._end_kernel(grace_s=GRACE_S)
             return await self._fork(is_restart=True)
 
     async def stop(self, *, grace_s: float) -> None:
-        """SIGTERM, then SIGKILL after `grace_s`. Without a kernel nothing happens."""
+        """End it in order within `grace_s`, or else with signals. Without a kernel nothing happens."""
         async with self._changing:
             await self._end_kernel(grace_s=min(grace_s, GRACE_MAX_S))
 
@@ -243,7 +251,8 @@ class KernelKeeper:
         except (PeerError, PeerGoneError) as error:
             calls.close()
             raise KernelError("zygote_failed", f"The kernel could not be forked: {error}") from error
-        kernel = _Kernel(pid=answer["pid"], calls=calls, ready=ready, exited=exited)
+        kernel = _Kernel(pid=answer["pid"], calls=calls, ready=ready, exited=exited, idle=asyncio.Event())
+        kernel.idle.set()
         self._kernel = kernel
         self._notify({"event": "kernel.status", "state": "starting"})
         try:
@@ -264,9 +273,16 @@ class KernelKeeper:
             return
         kernel.ending = True
         if grace_s > 0:
-            _kill_group(kernel.pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(KernelError, TimeoutError):
                 async with asyncio.timeout(grace_s):
+                    if not kernel.idle.is_set():
+                        _kill_group(kernel.pid, signal.SIGINT)
+                        await kernel.idle.wait()
+                    await self._ask_kernel("shut_down")
+                    await asyncio.shield(kernel.exited)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TERMINATION_S):
+                    _kill_group(kernel.pid, signal.SIGTERM)
                     await asyncio.shield(kernel.exited)
         _kill_group(kernel.pid, signal.SIGKILL)
         try:
@@ -285,8 +301,10 @@ class KernelKeeper:
         elif event["event"] == "failed" and not kernel.ready.done():
             kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel did not start: {event['reason']}"))
         elif event["event"] == "status":
-            kernel.busy = event["state"] == "busy"
+            (kernel.idle.clear if event["state"] == "busy" else kernel.idle.set)()
             self._notify({**event, "event": "kernel.status"})
+        elif event["event"] == "shutdown":
+            kernel.shut_down = True
 
     def _kernel_exited(self, pid: int, how: dict[str, int]) -> None:
         kernel = self._kernel
@@ -299,7 +317,7 @@ class KernelKeeper:
         if not kernel.ready.done():
             kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel ended while it started: {how}"))
         if not kernel.ending:
-            self._notify({"event": "kernel.exited", "pid": pid, **how})
+            self._notify({"event": "kernel.exited", "pid": pid, "shut_down": kernel.shut_down, **how})
 
     def _start_zygote(self) -> None:
         directory = self._paths.kernel_dir

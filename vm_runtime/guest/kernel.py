@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -10,17 +11,19 @@ import logging
 import os
 import random
 import secrets
+import signal
 import socket
 import struct
 import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ipykernel
@@ -29,6 +32,7 @@ from ipykernel import kernelapp
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.subshell_manager import UnknownSubshellError
+from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.jsonutil import json_clean, json_default
 from jupyter_client.session import Session, new_id
 from traitlets.config import Config
@@ -120,9 +124,30 @@ class HypercellKernel(IPythonKernel):
             self.unanswered.remove(_request.get())
             self.cells.end(cell)
 
+    @contextlib.contextmanager
+    def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
+        """While a cell awaits. ipykernel's handler does not wake the event loop, and code that runs for long between
+        two awaits does not notice it."""
+        loop = asyncio.get_running_loop()
+        shell: Any = self.shell
+
+        def interrupt(_number: int, frame: FrameType | None) -> None:
+            error = _interruption(frame, shell.user_global_ns)
+            if error is not None:
+                raise error
+            loop.call_soon_threadsafe(future.cancel)
+
+        saved = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, saved)
+
     async def do_shutdown(self, restart: bool) -> Any:
+        """A client's shutdown_request: the process ends once it is answered."""
+        self.side.notify("shutdown")
         self.iopub_thread.outbox.release()
-        return await super().do_shutdown(restart)
+        return super().do_shutdown(restart)
 
     def finish_metadata(self, parent: Any, metadata: Any, reply_content: Any) -> Any:
         """Called right before a reply is sent. After a failed cell ipykernel aborts those behind it once its reply is
@@ -166,6 +191,21 @@ class HypercellKernel(IPythonKernel):
         self.ended_cell = max(0, int(self.execution_count) - 1)
         state = "busy" if busy else "idle"
         self.side.notify("status", state=state, execution_count=self.ended_cell, next_waits=waits)
+
+
+def _interruption(frame: FrameType | None, names: dict[str, Any]) -> BaseException | None:
+    """What to raise in the code that is interrupted, if it is the user's. KeyboardInterrupt would end the event loop,
+    and so the kernel, unless the cell itself runs: IPython catches it then, but in other tasks nobody does."""
+    runs_user_code = False
+    while frame is not None:
+        if frame.f_code is InteractiveShell.run_code.__code__:
+            return None  # IPython's own part: it may be about to show another error
+        if frame.f_globals is names:
+            runs_user_code = True
+            if frame.f_back is not None and frame.f_back.f_code is InteractiveShell.run_code.__code__:
+                return KeyboardInterrupt()
+        frame = frame.f_back
+    return asyncio.CancelledError() if runs_user_code else None
 
 
 class HypercellKernelApp(IPKernelApp):
@@ -365,6 +405,13 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
     def release(request: dict[str, Any]) -> None:
         app.kernel.cells.release(waits=request["waits"])
 
+    def shut_down(request: dict[str, Any]) -> None:
+        """Leave the main loop; what follows is Python's own end of a program. Cells that wait are not run."""
+        app.kernel.cells.greeted(drop=True)
+        app.iopub_thread.outbox.release()
+        app.kernel.io_loop.add_callback(app.kernel.io_loop.stop)
+
     return {
         "renew": renew, "configure": configure, "warm": warm, "answer": answer, "hold": hold, "release": release,
+        "shut_down": shut_down,
     }  # fmt: skip

@@ -124,7 +124,7 @@ async def test_a_crash_is_told_and_a_stop_is_not(host: Host) -> None:
     pid = await start(host)
     os.kill(pid, signal.SIGSEGV)
     event = json.loads(await host.wait_event(b"kernel.exited"))
-    assert event == {"event": "kernel.exited", "pid": pid, "signal": signal.SIGSEGV}
+    assert event == {"event": "kernel.exited", "pid": pid, "shut_down": False, "signal": signal.SIGSEGV}
     await start(host)
     host.events.clear()
     await host.call("kernel.stop", grace_s=5)
@@ -142,6 +142,33 @@ async def test_interrupt_ends_a_loop_over_both_ways(host: Host) -> None:
             await interrupt
             _, reply = await cell
             assert reply["ename"] == "KeyboardInterrupt"
+
+
+AWAITING = {
+    "await asyncio.sleep(60)": "CancelledError",
+    "await asyncio.Event().wait()": "CancelledError",
+    "await asyncio.gather(asyncio.sleep(60), asyncio.to_thread(lambda: 1))": "CancelledError",
+    "async with asyncio.timeout(70): await asyncio.sleep(60)": "CancelledError",
+    "await asyncio.sleep(0)\nimport time; time.sleep(60)": "KeyboardInterrupt",
+    "async def busy():\n  while True: pass\nawait busy()": "KeyboardInterrupt",
+    "async def busy():\n  while True: pass\nawait asyncio.create_task(busy())": "CancelledError",
+    "try: await asyncio.sleep(60)\nexcept asyncio.CancelledError: print('caught')": "",
+}
+
+
+async def test_an_interrupt_ends_what_awaits(host: Host) -> None:
+    await start(host)
+    async with client(host) as jupyter:
+        for code, error in AWAITING.items():
+            request = jupyter.execute(f"import asyncio; print('on')\n{code}")
+            while (await jupyter.get_iopub_msg(timeout=20))["content"].get("text") != "on\n":
+                pass
+            await host.call("kernel.interrupt")
+            # No message goes to the kernel meanwhile, which would wake it.
+            reply = await jupyter.get_shell_msg(timeout=20)
+            assert reply["parent_header"]["msg_id"] == request
+            assert reply["content"].get("ename", "") == error, code
+        assert (await run(jupyter, "print(2)"))[0] == "2\n"
 
 
 async def _by_wire(host: Host) -> None:

@@ -27,6 +27,7 @@ USED: dict[object, set[str]] = {
         "_abort_queues",
         "_aborting",
         "_allow_stdin",
+        "_cancel_on_sigint",
         "_get_shell_context_var",
         "_post_dummy_stop_aborting_message",
         "_publish_status",
