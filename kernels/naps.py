@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 
 from kernels.core import Core
 from kernels.errors import CapacityError, CheckpointLimitError, KernelsError, MachineFailedError, SandboxStateError
@@ -118,6 +119,7 @@ class Naps:
                 await live.saved.machine.resume()
             except VmRuntimeError as error:
                 raise MachineFailedError(f"The sandbox could not be resumed: {error}") from error
+            await live.session.correct_clock(math.inf)  # it stood still with the CPUs
             core.registry.touch(sandbox_id)
             return core.registry.move(sandbox_id, SandboxState.RUNNING)
 

@@ -31,6 +31,7 @@ CALL_TIMEOUT_S = 60.0
 # told again while that took longer than this, a few times.
 CLOCK_LATE_S = 0.25
 CLOCK_TRIES = 5
+CLOCK_TIMEOUT_S = 10.0
 # Of requests that another state is told of: with the rest of its HELLO it has 32 KiB. A guest names 16 KiB of them.
 MAX_UNANSWERED_BYTES = 20 << 10
 # One line of the guest's event stream; ours are under 200 bytes.
@@ -136,15 +137,16 @@ class GuestSession:
         if link.welcome is not None and (problems := link.welcome.extra.get("problems")):
             log.warning("A guest could not renew all of itself: %.1000s", problems)
         session = cls(link, hello.next_marker)
-        await session._correct_clock(time.monotonic() - greeted_at)
+        await session.correct_clock(time.monotonic() - greeted_at)
         return session
 
-    async def _correct_clock(self, late_s: float) -> None:
+    async def correct_clock(self, late_s: float) -> None:
+        """Sets the guest's clock if it may be `late_s` behind. A guest that does not answer soon keeps its own."""
         tries = 0
         while late_s > CLOCK_LATE_S and tries < CLOCK_TRIES:
             told_at = time.monotonic()
             try:
-                await self._link.call("machine.clock", {"wall_clock_ns": time.time_ns()}, timeout_s=CALL_TIMEOUT_S)
+                await self._link.call("machine.clock", {"wall_clock_ns": time.time_ns()}, timeout_s=CLOCK_TIMEOUT_S)
             except (WireError, TimeoutError) as error:
                 log.info("A guest's clock could not be set again and is %.1f s late: %s", late_s, error)
                 return
