@@ -21,6 +21,7 @@ from vm_runtime.wire.command_frames import (
     CommandFrame,
     CommandFrameReader,
 )
+from vm_runtime.wire.payloads import encode_text
 from vm_runtime.wire.stream import Stream
 
 _COMMAND_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -55,7 +56,7 @@ class CommandRequest:
             "background": self.background,
             "timeout_s": self.timeout_s,
         }
-        data = json.dumps(value).encode()
+        data = encode_text(json.dumps(value, ensure_ascii=False))
         if len(data) > MAX_REQUEST_BYTES:
             raise RequestError(
                 f"Command and environment have {len(data)} bytes, at most {MAX_REQUEST_BYTES} are taken; "

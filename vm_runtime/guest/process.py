@@ -18,6 +18,9 @@ from typing import Any
 from vm_runtime.guest.keeper import User
 from vm_runtime.wire.command_frames import CommandFrame
 
+# The most that one argument may have, with its final zero: MAX_ARG_STRLEN in linux/binfmts.h.
+ARGUMENT_BYTES_MAX = 32 * 4096
+
 # As the kernel's (zygote.KERNEL_OOM_SCORE_ADJ): where memory is short it is the larger of the two that ends.
 COMMAND_OOM_SCORE_ADJ = 500
 
@@ -38,13 +41,7 @@ class CommandSpec:
 
     @property
     def program(self) -> str:
-        return self.argv[0]
-
-    @property
-    def argv(self) -> tuple[str, ...]:
-        if isinstance(self.command, str):
-            return (_shell(), "-c", self.command)
-        return self.command
+        return _shell() if isinstance(self.command, str) else self.command[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,7 @@ def start(spec: CommandSpec, *, cwd: str, env: Mapping[str, str], user: User | N
         stdout_fd, child_stdout = _pipe(ours, theirs)
         stderr_fd, child_stderr = _pipe(ours, theirs)
         process = subprocess.Popen(
-            spec.argv, stdin=child_stdin, stdout=child_stdout, stderr=child_stderr, **_how(cwd, env, user)
+            stdin=child_stdin, stdout=child_stdout, stderr=child_stderr, **_how(spec, theirs, cwd, env, user)
         )
         _make_killable(process.pid)
         for fd in (stdout_fd, stderr_fd, *((stdin_fd,) if stdin_fd is not None else ())):
@@ -96,12 +93,11 @@ def _start_on_terminal(
 
         # preexec_fn, as no other way makes it the controlling terminal; it is one system call.
         process = subprocess.Popen(
-            spec.argv,
             stdin=slave,
             stdout=slave,
             stderr=slave,
             preexec_fn=take_terminal,
-            **_how(cwd, env, user),
+            **_how(spec, theirs, cwd, env, user),
         )
         _make_killable(process.pid)
         os.set_blocking(master, False)
@@ -115,8 +111,16 @@ def _make_killable(pid: int) -> None:
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(COMMAND_OOM_SCORE_ADJ))
 
 
-def _how(cwd: str, env: Mapping[str, str], user: User | None) -> dict[str, Any]:
-    how: dict[str, Any] = {"cwd": cwd, "env": dict(env), "start_new_session": True}
+def _how(spec: CommandSpec, theirs: ExitStack, cwd: str, env: Mapping[str, str], user: User | None) -> dict[str, Any]:
+    command = spec.command
+    how: dict[str, Any] = {"args": command, "cwd": cwd, "env": dict(env), "start_new_session": True}
+    if isinstance(command, str):
+        how["args"] = (_shell(), "-c", command)
+        if len(script := os.fsencode(command)) >= ARGUMENT_BYTES_MAX:
+            fd = os.memfd_create("command")
+            theirs.callback(os.close, fd)
+            os.pwrite(fd, script, 0)
+            how |= {"args": (_shell(), "-c", f'eval "$(cat /dev/fd/{fd})" {fd}<&-'), "pass_fds": [fd]}
     if user is not None:
         how |= {"user": user.uid, "group": user.gid, "extra_groups": []}
     return how

@@ -122,6 +122,15 @@ async def test_program_with_arguments(host: Host) -> None:
     assert done.out == b"a b|$HOME|*|"
 
 
+@pytest.mark.parametrize("tty", [None, {"rows": 24, "columns": 80}])
+async def test_a_command_line_may_have_all_the_bytes_of_a_request(host: Host, tty: dict[str, int] | None) -> None:
+    line = f"echo $0; X='{'x' * 250_000}'\nfor i in 1; do echo ${{#X}}; done; ls /dev/fd | wc -w; exit 7"
+    usual = await run(host, "echo $0; echo 250000; ls /dev/fd | wc -w; exit 7", tty=tty)
+    done = await run(host, line, tty=tty)
+    assert (done.out, done.err) == (usual.out, b"")
+    assert done.exited["exit_status"] == 7
+
+
 async def test_environment_and_directory(host: Host, tmp_path: Path) -> None:
     (tmp_path / "home" / "sub").mkdir()
     done = await run(host, 'echo "$X $PWD $HOME"', env={"X": "y"}, cwd="sub")
