@@ -28,10 +28,10 @@ from gateway.errors import FrameError
 V1 = "v1.kernel.websocket.jupyter.org"
 DELIMITER = b"<IDS|MSG>"
 CHANNELS = ("shell", "control", "stdin", "iopub")
-# Channel, four parts and the end. ipywidgets sends a handful of buffers; a thousand is far beyond any real message and
-# keeps the offset table of a hostile one small.
+# Channel, four parts and the end. Neither form limits the buffers, of which widgets with many arrays have thousands; as
+# each is a frame in ZMQ, this many take it some ten milliseconds.
 MIN_OFFSETS = 6
-MAX_BUFFERS = 1024
+MAX_BUFFERS = 16_384
 
 Part = bytes | memoryview
 
@@ -118,7 +118,7 @@ def decode_v1(data: bytes) -> KernelMessage:
     (count,) = struct.unpack_from("<Q", data)
     if not MIN_OFFSETS <= count <= MIN_OFFSETS + MAX_BUFFERS or len(data) < 8 * (count + 1):
         raise FrameError(
-            f"A v1 message has {MIN_OFFSETS} to {MIN_OFFSETS + MAX_BUFFERS} offsets, this one says {count}."
+            f"A v1 message has {MIN_OFFSETS} offsets and one for each of up to {MAX_BUFFERS} buffers, not {count}."
         )
     offsets = struct.unpack_from(f"<{count}Q", data, 8)
     ends = offsets[1:]
@@ -194,7 +194,7 @@ def _split_legacy(data: bytes) -> tuple[bytes, tuple[bytes, ...]]:
         raise FrameError("A binary message starts with a count and the offset of its JSON; this one is shorter.")
     (count,) = struct.unpack_from("!I", data)
     if not 1 <= count <= 1 + MAX_BUFFERS or len(data) < 4 * (count + 1):
-        raise FrameError(f"A binary message has 1 to {1 + MAX_BUFFERS} parts, this one says {count}.")
+        raise FrameError(f"A binary message has its JSON and up to {MAX_BUFFERS} buffers, not {count} parts.")
     offsets = [*struct.unpack_from(f"!{count}I", data, 4), len(data)]
     if offsets[0] < 4 * (count + 1) or any(a > b for a, b in itertools.pairwise(offsets)):
         raise FrameError("The offsets of a binary message must rise and end within it.")

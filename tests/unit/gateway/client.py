@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from jupyter_server.services.kernels.connection.base import deserialize_binary_message, deserialize_msg_from_ws_v1
@@ -55,7 +56,15 @@ class KernelClient:
         )
         return cls(websocket, session_id, v1=v1)
 
-    async def send(self, msg_type: str, content: Message, *, channel: str = "shell", msg_id: str | None = None) -> str:
+    async def send(
+        self,
+        msg_type: str,
+        content: Message,
+        *,
+        channel: str = "shell",
+        msg_id: str | None = None,
+        buffers: Sequence[bytes] = (),
+    ) -> str:
         """Sends a message; its id. msg_id: of a message that was sent before."""
         msg_id = msg_id or uuid.uuid4().hex
         header = {
@@ -66,11 +75,11 @@ class KernelClient:
             "date": "2026-01-01T00:00:00Z",
             "version": "5.4",
         }
-        message = KernelMessage(channel, json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode())
-        if self.v1:
-            await self.websocket.write_message(encode_v1(message), binary=True)
-        else:
-            await self.websocket.write_message(encode_legacy(message)[0].decode())
+        message = KernelMessage(
+            channel, json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode(), buffers
+        )
+        data, binary = (encode_v1(message), True) if self.v1 else encode_legacy(message)
+        await self.websocket.write_message(data, binary=binary)
         return msg_id
 
     async def execute(self, code: str, *, msg_id: str | None = None) -> str:

@@ -48,6 +48,20 @@ async def test_buffers_in_both_forms(gateway: RunningGateway, kernel_id: str, v1
 
 
 @pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
+async def test_thousands_of_buffers_go_both_ways(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
+    client = await KernelClient.connect(gateway, kernel_id, v1=v1)
+    await client.run(
+        "def opened(comm, message): comm.send({}, buffers=message['buffers'])\n"
+        "get_ipython().kernel.comm_manager.register_target('echo', opened)"
+    )
+    buffers = [str(number).encode() for number in range(10_000)]
+    await client.send("comm_open", {"comm_id": "c", "target_name": "echo", "data": {}}, buffers=buffers)
+    (answer,) = [m for m in await client.until("comm_msg") if m["header"]["msg_type"] == "comm_msg"]
+    assert [bytes(buffer) for buffer in answer["buffers"]] == buffers
+    await client.close()
+
+
+@pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
 async def test_what_is_no_utf8_breaks_no_connection(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
     client = await KernelClient.connect(gateway, kernel_id, v1=v1)
     # A kernel that packs its messages as it likes.
