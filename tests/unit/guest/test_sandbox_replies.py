@@ -59,6 +59,7 @@ async def test_the_restored_kernel_answers_the_cell_that_asked_to_go_back(host: 
         call = await host.next_call("goto")
         assert call.params["target"] == "1"
         reply_to = json.loads(json.dumps(call.params["reply_to"]))
+        await host.call("kernel.stop", grace_s=0)
         await host.call("kernel.restart")  # stands for the older state, which never ran that cell
         answer = {"reply_to": reply_to, "text": "Went back to cell 1.\n"}
         await host.begin(restored=True, extra={"answer": answer})
