@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
@@ -24,11 +25,28 @@ from gateway.models import (
     timestamp,
 )
 from kernels.errors import KernelsError
-from kernels.models import Checkpoint, CreateSandbox, Sandbox, SandboxEvent, Snapshot
-from vm_runtime.machine import MemoryUsage
+from kernels.models import (
+    Checkpoint,
+    CreateSandbox,
+    OnTimeout,
+    Sandbox,
+    SandboxEvent,
+    SandboxState,
+    SandboxUsage,
+    Snapshot,
+)
 
 # A request for more is a mistake; `max_children` is the limit that counts.
 MAX_FORK_COUNT = 10_000
+
+# Tags are for finding things, not for storing them; they have no characters that stand between tags in a query.
+MAX_TAGS = 32
+TagName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\u0000-\u001f=,]*$")]
+TagValue = Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\u0000-\u001f,]*$")]
+
+# Of sandboxes in one answer, where a limit is asked for.
+MAX_PAGE = 1000
+_STATES = rf"^({'|'.join(SandboxState)})(,({'|'.join(SandboxState)}))*$"
 
 # A hundred years: longer waits are meant as "never", which is 0.
 MAX_SECONDS = 3.2e9
@@ -45,6 +63,7 @@ Policy = Annotated[
     StringConstraints(pattern=r"^(off|cell|timer:[1-9][0-9]{0,5})$"),
     Field(description="When checkpoints are taken by themselves: off, cell (after every one) or timer:<minutes>."),
 ]
+Tags = Annotated[dict[TagName, TagValue], Field(max_length=MAX_TAGS)]
 CheckpointName = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 # A checkpoint's or snapshot's id or its beginning, its name, or a cell's number.
 Target = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\u0000]*$")]
@@ -54,6 +73,7 @@ class NewSandbox(SandboxRequest):
     """POST /api/sandboxes. What is missing is as the template or the gateway's settings say; times of 0 mean never.
 
     notebook: the path of the notebook it is for. snapshot: start from this one (id or name) instead of the template's.
+    on_timeout: what happens when max_lifetime_s is over; one that was put to sleep by it has none any more.
     """
 
     template: Name | None = None
@@ -69,6 +89,8 @@ class NewSandbox(SandboxRequest):
     max_lifetime_s: Seconds | None = None
     checkpoints: Policy | None = None
     snapshot: Target | None = None
+    on_timeout: OnTimeout = "delete"
+    tags: Tags = Field(default_factory=dict)
 
     _env = field_validator("env")(check_env)
 
@@ -87,6 +109,8 @@ class NewSandbox(SandboxRequest):
             max_lifetime_s=self.max_lifetime_s or None,
             checkpoints=self.checkpoints,
             snapshot=self.snapshot,
+            on_timeout=self.on_timeout,
+            tags=self.tags,
         )
 
 
@@ -98,6 +122,8 @@ class SandboxChanges(SandboxRequest):
     idle_timeout_s: Seconds | None = None
     max_lifetime_s: Seconds | None = None
     checkpoints: Policy | None = None
+    on_timeout: OnTimeout | None = None
+    tags: Tags | None = None
 
     def changes(self, *, age_s: float) -> dict[str, Any]:
         """For `SandboxService.configure`. age_s: of the sandbox, whose life time is counted from its creation."""
@@ -106,8 +132,9 @@ class SandboxChanges(SandboxRequest):
             changes["idle_timeout_s"] = self.idle_timeout_s or 0.0
         if "max_lifetime_s" in changes:
             changes["max_lifetime_s"] = age_s + self.max_lifetime_s if self.max_lifetime_s else None
-        if self.checkpoints is None:
-            changes.pop("checkpoints", None)
+        for name in ("checkpoints", "on_timeout", "tags"):
+            if changes.get(name) is None:
+                changes.pop(name, None)
         return changes
 
 
@@ -138,6 +165,8 @@ class SandboxAnswer(Answer):
     max_lifetime_s: float | None
     checkpoints: str
     checkpoint_problem: str | None
+    on_timeout: OnTimeout
+    tags: Mapping[str, str]
 
     @classmethod
     def of(cls, sandbox: Sandbox) -> SandboxAnswer:
@@ -164,7 +193,42 @@ class SandboxAnswer(Answer):
             max_lifetime_s=sandbox.max_lifetime_s,
             checkpoints=sandbox.checkpoints,
             checkpoint_problem=sandbox.checkpoint_problem,
+            on_timeout=sandbox.on_timeout,
+            tags=sandbox.tags,
         )
+
+
+class SandboxesQuery(BaseModel):
+    """GET /api/sandboxes: those that match everything given, oldest first. tags: `name=value` or `name`, separated by
+    commas. states: separated by commas. after: `<created_at>,<id>` of the last one of the page before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tags: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+    states: Annotated[str, StringConstraints(pattern=_STATES)] | None = None
+    name: Name | None = None
+    template: Name | None = None
+    limit: int | None = Field(None, ge=1, le=MAX_PAGE)
+    after: Annotated[str, StringConstraints(max_length=100, pattern=r"^[0-9T:.Z-]+,[0-9a-f-]+$")] | None = None
+
+    def select(self, sandboxes: Sequence[Sandbox]) -> list[Sandbox]:
+        """The page that is asked for."""
+        wanted = [tag.partition("=") for tag in (self.tags or "").split(",") if tag]
+        states = set((self.states or "").split(",")) - {""}
+        found = [
+            each
+            for each in sandboxes
+            if (not states or each.state in states)
+            and self.name in (None, each.name)
+            and self.template in (None, each.template)
+            and all(name in each.tags and (not equals or each.tags[name] == value) for name, equals, value in wanted)
+            and (self.after is None or _place(each) > self.after)
+        ]
+        return sorted(found, key=_place)[: self.limit]
+
+
+def _place(sandbox: Sandbox) -> str:
+    return f"{timestamp(sandbox.created_at)},{sandbox.id}"
 
 
 class ConnectionAnswer(Answer):
@@ -297,16 +361,29 @@ class SnapshotsQuery(BaseModel):
     owner: Name | None = None
 
 
+class GuestUsageAnswer(Answer):
+    """cpu_percent: of all its processors together, just now. cpu_used_ms: since its machine was booted."""
+
+    cpu_percent: int
+    cpu_used_ms: int
+    memory_total_bytes: int
+    memory_used_bytes: int
+    disk_total_bytes: int
+    disk_used_bytes: int
+
+
 class UsageAnswer(Answer):
     """What a sandbox's machine takes of the host's memory; 0 without one (asleep). unique: what would be free if it
-    ended. shared: pages that others use as well."""
+    ended. shared: pages that others use as well. guest: what runs in it uses of its machine; null while it sleeps or is
+    paused, and where its agent does not say."""
 
     memory_unique_bytes: int
     memory_shared_bytes: int
+    guest: GuestUsageAnswer | None
 
     @classmethod
-    def of(cls, usage: MemoryUsage) -> UsageAnswer:
-        return cls(memory_unique_bytes=usage.unique_bytes, memory_shared_bytes=usage.shared_bytes)
+    def of(cls, usage: SandboxUsage) -> UsageAnswer:
+        return cls(**asdict(usage))
 
 
 class EventAnswer(Answer):

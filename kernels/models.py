@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 class SandboxState(StrEnum):
@@ -29,6 +29,10 @@ class CheckpointPolicy(StrEnum):
 
     OFF = "off"
     CELL = "cell"
+
+
+# What happens to a sandbox at the end of its life time. One that was put to sleep has none any more.
+OnTimeout = Literal["delete", "sleep"]
 
 
 class EventKind(StrEnum):
@@ -52,8 +56,9 @@ class CreateSandbox:
     cwd: where the kernel starts, inside the guest; falls back to the home directory if it is not there.
     notebook: the path of the notebook it is for: a later request of the same owner for the same path gets the sandbox
     that was left behind, if there is one. idle_timeout_s: asleep after so long without activity (0: never).
-    max_lifetime_s: deleted so long after its creation (None: never). checkpoints: see `CheckpointPolicy`.
-    snapshot: start from this snapshot (id or name) instead of the template's.
+    max_lifetime_s: deleted so long after its creation (None: never), or put to sleep, as on_timeout says.
+    checkpoints: see `CheckpointPolicy`. snapshot: start from this snapshot (id or name) instead of the template's.
+    tags: words to find it by.
     """
 
     template: str
@@ -70,6 +75,8 @@ class CreateSandbox:
     max_lifetime_s: float | None = None
     checkpoints: str | None = None
     snapshot: str | None = None
+    on_timeout: OnTimeout = "delete"
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +112,30 @@ class Sandbox:
     max_lifetime_s: float | None = None
     checkpoints: str = CheckpointPolicy.OFF
     checkpoint_problem: str | None = None
+    on_timeout: OnTimeout = "delete"
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxUsage:
+    """What a sandbox takes. memory_unique_bytes: of the host's memory, what would be free if it ended; shared: pages
+    that others use as well. guest: what runs in it uses of its machine; None where nobody can say."""
+
+    memory_unique_bytes: int = 0
+    memory_shared_bytes: int = 0
+    guest: GuestUsage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestUsage:
+    """cpu_percent: of all its processors together, just now. cpu_used_ms: since its machine was booted."""
+
+    cpu_percent: int
+    cpu_used_ms: int
+    memory_total_bytes: int
+    memory_used_bytes: int
+    disk_total_bytes: int
+    disk_used_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

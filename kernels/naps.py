@@ -156,7 +156,8 @@ class Naps:
             for record in self._core.registry.records():
                 sandbox = record.sandbox
                 if self._is_over(sandbox):
-                    self._core.spawn(self._core.end(sandbox.id))
+                    end = self._sleep_at_end if sandbox.on_timeout == "sleep" else self._core.end
+                    self._core.spawn(end(sandbox.id))
                 elif self._is_idle(sandbox) and not self._core.lock(sandbox.id).locked():
                     self._core.spawn(self._sleep_if_idle(sandbox.id))
 
@@ -168,6 +169,18 @@ class Naps:
                 except KernelsError as error:
                     log.warning("Sandbox %s is idle but cannot sleep: %s", sandbox_id, error)
                     self._core.registry.touch(sandbox_id)  # else it would be tried again at once
+
+    async def _sleep_at_end(self, sandbox_id: str) -> None:
+        """Its life time is over with this, whether it could sleep or not: it may be woken."""
+        async with self._core.lock(sandbox_id):
+            if sandbox_id not in self._core.registry or not self._is_over(self._core.get(sandbox_id)):
+                return
+            self._core.registry.change(sandbox_id, max_lifetime_s=None)
+            if sandbox_id in self._core.live:
+                try:
+                    await self._sleep(sandbox_id)
+                except KernelsError as error:
+                    log.warning("The time of sandbox %s is up, but it cannot sleep: %s", sandbox_id, error)
 
     async def sleep_all(self, *, limit_s: float, progress: Progress) -> list[str]:
         """Puts everything to sleep, several at a time; answers the ids of those that could not be in time."""

@@ -31,7 +31,16 @@ from kernels.guest_calls import GuestCalls
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
 from kernels.launcher import new_key
-from kernels.models import Checkpoint, CheckpointPolicy, CreateSandbox, Kernelspec, Sandbox, SandboxState, Snapshot
+from kernels.models import (
+    Checkpoint,
+    CheckpointPolicy,
+    CreateSandbox,
+    Kernelspec,
+    Sandbox,
+    SandboxState,
+    SandboxUsage,
+    Snapshot,
+)
 from kernels.naps import Naps
 from kernels.outcomes import Outcomes
 from kernels.recovery import find_again
@@ -42,7 +51,6 @@ from kernels.warm import new_sandbox_id
 from vm_runtime.drivers.base import Driver, FlatteningStatus
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image
-from vm_runtime.machine import MemoryUsage
 from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
@@ -188,6 +196,7 @@ class SandboxService:
             execution_state="starting", reason=None,
             memory_mib=shape.memory_mib, vcpus=shape.vcpus, disk_mib=shape.disk_mib, notebook=request.notebook,
             idle_timeout_s=idle_s, max_lifetime_s=request.max_lifetime_s, checkpoints=checkpoints,
+            on_timeout=request.on_timeout, tags=request.tags,
         )  # fmt: skip
         env = {**(image.manifest.recipe.environment if image is not None else {}), **request.env}
         core.registry.add(
@@ -368,21 +377,28 @@ class SandboxService:
         with store_errors():
             await self._core.removing(self._core.store.rm, snapshot_id)
 
-    async def usage(self, sandbox_id: str) -> MemoryUsage:
-        """Memory of the sandbox's machine; nothing if it sleeps. Errors: as `interrupt`."""
-        if self.get(sandbox_id).state is SandboxState.ASLEEP:
-            return MemoryUsage(unique_bytes=0, shared_bytes=0)
+    async def usage(self, sandbox_id: str) -> SandboxUsage:
+        """What the sandbox takes; nothing if it sleeps. Errors: as `interrupt`."""
+        state = self.get(sandbox_id).state
+        if state is SandboxState.ASLEEP:
+            return SandboxUsage()
+        live = self._core.running(sandbox_id)
         try:
-            return await asyncio.to_thread(self._core.running(sandbox_id).saved.machine.memory_usage)
+            memory = await asyncio.to_thread(live.saved.machine.memory_usage)
         except VmRuntimeError as error:
             raise MachineFailedError(str(error)) from error
+        return SandboxUsage(
+            memory_unique_bytes=memory.unique_bytes,
+            memory_shared_bytes=memory.shared_bytes,
+            guest=await live.session.usage() if state is SandboxState.RUNNING else None,
+        )
 
     def age_s(self, sandbox_id: str) -> float:
         """Of which `max_lifetime_s` is the most. Errors: UnknownSandboxError."""
         return self._core.registry.age_s(sandbox_id)
 
     def configure(self, sandbox_id: str, **changes: Any) -> Sandbox:
-        """Changes name, notebook, idle_timeout_s, max_lifetime_s or checkpoints.
+        """Changes name, notebook, idle_timeout_s, max_lifetime_s, on_timeout, tags or checkpoints.
 
         Errors: UnknownSandboxError, RequestError.
         """

@@ -11,10 +11,12 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kernels.errors import MachineFailedError
+from kernels.guest_values import number_of
+from kernels.models import GuestUsage
 from vm_runtime.wire.carriers import Carrier
 from vm_runtime.wire.errors import WireError
 from vm_runtime.wire.greeting import Hello
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 GREETING_TIMEOUT_S = 30.0
 # A remote call answers in milliseconds; a restart of the kernel under emulation in up to some seconds.
 CALL_TIMEOUT_S = 60.0
+# Whoever asks what a sandbox uses is not kept waiting by one that has no time to say.
+USAGE_TIMEOUT_S = 5.0
 # What the guest is told of the time is as old as its way there; on a host with many guests that can be seconds. It is
 # told again while that took longer than this, a few times.
 CLOCK_LATE_S = 0.25
@@ -179,6 +183,15 @@ class GuestSession:
         if len(json.dumps(known)) > MAX_UNANSWERED_BYTES:
             known = []
         return LastCell(held=answer.get("held") is True, cell=_cell(answer), unanswered=tuple(known))
+
+    async def usage(self) -> GuestUsage | None:
+        """What the guest uses of its machine; None from one that does not answer, or is older than this question."""
+        try:
+            answer = await self.call("machine.usage", timeout_s=USAGE_TIMEOUT_S)
+            return GuestUsage(**{each.name: number_of(answer, each.name) for each in fields(GuestUsage)})
+        except MachineFailedError as error:
+            log.debug("A guest did not tell what it uses: %s", error)
+            return None
 
     async def open_channel(self, name: str) -> Stream:
         """A stream to one of the kernel's ZMQ sockets. Errors: WireError."""

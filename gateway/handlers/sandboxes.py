@@ -8,7 +8,15 @@ from gateway.auth import is_loopback
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.errors import ApiError
 from gateway.handlers.kernels import CREATE_ERRORS
-from gateway.sandbox_models import ConnectionAnswer, DeleteQuery, NewSandbox, SandboxAnswer, SandboxChanges, UsageAnswer
+from gateway.sandbox_models import (
+    ConnectionAnswer,
+    DeleteQuery,
+    NewSandbox,
+    SandboxAnswer,
+    SandboxChanges,
+    SandboxesQuery,
+    UsageAnswer,
+)
 from kernels.models import Sandbox
 from kernels.service import SandboxService
 
@@ -20,7 +28,7 @@ STATE_ERRORS = (404, 409, 413, 502)
 
 
 async def list_sandboxes(call: Call) -> Reply:
-    return Reply(body=[SandboxAnswer.of(sandbox) for sandbox in call.gateway.service.list()])
+    return Reply(body=[SandboxAnswer.of(sandbox) for sandbox in call.query.select(call.gateway.service.list())])
 
 
 async def create_sandbox(call: Call) -> Reply:
@@ -76,7 +84,12 @@ ENDPOINTS = (
         path="/api/sandboxes",
         operations={
             "GET": Operation(
-                name="listSandboxes", summary="All sandboxes.", run=list_sandboxes, reply=list[SandboxAnswer]
+                name="listSandboxes",
+                summary="Sandboxes, oldest first: all, or a page of those that match.",
+                run=list_sandboxes,
+                query=SandboxesQuery,
+                reply=list[SandboxAnswer],
+                errors=(400,),
             ),
             "POST": Operation(
                 name="createSandbox",
@@ -146,7 +159,7 @@ ENDPOINTS = (
         operations={
             "GET": Operation(
                 name="getSandboxUsage",
-                summary="What its machine takes of the host's memory.",
+                summary="What its machine takes of the host's memory, and what runs in it of the machine.",
                 run=get_usage,
                 reply=UsageAnswer,
                 errors=(404, 409, 502),

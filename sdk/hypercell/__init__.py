@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from hypercell.values import FileChange as FileChange
     from hypercell.values import FileInfo as FileInfo
     from hypercell.values import ForkFailure as ForkFailure
+    from hypercell.values import GuestMetrics as GuestMetrics
     from hypercell.values import SandboxEvent as SandboxEvent
     from hypercell.values import SandboxInfo as SandboxInfo
     from hypercell.values import SandboxMetrics as SandboxMetrics
@@ -72,8 +73,8 @@ _ERRORS = (
     "UnsupportedError"
 )
 _VALUES = (
-    "CheckpointInfo CommandInfo CommandResult FileChange FileInfo ForkFailure SandboxEvent SandboxInfo SandboxMetrics "
-    "SandboxTree SnapshotInfo TerminalSize"
+    "CheckpointInfo CommandInfo CommandResult FileChange FileInfo ForkFailure GuestMetrics SandboxEvent SandboxInfo "
+    "SandboxMetrics SandboxTree SnapshotInfo TerminalSize"
 )
 _MODULES = {
     "hypercell.aio.commands": "AsyncCommand AsyncCommands",

@@ -169,6 +169,7 @@ def _creation() -> argparse.ArgumentParser:
     creation.add_argument("--template", help="the kernelspec to make it from (default: the gateway's)")
     creation.add_argument("--snapshot", help="start from this snapshot (id or name)")
     creation.add_argument("--name", help="its name, for people")
+    creation.add_argument("--tag", type=_variable, action="append", default=[], metavar="NAME=VALUE", dest="tags")
     creation.add_argument("-e", "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE")
     creation.add_argument("--memory-mib", type=int, metavar="MIB", help="memory (default: the template's)")
     creation.add_argument("--vcpus", type=int, metavar="N", help="processors (default: the template's)")
@@ -191,9 +192,14 @@ def _add_sandbox_commands(commands: Commands) -> None:
     new.add_argument(
         "--lifetime", type=float, default=0.0, metavar="S", help="delete it after so long (default: never)"
     )
+    new.add_argument("--on-timeout", choices=("delete", "sleep"), default="delete", help="what to do then")
     ls = add("ls", "list sandboxes, or files in one")
     ls.add_argument("place", nargs="?", metavar="SANDBOX:PATH", help="a directory in a sandbox")
     ls.add_argument("--ids", action="store_true", help="print nothing but ids")
+    ls.add_argument(
+        "--tag", action="append", default=[], metavar="NAME[=VALUE]", dest="tags", help="only those with it"
+    )
+    ls.add_argument("--state", action="append", dest="states", help="only those in this state (running, asleep, ...)")
     for name, about in (
         ("info", "show all about a sandbox"),
         ("tree", "show a sandbox's family of forks"),

@@ -9,7 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
+
+# What happens to a sandbox when its time is up.
+OnTimeout = Literal["delete", "sleep"]
 
 
 class _Parsed:
@@ -35,8 +38,9 @@ class SandboxInfo(_Parsed):
 
     state: creating, running, paused, asleep, failed or gone. execution_state: the kernel's (idle, busy, ...).
     reason: why it failed. index: which of its siblings it is, for a child of a fork. idle_timeout_s: it sleeps after so
-    long without activity (0: never). max_lifetime_s: it is deleted so long after its creation (None: never).
-    checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than cells.
+    long without activity (0: never). max_lifetime_s: it is deleted so long after its creation (None: never), or put to
+    sleep (on_timeout). checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than
+    cells.
     """
 
     id: str
@@ -60,6 +64,8 @@ class SandboxInfo(_Parsed):
     max_lifetime_s: float | None = None
     checkpoints: str = "off"
     checkpoint_problem: str | None = None
+    on_timeout: OnTimeout = "delete"
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +197,22 @@ class TerminalSize:
 @dataclass(frozen=True, kw_only=True)
 class SandboxMetrics(_Parsed):
     """What a sandbox takes of the host's memory; 0 while it sleeps. unique: what would be free if it ended. shared:
-    pages that others (its template, its relatives) use as well."""
+    pages that others (its template, its relatives) use as well. guest: what runs in it uses of its machine; None while
+    it sleeps or is paused, and for one that was made by an older version."""
 
     memory_unique_bytes: int
     memory_shared_bytes: int
+    guest: GuestMetrics | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestMetrics(_Parsed):
+    """What runs in a sandbox uses of its machine. cpu_percent: of all its processors together, just now. cpu_used_ms:
+    since its machine was booted. The disk's numbers are those of the file system that `/home` is on."""
+
+    cpu_percent: int
+    cpu_used_ms: int
+    memory_total_bytes: int
+    memory_used_bytes: int
+    disk_total_bytes: int
+    disk_used_bytes: int

@@ -7,10 +7,11 @@ import base64
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hypercell import AsyncSandbox, CodeError, CodeTimeoutError, KernelDiedError, Result, Sandbox
+from hypercell import AsyncSandbox, CodeError, CodeTimeoutError, KernelDiedError, Result, Sandbox, StateError
 from tests.gateways import RunningGateway
 
 SHOW_ALL = """
@@ -85,6 +86,37 @@ def test_a_time_limit_interrupts_the_kernel(sandbox: Sandbox) -> None:
     assert raised.value.interrupted
     assert raised.value.execution is not None and raised.value.execution.stdout == "before\n"
     assert sandbox.run_code("'alive'").text == "'alive'"
+
+
+def test_a_paused_sandbox_is_told_at_once(sandbox: Sandbox) -> None:
+    with Sandbox.connect(sandbox.id) as other:
+        other.run_code("1")
+        sandbox.pause()
+        # Whether it was used a moment ago or not.
+        for same in (other, sandbox, other):
+            with pytest.raises(StateError, match="resume"):
+                same.run_code("ran = True", timeout_s=2)
+        sandbox.resume()
+        assert other.run_code("1").text == "1"
+
+
+def test_a_limit_of_the_whole_call(sandbox: Sandbox) -> None:
+    stuck = "import time\nprint('on', flush=True)\nwhile not globals().get('free'):\n    try: time.sleep(0.1)\n"
+    stuck += "    except KeyboardInterrupt: pass"
+    began = threading.Event()
+    with Sandbox.connect(sandbox.id) as other, ThreadPoolExecutor() as threads:
+        holding = threads.submit(other.run_code, stuck, on_stdout=lambda text: began.set())
+        assert began.wait(60)
+        # Behind another client's code, and behind one's own.
+        for same in (sandbox, other):
+            with pytest.raises(CodeTimeoutError, match="did not begin") as raised:
+                same.run_code("1", timeout_s=60, total_timeout_s=1)
+            assert not raised.value.interrupted
+        sandbox.run_code("free = True", context=sandbox.create_context())
+        assert holding.result(60).error is None
+    with pytest.raises(CodeTimeoutError, match="longer than 1 s") as raised:
+        sandbox.run_code("while True: pass", timeout_s=60, total_timeout_s=1)
+    assert raised.value.interrupted
 
 
 async def test_contexts_run_beside_each_other_on_the_same_variables(async_sandbox: AsyncSandbox) -> None:

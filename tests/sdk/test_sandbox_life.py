@@ -27,6 +27,26 @@ def test_with_kills_what_it_made_and_leaves_what_it_found(at_gateway: RunningGat
     made.kill()
 
 
+def test_sleep_at_the_end_of_its_time_and_tags(at_gateway: RunningGateway) -> None:
+    tags = {"of": "test_sandbox_life", "what": "time"}
+    with Sandbox.create(timeout_s=2, on_timeout="sleep", tags=tags, checkpoints="off") as sandbox:
+        sandbox.run_code("value = 'kept'")
+        deadline = time.monotonic() + 60
+        while sandbox.info().state != "asleep":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert sandbox.run_code("value").text == "'kept'"
+        info = sandbox.info()
+        assert (info.max_lifetime_s, info.on_timeout, info.tags) == (None, "sleep", tags)
+        assert [found.id for found in Sandbox.list(tags={"of": "test_sandbox_life", "what": None})] == [sandbox.id]
+        assert Sandbox.list(tags=tags, states=["asleep"]) == Sandbox.list(tags=tags, after=info) == []
+        assert sandbox.set_tags({"of": "another"}).tags == {"of": "another"}
+        (child,) = sandbox.fork()
+        with child:
+            assert [found.id for found in Sandbox.list(tags={"of": "another"}, limit=1)] == [sandbox.id]
+            assert [found.id for found in Sandbox.list(tags={"of": "another"}, after=info)] == [child.id]
+
+
 def test_fork_and_tree(sandbox: Sandbox) -> None:
     sandbox.run_code("value = [0]")
     children = sandbox.fork(2, name="child")
@@ -52,8 +72,13 @@ def test_sleep_wake_pause_resume(sandbox: Sandbox) -> None:
     # Using it wakes it.
     assert sandbox.run_code("kept").text == "'yes'"
     assert sandbox.pause().state == "paused"
+    assert sandbox.metrics().guest is None
     assert sandbox.resume().state == "running"
-    assert sandbox.metrics().memory_unique_bytes > 0
+    metrics, info = sandbox.metrics(), sandbox.info()
+    assert metrics.memory_unique_bytes > 0
+    assert metrics.guest is not None and metrics.guest.cpu_used_ms > 0
+    assert 0 < metrics.guest.memory_used_bytes < metrics.guest.memory_total_bytes <= info.memory_mib << 20
+    assert 0 < metrics.guest.disk_used_bytes < metrics.guest.disk_total_bytes <= info.disk_mib << 20
 
 
 def test_snapshots_and_time_travel(at_gateway: RunningGateway) -> None:

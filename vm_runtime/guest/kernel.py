@@ -42,6 +42,7 @@ from vm_runtime.guest.cells import Cells
 from vm_runtime.guest.environment import adopt, needs_new_process
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
+from vm_runtime.guest.place import CONTENT_KEY, PlaceError, placed
 from vm_runtime.guest.replies import ReplyStream, abort_for, answer_for
 from vm_runtime.guest.replies import prepare_socket as prepare_reply_socket
 from vm_runtime.guest.sandbox.notebook import load
@@ -109,14 +110,17 @@ class HypercellKernel(IPythonKernel):
             # Inside the try: an interrupt may come the moment the agent has heard of the cell, or while it waits. It
             # waits with all of its thread, as for any cell.
             if self.cells.begin(cell):
-                await super().execute_request(stream, ident, parent)
+                with placed(parent["content"]):
+                    await super().execute_request(stream, ident, parent)
             else:
                 self._send_abort_reply(stream, parent, ident)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PlaceError) as error:
             # Interrupted before the cell's code or after it: ipykernel would log it and never answer.
-            content = {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["KeyboardInterrupt"]}
+            name, text = type(error.__cause__ or error).__name__, str(error)
+            content = {"ename": name, "evalue": text, "traceback": [f"{name}: {text}" if text else name]}
             self.send_response(self.iopub_socket, "error", content, ident=self._topic("error"))
-            reply = {"status": "error", "execution_count": self.execution_count, "user_expressions": {}, **content}
+            told = {"execution_count": self.execution_count, "user_expressions": {}, CONTENT_KEY: {}}
+            reply = {"status": "error", **told, **content}
             if self.session is not None:
                 self.session.send(stream, "execute_reply", reply, parent, ident=ident)
         finally:
@@ -158,6 +162,8 @@ class HypercellKernel(IPythonKernel):
         failed = bool(_request.get()) and header["msg_type"] == "execute_request" and reply_content["status"] == "error"
         if failed and not content.get("silent", False) and content.get("stop_on_error", True):
             super()._abort_queues(header.get("subshell_id"))
+        if CONTENT_KEY in content:
+            reply_content[CONTENT_KEY] = {}
         return super().finish_metadata(parent, metadata, reply_content)
 
     def _abort_queues(self, subshell_id: str | None = None) -> None:

@@ -16,6 +16,7 @@ from vm_runtime.guest.keeper import KernelError, KernelKeeper
 from vm_runtime.guest.params import environment, param
 from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
 from vm_runtime.guest.renewal import Renewal
+from vm_runtime.guest.usage import usage_of
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
 from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Incoming
@@ -121,6 +122,10 @@ async def _machine_clock(guest: Guest, incoming: Incoming) -> None:
     await incoming.answer()
 
 
+async def _machine_usage(guest: Guest, incoming: Incoming) -> None:
+    await incoming.answer(await usage_of(guest.paths.home))
+
+
 async def _machine_poweroff(guest: Guest, incoming: Incoming) -> None:
     async with await incoming.accept() as stream:
         stream.end()
@@ -150,6 +155,7 @@ HANDLERS: dict[str, Handle] = {
     "template.prepare": _template_prepare,
     "tunnel": _tunnel,
     "machine.clock": _machine_clock,
+    "machine.usage": _machine_usage,
     "machine.poweroff": _machine_poweroff,
     **{kind: _on(lambda guest: guest.commands, serve) for kind, serve in EXEC_HANDLERS.items()},
     **{kind: _on(lambda guest: guest.files, serve) for kind, serve in FILES_HANDLERS.items()},

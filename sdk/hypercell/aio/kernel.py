@@ -10,12 +10,13 @@ one was lost for good, and is told as ConnectionLostError instead of waited for.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hypercell.aio.transport import RETRY_FIRST_S, RETRY_LONGEST_S, START_TIMEOUT_S, Transport
 from hypercell.errors import (
@@ -28,6 +29,7 @@ from hypercell.errors import (
     KernelDiedError,
     MachineFailedError,
     NoGatewayError,
+    StateError,
     UnsupportedError,
 )
 from hypercell.identifiers import in_path
@@ -43,6 +45,10 @@ RESUME_WINDOW_S = 60.0
 # An interrupted cell gets so long to end: `except KeyboardInterrupt` and `finally` may have work to do. The interrupt
 # of a subshell, which runs code itself, gets as long to be made.
 INTERRUPT_GRACE_S = 10.0
+# A kernel that has been silent for so long may have been paused, which is looked up before code is sent to it, and
+# again at growing intervals while it has not begun.
+QUIET_S = 1.0
+LONGEST_QUIET_S = 30.0
 
 # Raises KeyboardInterrupt in the thread of a subshell, which the kernel's own interrupt does not reach. The user's
 # variables stay untouched.
@@ -52,6 +58,8 @@ for thread in threading.enumerate():
     if thread.name == "subshell-" + {id!r}:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
 ''', {{}})"""
+
+T = TypeVar("T")
 
 Take = Callable[[KernelMessage], Awaitable[None]]
 
@@ -83,12 +91,40 @@ class _Pending:
             self.has_ended = True
 
 
+class _Limit:
+    """Of a whole call, from its beginning on. timeout_s: None for none."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self._began = time.monotonic()
+
+    @property
+    def left_s(self) -> float | None:
+        return None if self.timeout_s is None else max(0.0, self._began + self.timeout_s - time.monotonic())
+
+    async def within(self, step: Awaitable[T]) -> T:
+        """What `step` gives. Raises CodeTimeoutError if it takes too long."""
+        try:
+            return await asyncio.wait_for(step, self.left_s)
+        except TimeoutError:
+            raise self.error() from None
+
+    def error(self) -> CodeTimeoutError:
+        return CodeTimeoutError(
+            f"The kernel did not begin with the code within {self.timeout_s:g} s, since it runs other code or does not "
+            "answer. It may still run it in its turn.",
+            interrupted=False,
+        )
+
+
 class AsyncKernel:
     """The kernel of one sandbox. `close()` ends the connection, not the kernel. pid: the process that may use it."""
 
     def __init__(self, transport: Transport, kernel_id: str) -> None:
         self.pid = os.getpid()
         self._transport = transport
+        self._sandbox_path = f"/api/sandboxes/{in_path(kernel_id, 'sandbox')}"
+        self._heard_at = -math.inf
         self._path = f"/api/kernels/{in_path(kernel_id, 'sandbox')}"
         self._session_id = uuid.uuid4().hex
         self._websocket: ClientConnection | None = None
@@ -127,32 +163,43 @@ class AsyncKernel:
         *,
         take: Take,
         timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
         context_id: str | None = None,
-        store_history: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
     ) -> None:
         """Runs code; `take` gets every message that belongs to it, in order, up to its end.
 
         timeout_s: from when the kernel begins with it (its `status: busy`), since other clients' code may run before;
-        then it is interrupted. Cancelled, or where `take` fails, it is interrupted as well, unless the kernel has not
-        begun with it: it runs in its turn then, because an interrupt would hit another client's code.
+        total_timeout_s: from now on; then it is interrupted. Cancelled, or where `take` fails, it is interrupted as
+        well, unless the kernel has not begun with it: it runs in its turn then, because an interrupt would hit another
+        client's code.
         Raises CodeTimeoutError, KernelDiedError, ConnectionLostError, GatewayRefusedError.
         """
-        async with self._turns.setdefault(context_id, asyncio.Lock()):
-            content = {
-                "code": code,
-                "silent": False,
-                "store_history": store_history,
-                "user_expressions": {},
-                "allow_stdin": False,
-                "stop_on_error": False,
-            }
-            pending = await self._send("shell", "execute_request", content, context_id=context_id)
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": True,
+            "user_expressions": {},
+            "allow_stdin": False,
+            "stop_on_error": False,
+        }
+        if env or cwd:
+            content["hypercell"] = {"env": dict(env or {}), "cwd": cwd}
+        limit = _Limit(total_timeout_s)
+        turn = self._turns.setdefault(context_id, asyncio.Lock())
+        await limit.within(turn.acquire())
+        try:
+            if time.monotonic() - self._heard_at > QUIET_S:
+                await limit.within(self._check_not_paused())
+            pending = await limit.within(self._send("shell", "execute_request", content, context_id=context_id))
             following = asyncio.create_task(self._follow(pending, take))
             try:
-                await asyncio.wait({following, pending.began}, return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait({following}, timeout=timeout_s)
+                await self._wait_begun(following, pending, limit)
+                allowed_s = min((each for each in (timeout_s, limit.left_s) if each is not None), default=None)
+                await asyncio.wait({following}, timeout=allowed_s)
                 if not following.done() and pending.is_running:
-                    await self._stop(following, context_id, timeout_s)
+                    await self._stop(following, context_id, limit.timeout_s if allowed_s != timeout_s else timeout_s)
                 await following
             except CodeTimeoutError:
                 raise
@@ -168,6 +215,28 @@ class AsyncKernel:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
                 self._forget(pending)
+        finally:
+            turn.release()
+
+    async def _wait_begun(self, following: asyncio.Task[None], pending: _Pending, limit: _Limit) -> None:
+        pause_s = QUIET_S
+        while not (following.done() or pending.began.done()):
+            left_s = limit.left_s
+            if left_s == 0:
+                raise limit.error()
+            wait_s = pause_s if left_s is None else min(pause_s, left_s)
+            await asyncio.wait({following, pending.began}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if not (following.done() or pending.began.done()):
+                # Where there is no gateway the reader finds that out.
+                with suppress(NoGatewayError):
+                    await self._check_not_paused()
+                pause_s = min(2 * pause_s, LONGEST_QUIET_S)
+
+    async def _check_not_paused(self) -> None:
+        """What is sent to a paused kernel waits until somebody resumes it."""
+        state = (await self._transport.call("GET", self._sandbox_path))["state"]
+        if state == "paused":
+            raise StateError("The sandbox is paused; `resume()` it first.", status=409, code="wrong_state")
 
     async def _stop(self, following: asyncio.Task[None], context_id: str | None, timeout_s: float | None) -> None:
         with suppress(TimeoutError):
@@ -302,6 +371,7 @@ class AsyncKernel:
                 with suppress(ConnectionClosed):
                     while True:
                         data = await self._websocket.recv()
+                        self._heard_at = time.monotonic()
                         if isinstance(data, bytes):
                             await self._deliver(decode(data))
                 if not self._pending:

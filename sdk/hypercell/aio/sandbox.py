@@ -10,8 +10,9 @@ import builtins  # the class has a method `list`
 import json
 import os
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hypercell.aio.callbacks import OnError, OnResult, OnText, call_back
@@ -28,6 +29,7 @@ from hypercell.errors import (
     KernelDiedError,
     NotFoundError,
     StateError,
+    UnsupportedError,
 )
 from hypercell.execution import Execution, Recorder
 from hypercell.identifiers import in_path
@@ -37,6 +39,8 @@ from hypercell.timeouts import takes_timeout
 from hypercell.values import (
     CheckpointInfo,
     ForkFailure,
+    GuestMetrics,
+    OnTimeout,
     SandboxEvent,
     SandboxInfo,
     SandboxMetrics,
@@ -46,6 +50,14 @@ from hypercell.values import (
 
 # A program that is killed leaves no sandbox for longer than this.
 DEFAULT_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where the code of a context runs."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
 
 
 class AsyncSandbox:
@@ -64,6 +76,8 @@ class AsyncSandbox:
         self._pid = os.getpid()
         self._commands = AsyncCommands(transport, info.id)
         self._files = AsyncFiles(transport, info.id)
+        # By context; those of contexts that another object made are not known here.
+        self._places: dict[str | None, _Place] = {}
         self._kill_at_exit = kill_at_exit
         self._closed = False
 
@@ -81,8 +95,10 @@ class AsyncSandbox:
         disk_mib: int | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         timeout: float | None = None,
+        on_timeout: OnTimeout = "delete",
         idle_timeout_s: float | None = None,
         checkpoints: str | None = None,
+        tags: Mapping[str, str] | None = None,
         url: str | None = None,
         token: str | None = None,
     ) -> AsyncSandbox:
@@ -90,9 +106,10 @@ class AsyncSandbox:
 
         template: the kernelspec it is made from (None: the gateway's default). snapshot: start from this snapshot (id
         or name) instead. name: for people. env: variables of its kernel. memory_mib (a multiple of 256), vcpus,
-        disk_mib (of 1024): its size (None: as the template says). timeout_s: it is deleted after so long (None: never).
-        idle_timeout_s: it sleeps after so long without activity (0: never, None: as the gateway says). checkpoints:
-        "off", "cell" (after every cell) or "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and
+        disk_mib (of 1024): its size (None: as the template says). timeout_s: it is deleted after so long (None: never);
+        on_timeout="sleep": it sleeps instead, and has no limit any more. idle_timeout_s: it sleeps after so long
+        without activity (0: never, None: as the gateway says). checkpoints: "off", "cell" (after every cell) or
+        "timer:<minutes>". tags: words to find it by (`list`). url, token: the gateway (else HYPERCELL_URL and
         HYPERCELL_TOKEN, or the one running here).
 
         Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
@@ -110,6 +127,8 @@ class AsyncSandbox:
             "max_lifetime_s": timeout_s or 0,
             "idle_timeout_s": idle_timeout_s,
             "checkpoints": checkpoints,
+            "on_timeout": on_timeout,
+            "tags": dict(tags) if tags else None,
         }
         transport = Transport.lease(locate(url=url, token=token))
         try:
@@ -133,10 +152,33 @@ class AsyncSandbox:
         return cls(transport, SandboxInfo.parse(model), kill_at_exit=False)
 
     @classmethod
-    async def list(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SandboxInfo]:
-        """All sandboxes of the gateway."""
+    async def list(
+        cls,
+        *,
+        tags: Mapping[str, str | None] | None = None,
+        states: Sequence[str] | None = None,
+        name: str | None = None,
+        template: str | None = None,
+        limit: int | None = None,
+        after: SandboxInfo | None = None,
+        url: str | None = None,
+        token: str | None = None,
+    ) -> builtins.list[SandboxInfo]:
+        """The gateway's sandboxes that match all that is given, oldest first.
+
+        tags: with these values (None: any). states: in one of these. limit: at most so many (up to 1,000); after: those
+        that come after this one, the last of the page before.
+        """
+        query = {
+            "tags": ",".join(key if value is None else f"{key}={value}" for key, value in (tags or {}).items()) or None,
+            "states": ",".join(states) if states else None,
+            "name": name,
+            "template": template,
+            "limit": limit,
+            "after": None if after is None else f"{after.created_at:%Y-%m-%dT%H:%M:%S.%fZ},{after.id}",
+        }
         async with Transport.leased(locate(url=url, token=token)) as transport:
-            return [SandboxInfo.parse(model) for model in await transport.call("GET", "/api/sandboxes")]
+            return [SandboxInfo.parse(model) for model in await transport.call("GET", "/api/sandboxes", query=query)]
 
     @classmethod
     async def snapshots(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SnapshotInfo]:
@@ -178,8 +220,10 @@ class AsyncSandbox:
         return self._update(await self._transport.call("GET", self._path))
 
     async def metrics(self) -> SandboxMetrics:
-        """What it uses now."""
-        return SandboxMetrics.parse(await self._transport.call("GET", f"{self._path}/metrics"))
+        """What it takes of its host, and what runs in it uses of its machine, now."""
+        value = await self._transport.call("GET", f"{self._path}/metrics")
+        guest = value.get("guest")
+        return SandboxMetrics.parse({**value, "guest": guest and GuestMetrics.parse(guest)})
 
     @takes_timeout
     async def run_code(
@@ -188,7 +232,10 @@ class AsyncSandbox:
         *,
         timeout_s: float | None = None,
         timeout: float | None = None,
+        total_timeout_s: float | None = None,
         context: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
         on_result: OnResult | None = None,
@@ -198,14 +245,22 @@ class AsyncSandbox:
 
         An exception in the code is in the result's `error` (`raise_for_error()` raises it). on_...: called as output
         comes; a slow one holds the kernel. timeout_s: from when it is this code's turn; then the kernel is interrupted.
-        context: from `create_context`. Cancelled, the code is interrupted. Calls of one context wait for each other.
+        total_timeout_s: the same from now on; where other code keeps the kernel, this raises without it. context: from
+        `create_context`. env, cwd: variables and directory while it runs, for all of the kernel's process; else the
+        context's. Cancelled, the code is interrupted. Calls of one context wait for each other.
 
         Raises CodeTimeoutError (says whether the code has stopped, and holds what it had said), KernelDiedError,
-        ConnectionLostError, NotFoundError (the sandbox is gone), StateError.
+        ConnectionLostError, NotFoundError (the sandbox is gone), StateError (it is paused).
         """
         recorder = Recorder()
+        usual = self._places.get(context, _Place())
+        env, cwd = {**usual.env, **(env or {})}, cwd or usual.cwd
 
         async def take(message: KernelMessage) -> None:
+            if message.msg_type == "execute_reply" and (env or cwd) and "hypercell" not in message.content:
+                raise UnsupportedError(
+                    "The code ran, but without `env` and `cwd`: this sandbox was made by an older version."
+                )
             heard = recorder.take(message)
             if heard.stdout is not None:
                 await call_back(on_stdout, heard.stdout)
@@ -217,23 +272,34 @@ class AsyncSandbox:
                 await call_back(on_error, heard.error)
 
         try:
-            await self._kernel.execute(code, take=take, timeout_s=timeout_s, context_id=context)
+            await self._kernel.execute(
+                code,
+                take=take,
+                timeout_s=timeout_s,
+                total_timeout_s=total_timeout_s,
+                context_id=context,
+                env=env,
+                cwd=cwd,
+            )
         except (CodeTimeoutError, KernelDiedError) as error:
             error.execution = recorder.execution
             raise
         return recorder.execution
 
-    async def create_context(self) -> str:
+    async def create_context(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> str:
         """A second line of execution in the same kernel: its code runs beside the main one, on the same variables.
 
-        Returns its id, for `run_code(context=)`. For variables of its own, fork. Raises UnsupportedError if the kernel
-        has none.
+        Returns its id, for `run_code(context=)`. env, cwd: of all code that this object runs in it. For variables of
+        its own, fork. Raises UnsupportedError if the kernel has none.
         """
-        return await self._kernel.create_context()
+        context = await self._kernel.create_context()
+        self._places[context] = _Place(env=dict(env or {}), cwd=cwd)
+        return context
 
     async def delete_context(self, context: str) -> None:
         """Ends a context."""
         await self._kernel.delete_context(context)
+        self._places.pop(context, None)
 
     async def interrupt(self) -> None:
         """Raises KeyboardInterrupt in the code that runs, whoever runs it."""
@@ -329,9 +395,11 @@ class AsyncSandbox:
         return self._info
 
     @takes_timeout
-    async def set_timeout(self, timeout_s: float | None = None, *, timeout: float | None = None) -> SandboxInfo:
-        """It is deleted so long from now (None: never)."""
-        return await self._patch(max_lifetime_s=timeout_s or 0)
+    async def set_timeout(
+        self, timeout_s: float | None = None, *, timeout: float | None = None, on_timeout: OnTimeout | None = None
+    ) -> SandboxInfo:
+        """It is deleted so long from now (None: never), or sleeps (on_timeout; None: as it was)."""
+        return await self._patch(max_lifetime_s=timeout_s or 0, on_timeout=on_timeout)
 
     async def set_idle_timeout(self, idle_timeout_s: float) -> SandboxInfo:
         """It sleeps after so long without activity (0: never)."""
@@ -341,12 +409,17 @@ class AsyncSandbox:
         """When checkpoints are taken by themselves: "off", "cell" or "timer:<minutes>"."""
         return await self._patch(checkpoints=policy)
 
+    async def set_tags(self, tags: Mapping[str, str]) -> SandboxInfo:
+        """These tags instead of those it has."""
+        return await self._patch(tags=dict(tags))
+
     async def rename(self, name: str) -> SandboxInfo:
         """Gives it another name, for people."""
         return await self._patch(name=name)
 
     async def _patch(self, **fields: Any) -> SandboxInfo:
-        return self._update(await self._transport.call("PATCH", self._path, body=fields))
+        body = {field: value for field, value in fields.items() if value is not None}
+        return self._update(await self._transport.call("PATCH", self._path, body=body))
 
     async def events(self) -> AsyncGenerator[SandboxEvent, None]:
         """Its changes from now on, until it is gone, or the iteration or the sandbox is closed. Raises

@@ -6,7 +6,7 @@ Made by sdk/make_blocking.py from aio/sandbox.py: change that.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.blocking.commands import Commands
@@ -26,6 +26,7 @@ from hypercell.execution import Execution
 from hypercell.timeouts import takes_timeout
 from hypercell.values import (
     CheckpointInfo,
+    OnTimeout,
     SandboxEvent,
     SandboxInfo,
     SandboxMetrics,
@@ -60,8 +61,10 @@ class Sandbox(Wrapper):
         disk_mib: int | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         timeout: float | None = None,
+        on_timeout: OnTimeout = "delete",
         idle_timeout_s: float | None = None,
         checkpoints: str | None = None,
+        tags: Mapping[str, str] | None = None,
         url: str | None = None,
         token: str | None = None,
     ) -> Sandbox:
@@ -69,9 +72,10 @@ class Sandbox(Wrapper):
 
         template: the kernelspec it is made from (None: the gateway's default). snapshot: start from this snapshot (id
         or name) instead. name: for people. env: variables of its kernel. memory_mib (a multiple of 256), vcpus,
-        disk_mib (of 1024): its size (None: as the template says). timeout_s: it is deleted after so long (None: never).
-        idle_timeout_s: it sleeps after so long without activity (0: never, None: as the gateway says). checkpoints:
-        "off", "cell" (after every cell) or "timer:<minutes>". url, token: the gateway (else HYPERCELL_URL and
+        disk_mib (of 1024): its size (None: as the template says). timeout_s: it is deleted after so long (None: never);
+        on_timeout="sleep": it sleeps instead, and has no limit any more. idle_timeout_s: it sleeps after so long
+        without activity (0: never, None: as the gateway says). checkpoints: "off", "cell" (after every cell) or
+        "timer:<minutes>". tags: words to find it by (`list`). url, token: the gateway (else HYPERCELL_URL and
         HYPERCELL_TOKEN, or the one running here).
 
         Raises NoGatewayError, TokenError, LimitError, CapacityError, NotFoundError (template or snapshot).
@@ -87,8 +91,10 @@ class Sandbox(Wrapper):
                     vcpus=vcpus,
                     disk_mib=disk_mib,
                     timeout_s=timeout_s,
+                    on_timeout=on_timeout,
                     idle_timeout_s=idle_timeout_s,
                     checkpoints=checkpoints,
+                    tags=tags,
                     url=url,
                     token=token,
                 )
@@ -103,9 +109,28 @@ class Sandbox(Wrapper):
         return result
 
     @classmethod
-    def list(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SandboxInfo]:
-        """All sandboxes of the gateway."""
-        return BlockingCall().run(AsyncSandbox.list(url=url, token=token))
+    def list(
+        cls,
+        *,
+        tags: Mapping[str, str | None] | None = None,
+        states: Sequence[str] | None = None,
+        name: str | None = None,
+        template: str | None = None,
+        limit: int | None = None,
+        after: SandboxInfo | None = None,
+        url: str | None = None,
+        token: str | None = None,
+    ) -> builtins.list[SandboxInfo]:
+        """The gateway's sandboxes that match all that is given, oldest first.
+
+        tags: with these values (None: any). states: in one of these. limit: at most so many (up to 1,000); after: those
+        that come after this one, the last of the page before.
+        """
+        return BlockingCall().run(
+            AsyncSandbox.list(
+                tags=tags, states=states, name=name, template=template, limit=limit, after=after, url=url, token=token
+            )
+        )
 
     @classmethod
     def snapshots(cls, *, url: str | None = None, token: str | None = None) -> builtins.list[SnapshotInfo]:
@@ -139,7 +164,7 @@ class Sandbox(Wrapper):
         return BlockingCall().run(self._async.info())
 
     def metrics(self) -> SandboxMetrics:
-        """What it uses now."""
+        """What it takes of its host, and what runs in it uses of its machine, now."""
         return BlockingCall().run(self._async.metrics())
 
     @takes_timeout
@@ -149,7 +174,10 @@ class Sandbox(Wrapper):
         *,
         timeout_s: float | None = None,
         timeout: float | None = None,
+        total_timeout_s: float | None = None,
         context: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
         on_result: OnResult | None = None,
@@ -159,16 +187,21 @@ class Sandbox(Wrapper):
 
         An exception in the code is in the result's `error` (`raise_for_error()` raises it). on_...: called as output
         comes; a slow one holds the kernel. timeout_s: from when it is this code's turn; then the kernel is interrupted.
-        context: from `create_context`. Cancelled, the code is interrupted. Calls of one context wait for each other.
+        total_timeout_s: the same from now on; where other code keeps the kernel, this raises without it. context: from
+        `create_context`. env, cwd: variables and directory while it runs, for all of the kernel's process; else the
+        context's. Cancelled, the code is interrupted. Calls of one context wait for each other.
 
         Raises CodeTimeoutError (says whether the code has stopped, and holds what it had said), KernelDiedError,
-        ConnectionLostError, NotFoundError (the sandbox is gone), StateError.
+        ConnectionLostError, NotFoundError (the sandbox is gone), StateError (it is paused).
         """
         return BlockingCall().run(
             self._async.run_code(
                 code,
                 timeout_s=timeout_s,
+                total_timeout_s=total_timeout_s,
                 context=context,
+                env=env,
+                cwd=cwd,
                 on_stdout=here(on_stdout),
                 on_stderr=here(on_stderr),
                 on_result=here(on_result),
@@ -176,13 +209,13 @@ class Sandbox(Wrapper):
             )
         )
 
-    def create_context(self) -> str:
+    def create_context(self, *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> str:
         """A second line of execution in the same kernel: its code runs beside the main one, on the same variables.
 
-        Returns its id, for `run_code(context=)`. For variables of its own, fork. Raises UnsupportedError if the kernel
-        has none.
+        Returns its id, for `run_code(context=)`. env, cwd: of all code that this object runs in it. For variables of
+        its own, fork. Raises UnsupportedError if the kernel has none.
         """
-        return BlockingCall().run(self._async.create_context())
+        return BlockingCall().run(self._async.create_context(env=env, cwd=cwd))
 
     def delete_context(self, context: str) -> None:
         """Ends a context."""
@@ -249,9 +282,11 @@ class Sandbox(Wrapper):
         return BlockingCall().run(self._async.resume())
 
     @takes_timeout
-    def set_timeout(self, timeout_s: float | None = None, *, timeout: float | None = None) -> SandboxInfo:
-        """It is deleted so long from now (None: never)."""
-        return BlockingCall().run(self._async.set_timeout(timeout_s))
+    def set_timeout(
+        self, timeout_s: float | None = None, *, timeout: float | None = None, on_timeout: OnTimeout | None = None
+    ) -> SandboxInfo:
+        """It is deleted so long from now (None: never), or sleeps (on_timeout; None: as it was)."""
+        return BlockingCall().run(self._async.set_timeout(timeout_s, on_timeout=on_timeout))
 
     def set_idle_timeout(self, idle_timeout_s: float) -> SandboxInfo:
         """It sleeps after so long without activity (0: never)."""
@@ -260,6 +295,10 @@ class Sandbox(Wrapper):
     def set_checkpoints(self, policy: str) -> SandboxInfo:
         """When checkpoints are taken by themselves: "off", "cell" or "timer:<minutes>"."""
         return BlockingCall().run(self._async.set_checkpoints(policy))
+
+    def set_tags(self, tags: Mapping[str, str]) -> SandboxInfo:
+        """These tags instead of those it has."""
+        return BlockingCall().run(self._async.set_tags(tags))
 
     def rename(self, name: str) -> SandboxInfo:
         """Gives it another name, for people."""

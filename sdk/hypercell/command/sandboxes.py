@@ -45,6 +45,8 @@ async def create(options: argparse.Namespace) -> AsyncSandbox:
             vcpus=options.vcpus,
             disk_mib=options.disk_mib,
             timeout_s=options.lifetime or None,
+            on_timeout=getattr(options, "on_timeout", "delete"),
+            tags=dict(options.tags),
             url=options.url,
             token=options.token,
         )
@@ -65,7 +67,8 @@ async def new(options: argparse.Namespace) -> int:
 async def ls(options: argparse.Namespace) -> int:
     if options.place is not None:
         return await list_files(options)
-    sandboxes = await AsyncSandbox.list(url=options.url, token=options.token)
+    tags = {name: value if equals else None for name, equals, value in (tag.partition("=") for tag in options.tags)}
+    sandboxes = await AsyncSandbox.list(tags=tags, states=options.states, url=options.url, token=options.token)
     if options.json:
         print_json(sandboxes)
         return 0
@@ -99,9 +102,10 @@ def _shown(entry: FileInfo) -> str:
 async def info(options: argparse.Namespace) -> int:
     async with await connect(options, options.sandbox) as sandbox:
         known = await sandbox.info()
-        memory = await sandbox.metrics()
+        metrics = await sandbox.metrics()
+    guest = metrics.guest
     if options.json:
-        print_json({"sandbox": known, "metrics": memory})
+        print_json({"sandbox": known, "metrics": metrics})
         return 0
     for name, value in (
         ("id", known.id),
@@ -112,11 +116,15 @@ async def info(options: argparse.Namespace) -> int:
         ("parent", known.parent_id),
         ("created", f"{age(known.created_at)} ago"),
         ("last used", f"{age(known.last_activity)} ago"),
+        ("tags", " ".join(f"{name}={value}" for name, value in known.tags.items())),
         ("size", f"{known.memory_mib} MiB memory, {known.vcpus} CPU, {known.disk_mib} MiB disk"),
-        ("memory now", f"{size(memory.memory_unique_bytes)} its own, {size(memory.memory_shared_bytes)} shared"),
+        ("host memory", f"{size(metrics.memory_unique_bytes)} its own, {size(metrics.memory_shared_bytes)} shared"),
+        ("cpu now", guest and f"{guest.cpu_percent} %, {guest.cpu_used_ms / 1000:.1f} s in all"),
+        ("memory now", guest and f"{size(guest.memory_used_bytes)} of {size(guest.memory_total_bytes)}"),
+        ("disk now", guest and f"{size(guest.disk_used_bytes)} of {size(guest.disk_total_bytes)}"),
     ):
         if value:
-            print(f"{name:<11}{value}")
+            print(f"{name:<12}{value}")
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import ValidationError
@@ -12,7 +14,8 @@ from gateway.app import all_endpoints
 from gateway.errors import ApiError
 from gateway.handlers.kernels import create_request
 from gateway.models import CreateKernel, timestamp
-from gateway.sandbox_models import NewSandbox, SandboxChanges
+from gateway.sandbox_models import NewSandbox, SandboxChanges, SandboxesQuery
+from kernels.models import Sandbox, SandboxState
 
 
 def test_times_are_as_jupyter_server_parses_them() -> None:
@@ -85,6 +88,11 @@ def test_sandboxes_say_sizes_and_times() -> None:
         {"checkpoints": "timer:0"},
         {"kernel_id": "x"},
         {"memory_mib": 0},
+        {"on_timeout": "explode"},
+        {"tags": {"a,b": "c"}},
+        {"tags": {"a": "b,c"}},
+        {"tags": {"a": 1}},
+        {"tags": {str(number): "" for number in range(33)}},
     ],
 )
 def test_wrong_sandboxes_are_refused(body: object) -> None:
@@ -97,6 +105,8 @@ def test_wrong_sandboxes_are_refused(body: object) -> None:
     [
         ({}, {}),
         ({"name": None}, {"name": None}),
+        ({"tags": {"a": "b"}, "on_timeout": "sleep"}, {"tags": {"a": "b"}, "on_timeout": "sleep"}),
+        ({"tags": None, "on_timeout": None}, {}),
         ({"max_lifetime_s": 60, "name": "n"}, {"max_lifetime_s": 160.0, "name": "n"}),
         ({"max_lifetime_s": 0, "idle_timeout_s": None}, {"max_lifetime_s": None, "idle_timeout_s": 0.0}),
         ({"checkpoints": None}, {}),
@@ -105,3 +115,51 @@ def test_wrong_sandboxes_are_refused(body: object) -> None:
 )
 def test_changes_of_a_sandbox(body: object, changes: dict[str, object]) -> None:
     assert SandboxChanges.model_validate_json(json.dumps(body)).changes(age_s=100.0) == changes
+
+
+def _sandbox(number: int, **fields: Any) -> Sandbox:
+    made = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number // 2)  # two at a time
+    known: dict[str, Any] = {
+        "id": str(UUID(int=number)), "state": SandboxState.RUNNING, "driver": "d", "template": "python3",
+        "parent_id": None, "name": None, "owner": "local", "created_at": made, "last_activity": made,
+        "execution_state": "idle", "reason": None, "memory_mib": 1, "vcpus": 1, "disk_mib": 1,
+    }  # fmt: skip
+    return Sandbox(**{**known, **fields})
+
+
+def test_pages_of_sandboxes() -> None:
+    sandboxes = [_sandbox(number, tags={"n": str(number % 2), "all": ""}) for number in range(7)]
+    found: list[Sandbox] = []
+    query: dict[str, Any] = {"limit": 3, "tags": "all"}
+    while page := SandboxesQuery.model_validate(query).select([*reversed(sandboxes)]):
+        found += page
+        query["after"] = f"{timestamp(page[-1].created_at)},{page[-1].id}"
+    assert found == sandboxes
+
+
+@pytest.mark.parametrize(
+    ("query", "numbers"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"tags": "k"}, [1, 2]),
+        ({"tags": "k=v"}, [1]),
+        ({"tags": "k=w,m=x"}, [2]),
+        ({"tags": "k=w,m=y"}, []),
+        ({"states": "asleep,paused"}, [3]),
+        ({"name": "n", "template": "python3"}, [0]),
+    ],
+)
+def test_sandboxes_are_found(query: dict[str, Any], numbers: list[int]) -> None:
+    sandboxes = [
+        _sandbox(0, name="n"),
+        _sandbox(1, tags={"k": "v"}),
+        _sandbox(2, tags={"k": "w", "m": "x"}),
+        _sandbox(3, state=SandboxState.ASLEEP),
+    ]
+    assert SandboxesQuery.model_validate(query).select(sandboxes) == [sandboxes[number] for number in numbers]
+
+
+@pytest.mark.parametrize("query", [{"states": "awake"}, {"limit": 0}, {"limit": 1001}, {"after": "x"}, {"owner": "me"}])
+def test_wrong_queries_are_refused(query: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SandboxesQuery.model_validate(query)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -345,3 +346,18 @@ def test_log_of_tiny_pieces_is_bounded() -> None:
     assert first is not None
     assert first.skipped_bytes > 0
     assert AHEAD_BYTES_MAX < LOG_BYTES_MAX
+
+
+async def test_what_a_machine_uses_is_measured(host: Host) -> None:
+    before = await host.call("machine.usage")
+    assert before["memory_total_bytes"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    spin = await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
+    try:
+        async with asyncio.timeout(60):
+            while (now := await host.call("machine.usage"))["cpu_used_ms"] < before["cpu_used_ms"] + 500:
+                pass
+    finally:
+        spin.kill()
+        await spin.wait()
+    assert 0 < now["cpu_percent"] <= 100
+    assert 0 < now["disk_used_bytes"] <= now["disk_total_bytes"]

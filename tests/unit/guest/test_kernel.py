@@ -373,3 +373,46 @@ def _rss_kib(pid: int) -> int:
 
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+async def test_a_cell_has_variables_and_a_directory_of_its_own(host: Host, tmp_path: Path) -> None:
+    await start(host)
+    (tmp_path / "there").mkdir()
+    show = "import os; print(os.environ.get('WORD'), os.environ.get('HOME'), os.getcwd())"
+    async with client(host) as jupyter:
+        before, _ = await run(jupyter, show)
+        plain, _ = await run_at(jupyter, show, {"env": {"WORD": "w", "HOME": "/h"}, "cwd": str(tmp_path / "there")})
+        assert plain.split() == ["w", "/h", str(tmp_path / "there")]
+        _, reply = await run_at(
+            jupyter, "os.environ['KEPT'] = 'k'; os.rmdir(os.getcwd()); 1 / 0", {"cwd": str(tmp_path / "there")}
+        )
+        assert (reply["ename"], reply["hypercell"]) == ("ZeroDivisionError", {})
+        for place, name in (
+            ({"cwd": str(tmp_path / "none")}, "FileNotFoundError"),
+            ({"env": {"A=B": "c"}}, "ValueError"),
+            ({"env": {"A": "\0"}}, "ValueError"),
+            ({"env": {"A": 1}}, "TypeError"),
+        ):
+            text, reply = await run_at(jupyter, "print('ran')", place)
+            assert (text, reply["ename"], reply["hypercell"]) == ("", name, {})
+        assert (await run(jupyter, show))[0] == before
+        assert (await run(jupyter, "print(os.environ['KEPT'])"))[0] == "k\n"
+
+
+async def run_at(jupyter: AsyncKernelClient, code: str, place: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """As `run`, with what only the SDK sends in the request."""
+    content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+    message = jupyter.session.msg("execute_request", {**content, "stop_on_error": False, "hypercell": place})
+    jupyter.shell_channel.send(message)
+    text, own = "", message["header"]["msg_id"]
+    while True:
+        told = await jupyter.get_iopub_msg(timeout=60)
+        if told["parent_header"].get("msg_id") != own:
+            continue
+        if told["msg_type"] == "stream":
+            text += told["content"]["text"]
+        if told["msg_type"] == "status" and told["content"]["execution_state"] == "idle":
+            break
+    while (reply := await jupyter.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != own:
+        pass
+    return text, reply["content"]
