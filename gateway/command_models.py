@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, field_validator
 
@@ -14,6 +14,7 @@ from gateway.models import (
     PathText,
     SandboxRequest,
     Timestamp,
+    UserName,
     check_env,
     timestamp,
 )
@@ -40,6 +41,7 @@ class CommandStart(SandboxRequest):
     command: _CommandLine | Arguments
     cwd: PathText | None = None
     env: dict[str, str] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
+    user: UserName = "user"
 
     _env = field_validator("env")(check_env)
 
@@ -51,8 +53,10 @@ class CommandStart(SandboxRequest):
         return value
 
     @property
-    def line(self) -> str | tuple[str, ...]:
-        return self.command if isinstance(self.command, str) else tuple(self.command)
+    def given(self) -> dict[str, Any]:
+        """What `CommandRequest` has of it."""
+        line = self.command if isinstance(self.command, str) else tuple(self.command)
+        return {"command": line, "cwd": self.cwd, "env": self.env, "as_root": self.user == "root"}
 
 
 class ExecRequest(CommandStart):
@@ -63,9 +67,7 @@ class ExecRequest(CommandStart):
     max_output_bytes: int = Field(OUTPUT_BYTES, ge=0, le=OUTPUT_BYTES_MAX)
 
     def to_command(self) -> CommandRequest:
-        return CommandRequest(
-            command=self.line, cwd=self.cwd, env=self.env, stdin=self.stdin is not None, timeout_s=self.timeout_s
-        )
+        return CommandRequest(**self.given, stdin=self.stdin is not None, timeout_s=self.timeout_s)
 
 
 class BackgroundRequest(CommandStart):
@@ -75,9 +77,7 @@ class BackgroundRequest(CommandStart):
     timeout_s: float | None = Field(None, gt=0, le=TIMEOUT_MAX_S)
 
     def to_command(self) -> CommandRequest:
-        return CommandRequest(
-            command=self.line, cwd=self.cwd, env=self.env, stdin=self.stdin, background=True, timeout_s=self.timeout_s
-        )
+        return CommandRequest(**self.given, stdin=self.stdin, background=True, timeout_s=self.timeout_s)
 
 
 class SignalRequest(SandboxRequest):
@@ -171,9 +171,7 @@ class StartFrame(CommandStart):
 
     def to_command(self) -> CommandRequest:
         return CommandRequest(
-            command=self.line,
-            cwd=self.cwd,
-            env=self.env,
+            **self.given,
             size=None if self.tty is None else (self.tty.rows, self.tty.columns),
             stdin=self.stdin,
             background=self.background,

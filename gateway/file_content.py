@@ -83,8 +83,10 @@ class ContentHandler(EndpointHandler):
         try:
             query: WriteQuery = self.parse_query(WriteQuery)
             self._expected_crc()
-            files = await self.gateway.service.files(self.path_kwargs["sandbox_id"])
-            self._upload = await files.write(query.path, mode=mode_number(query.mode), parents=query.parents)
+            files = (await self.gateway.service.files(self.path_kwargs["sandbox_id"])).as_user(query.user)
+            self._upload = await files.write(
+                query.path, mode=mode_number(query.mode), parents=query.parents, append=query.append
+            )
         except (KernelsError, ApiError) as error:
             self._failure = error
             if self.request.headers.get("Expect", "").lower() == "100-continue":
@@ -167,7 +169,7 @@ class ContentHandler(EndpointHandler):
 
     async def get(self, **path: str) -> None:
         query: PathQuery = self.parse_query(PathQuery)
-        files = await self.gateway.service.files(path["sandbox_id"])
+        files = (await self.gateway.service.files(path["sandbox_id"])).as_user(query.user)
         part = parse_range(self.request.headers.get("Range"))
         offset, length = (part.offset, part.length) if part is not None else (0, None)
         is_head = self.request.method == "HEAD"

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from gateway.models import Answer, SandboxRequest, Timestamp, timestamp
+from gateway.models import Answer, SandboxRequest, Timestamp, UserName, timestamp
 from kernels.files import FileChange, FileInfo, FileKind, Listing, Written
 
 # As deep as vm_runtime/guest/files.py lists.
 DEPTH_MAX = 32
+# As many entries as vm_runtime/guest/listing.py puts into one answer.
+ENTRIES_MAX = 10_000
 
 
 def _encodable(text: str) -> str:
@@ -37,43 +39,63 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PathQuery(Query):
+class UserQuery(Query):
+    """user: with whose rights, and in whose home relative paths begin."""
+
+    user: UserName = "user"
+
+
+class PathQuery(UserQuery):
     path: FilePath
 
 
 class WriteQuery(PathQuery):
     mode: Mode | None = None
     parents: bool = True
+    append: bool = False
 
 
 class RemoveQuery(PathQuery):
     recursive: bool = False
 
 
-class ListQuery(Query):
+class ListQuery(UserQuery):
     path: FilePath = "."
     depth: int = Field(1, ge=1, le=DEPTH_MAX)
+    limit: int | None = Field(None, ge=1, le=ENTRIES_MAX)
+    after: str | None = None
 
 
 class StatQuery(PathQuery):
     follow: bool = True
 
 
-class WatchQuery(Query):
+class WatchQuery(UserQuery):
     path: FilePath = "."
     recursive: bool = False
 
 
-class MkdirRequest(SandboxRequest):
+class PathRequest(SandboxRequest):
+    user: UserName = "user"
+
+
+class MkdirRequest(PathRequest):
     path: FilePath
     mode: Mode | None = None
     parents: bool = True
     exist_ok: bool = False
 
 
-class RenameRequest(SandboxRequest):
+class RenameRequest(PathRequest):
     old_path: FilePath
     new_path: FilePath
+
+
+class SymlinkRequest(PathRequest):
+    """target: where it leads, whether there is such a thing or not."""
+
+    path: FilePath
+    target: FilePath
 
 
 class FileAnswer(Answer):
@@ -105,16 +127,18 @@ class FileAnswer(Answer):
 
 
 class ListingAnswer(Answer):
-    """path: absolute. truncated: there is more than one answer holds; list it directory by directory."""
+    """path: absolute. truncated: there is more; `next` is where it goes on, for `after` of the next request (null: the
+    sandbox is too old to say; list it directory by directory)."""
 
     path: str
     entries: list[FileAnswer]
     truncated: bool
+    next: str | None
 
     @classmethod
     def of(cls, listing: Listing) -> ListingAnswer:
         entries = [FileAnswer.of(info) for info in listing.entries]
-        return cls(path=listing.path, entries=entries, truncated=listing.truncated)
+        return cls(path=listing.path, entries=entries, truncated=listing.truncated, next=listing.next)
 
 
 class WrittenAnswer(Answer):

@@ -34,6 +34,8 @@ _UUID = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-
 _CONSOLE_PATH = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
 
 # Names and paths are shown, stored and passed on, never opened; long ones are mistakes.
+# Whom commands run as, and with whose rights files are touched: the kernel's user, or root.
+UserName = Literal["user", "root"]
 Name = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\u0000]*$")]
 PathText = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\u0000]*$")]
 EnvName = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^=\u0000]*$")]

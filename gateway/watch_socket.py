@@ -12,7 +12,7 @@ class WatchSocket(SandboxSocket):
 
     async def begin(self, **path: str) -> None:
         self._query: WatchQuery = self.parse_query(WatchQuery)
-        self._files = await self.gateway.service.files(self.sandbox_id)
+        self._files = (await self.gateway.service.files(self.sandbox_id)).as_user(self._query.user)
         await self._files.stat(self._query.path)
 
     async def serve(self) -> None:

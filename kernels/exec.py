@@ -34,7 +34,8 @@ class CommandRequest:
     """What to run: a command line for a shell, or a program with its arguments.
 
     cwd: from the kernel user's home, which it is where None. size: (rows, columns) of a terminal, None for pipes.
-    stdin: whether it has any (a terminal always has). background: it stays when its client goes.
+    stdin: whether it has any (a terminal always has). background: it stays when its client goes. as_root: not as the
+    kernel's user.
     """
 
     command: str | tuple[str, ...]
@@ -44,6 +45,7 @@ class CommandRequest:
     stdin: bool = False
     background: bool = False
     timeout_s: float | None = None
+    as_root: bool = False
 
     def encode(self) -> bytes:
         """As the agent takes it. Errors: RequestError if it is too large."""
@@ -183,7 +185,7 @@ class SandboxCommands:
         """Errors: RequestError, if it is too large."""
         data = request.encode()
         with guest_errors():
-            stream = await self._open("exec.start", {})
+            stream = await self._open("root.exec.start" if request.as_root else "exec.start", {})
             try:
                 await stream.write(data)
                 frames = CommandFrameReader()

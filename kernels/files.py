@@ -64,11 +64,13 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """path: absolute. truncated: there is more than one answer holds."""
+    """path: absolute. truncated: there is more than was asked for, or than one answer holds. next: where it goes on,
+    for another listing's `after` (None: the guest's agent is too old to say)."""
 
     path: str
     entries: list[FileInfo]
     truncated: bool
+    next: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,25 +203,35 @@ class SandboxFiles:
     """The files of one sandbox. Relative paths begin at the kernel user's home. All methods raise GuestRefusedError
     (`code` says what the guest would not do) and MachineFailedError."""
 
-    def __init__(self, open_stream: OpenStream) -> None:
-        self._open = open_stream
+    def __init__(self, open_stream: OpenStream, *, as_root: bool = False) -> None:
+        self._open_stream = open_stream
+        self._prefix = "root." if as_root else ""
+
+    def as_user(self, user: Literal["user", "root"]) -> SandboxFiles:
+        """The same with the rights of that user, in whose home relative paths begin."""
+        return SandboxFiles(self._open_stream, as_root=user == "root")
 
     async def read(self, path: str, *, offset: int = 0, length: int | None = None) -> FileDownload:
         """offset: below zero it counts from the end. length: at most so much, None for all."""
         return FileDownload(await self._stream("files.read", path=path, offset=offset, length=length))
 
-    async def write(self, path: str, *, mode: int | None = None, parents: bool = True) -> FileUpload:
-        """mode: None keeps that of the file that is replaced (0644 where there is none)."""
-        return FileUpload(await self._stream("files.write", path=path, mode=mode, parents=parents))
+    async def write(
+        self, path: str, *, mode: int | None = None, parents: bool = True, append: bool = False
+    ) -> FileUpload:
+        """mode: None keeps that of the file that is replaced (0644 where there is none). append: to it, instead."""
+        kind = "files.append" if append else "files.write"
+        return FileUpload(await self._stream(kind, path=path, mode=mode, parents=parents))
 
-    async def list(self, path: str, *, depth: int = 1) -> Listing:
+    async def list(self, path: str, *, depth: int = 1, limit: int | None = None, after: str | None = None) -> Listing:
+        """At most `limit` entries, from `Listing.next` of an earlier one on."""
         with guest_errors():
-            async with await self._stream("files.list", path=path, depth=depth) as stream:
+            async with await self._stream("files.list", path=path, depth=depth, limit=limit, after=after) as stream:
                 value = await read_json(stream)
         return Listing(
             path=text_of(value, "path"),
             entries=[FileInfo.parse(entry) for entry in value_of(value, "entries", list)],
             truncated=value_of(value, "truncated", bool),
+            next=text_of(value, "next", optional=True),
         )
 
     async def stat(self, path: str, *, follow: bool = True) -> FileInfo:
@@ -238,13 +250,17 @@ class SandboxFiles:
         """parents: make those that are missing. exist_ok: be content with a directory that is there."""
         return FileInfo.parse(await self._call("files.mkdir", path=path, mode=mode, parents=parents, exist_ok=exist_ok))
 
+    async def symlink(self, path: str, target: str) -> FileInfo:
+        """A link that leads to `target`, whether there is such a thing or not."""
+        return FileInfo.parse(await self._call("files.symlink", path=path, target=target))
+
     async def watch(self, path: str, *, recursive: bool = False) -> FileWatch:
         return FileWatch(await self._stream("files.watch", path=path, recursive=recursive))
 
     async def _stream(self, kind: str, **params: Any) -> Stream:
         given = {name: value for name, value in params.items() if value is not None}
         with guest_errors():
-            return await self._open(kind, given)
+            return await self._open_stream(self._prefix + kind, given)
 
     async def _call(self, kind: str, **params: Any) -> Mapping[str, Any]:
         async with await self._stream(kind, **params) as stream:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent / "hypercell"
-MODULES = ("commands", "watch", "files", "sandbox")
+MODULES = ("shell", "commands", "watch", "files", "sandbox")
 CALLBACK_TYPES = ("OnBytes", "OnError", "OnResult", "OnText")
 NAMES = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__", "__anext__": "__next__"}
 
@@ -24,7 +24,7 @@ def blocking_name(text: str) -> str:
     """The text with the blocking names of things: types, and words in docstrings."""
     text = re.sub(r"AsyncGenerator\[(.+?), None\]", r"Iterator[\1]", text)
     text = re.sub(r"\bAsyncIterable\[bytes\] \| |\| AsyncIterable\[bytes\]", "", text)
-    text = re.sub(r"\bAsync(Sandbox|Commands?|Files|Watch)\b", r"\1", text)
+    text = re.sub(r"\bAsync(Sandbox|Commands?|Files|Shell|Watch)\b", r"\1", text)
     text = text.replace(" An object belongs to the event loop in which it was made.", "")
     return text.replace("`async with`", "`with`").replace("await ", "").replace("awaits", "calls")
 
@@ -63,7 +63,8 @@ def imports(tree: ast.Module) -> str:
     constants = [
         blocking_name(ast.unparse(node))
         for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in {"Content", "DEFAULT_TIMEOUT_S"}
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) in {"Content", "DEFAULT_TIMEOUT_S", "PAGE_ENTRIES"}
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(constants)
 

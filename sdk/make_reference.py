@@ -19,6 +19,7 @@ PAGE = ROOT / "docs" / "sdk" / "reference.md"
 MODULES = (
     "blocking/sandbox.py",
     "blocking/commands.py",
+    "blocking/shell.py",
     "blocking/files.py",
     "blocking/watch.py",
     "execution.py",

@@ -10,34 +10,44 @@ from gateway.file_models import (
     ListQuery,
     MkdirRequest,
     PathQuery,
+    PathRequest,
     RemoveQuery,
     RenameRequest,
     StatQuery,
+    SymlinkRequest,
+    UserQuery,
     WriteQuery,
     WrittenAnswer,
     mode_number,
 )
 from gateway.handlers.sandboxes import SANDBOX_ID
+from kernels.files import SandboxFiles
 
 # What the guest or its machine may answer (gateway/errors.py).
 FILE_ERRORS = (400, 404, 409, 501, 502, 503, 507)
 
 
+async def _files(call: Call) -> SandboxFiles:
+    given: UserQuery | PathRequest = call.query or call.body
+    return (await call.gateway.service.files(call.path["sandbox_id"])).as_user(given.user)
+
+
 async def list_files(call: Call) -> Reply:
     query: ListQuery = call.query
-    files = await call.gateway.service.files(call.path["sandbox_id"])
-    return Reply(body=ListingAnswer.of(await files.list(query.path, depth=query.depth)))
+    files = await _files(call)
+    listing = await files.list(query.path, depth=query.depth, limit=query.limit, after=query.after)
+    return Reply(body=ListingAnswer.of(listing))
 
 
 async def stat_file(call: Call) -> Reply:
     query: StatQuery = call.query
-    files = await call.gateway.service.files(call.path["sandbox_id"])
+    files = await _files(call)
     return Reply(body=FileAnswer.of(await files.stat(query.path, follow=query.follow)))
 
 
 async def make_directory(call: Call) -> Reply:
     request: MkdirRequest = call.body
-    files = await call.gateway.service.files(call.path["sandbox_id"])
+    files = await _files(call)
     made = await files.mkdir(
         request.path, mode=mode_number(request.mode), parents=request.parents, exist_ok=request.exist_ok
     )
@@ -46,13 +56,19 @@ async def make_directory(call: Call) -> Reply:
 
 async def rename_file(call: Call) -> Reply:
     request: RenameRequest = call.body
-    files = await call.gateway.service.files(call.path["sandbox_id"])
+    files = await _files(call)
     return Reply(body=FileAnswer.of(await files.rename(request.old_path, request.new_path)))
+
+
+async def make_symlink(call: Call) -> Reply:
+    request: SymlinkRequest = call.body
+    files = await _files(call)
+    return Reply(status=201, body=FileAnswer.of(await files.symlink(request.path, request.target)))
 
 
 async def remove_file(call: Call) -> Reply:
     query: RemoveQuery = call.query
-    files = await call.gateway.service.files(call.path["sandbox_id"])
+    files = await _files(call)
     await files.remove(query.path, recursive=query.recursive)
     return Reply(status=204)
 
@@ -64,7 +80,7 @@ ENDPOINTS = (
         operations={
             "GET": Operation(
                 name="listFiles",
-                summary="What is in a directory.",
+                summary="What is in a directory, or a page of it.",
                 run=list_files,
                 query=ListQuery,
                 reply=ListingAnswer,
@@ -116,6 +132,21 @@ ENDPOINTS = (
         },
     ),
     Endpoint(
+        path="/api/sandboxes/{sandbox_id}/files/symlink",
+        parameters=SANDBOX_ID,
+        operations={
+            "POST": Operation(
+                name="makeSymlink",
+                summary="A new link.",
+                run=make_symlink,
+                body=SymlinkRequest,
+                reply=FileAnswer,
+                status=201,
+                errors=FILE_ERRORS,
+            )
+        },
+    ),
+    Endpoint(
         path="/api/sandboxes/{sandbox_id}/files/content",
         parameters=SANDBOX_ID,
         handler=ContentHandler,
@@ -131,7 +162,7 @@ ENDPOINTS = (
             ),
             "PUT": Operation(
                 name="writeFile",
-                summary="Writes a file whole or not at all; one that is there is replaced. "
+                summary="Writes a file whole or not at all; one that is there is replaced, or appended to. "
                 f"`Content-Type: {CHUNKS}` brings checksums with it.",
                 run=None,
                 query=WriteQuery,

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from hypercell.aio.commands import AsyncCommands as AsyncCommands
     from hypercell.aio.files import AsyncFiles as AsyncFiles
     from hypercell.aio.sandbox import AsyncSandbox as AsyncSandbox
+    from hypercell.aio.shell import AsyncShell as AsyncShell
     from hypercell.aio.watch import AsyncWatch as AsyncWatch
     from hypercell.blocking.commands import Command as Command
     from hypercell.blocking.commands import Commands as Commands
     from hypercell.blocking.files import Files as Files
     from hypercell.blocking.sandbox import Sandbox as Sandbox
+    from hypercell.blocking.shell import Shell as Shell
     from hypercell.blocking.watch import Watch as Watch
     from hypercell.errors import CapacityError as CapacityError
     from hypercell.errors import ClosedError as ClosedError
@@ -80,10 +82,12 @@ _MODULES = {
     "hypercell.aio.commands": "AsyncCommand AsyncCommands",
     "hypercell.aio.files": "AsyncFiles",
     "hypercell.aio.sandbox": "AsyncSandbox",
+    "hypercell.aio.shell": "AsyncShell",
     "hypercell.aio.watch": "AsyncWatch",
     "hypercell.blocking.commands": "Command Commands",
     "hypercell.blocking.files": "Files",
     "hypercell.blocking.sandbox": "Sandbox",
+    "hypercell.blocking.shell": "Shell",
     "hypercell.blocking.watch": "Watch",
     "hypercell.errors": _ERRORS,
     "hypercell.execution": "Execution ExecutionError Logs Result",

@@ -217,9 +217,14 @@ def _add_sandbox_commands(commands: Commands) -> None:
     goto = add("goto", "put a sandbox back to a checkpoint")
     goto.add_argument("sandbox", help=sandbox)
     goto.add_argument("target", nargs="?", help="id, name or cell number (default: before the last cell)")
+    add("snapshots", "list the snapshots from which sandboxes can be made")
     for name, about in (
         ("sleep", "save sandboxes and free their memory"),
         ("wake", "let sleeping sandboxes go on"),
+        ("pause", "stop the processors of sandboxes; their memory stays"),
+        ("resume", "let paused sandboxes go on"),
+        ("interrupt", "raise KeyboardInterrupt in the code that runs in sandboxes"),
+        ("restart", "give sandboxes new kernels: files stay, variables go"),
         ("rm", "end sandboxes for good"),
     ):
         sub = add(name, about)
@@ -263,6 +268,7 @@ def _add_work_commands(commands: Commands) -> None:
     execute.add_argument("-t", "--tty", action="store_true", help="with a terminal; -it for a shell")
     execute.add_argument("-d", "--detach", action="store_true", help="in the background; `hypercell logs` shows it")
     execute.add_argument("-w", "--cwd", help="the directory to run it in")
+    execute.add_argument("-u", "--user", choices=("user", "root"), default="user", help="whom it runs as")
     execute.add_argument("-e", "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE")
     execute.add_argument("--timeout", type=float, metavar="S", help="end it after so long")
     execute.add_argument("sandbox", help="id, beginning of an id, or name")
@@ -271,7 +277,8 @@ def _add_work_commands(commands: Commands) -> None:
     cp = commands.add_parser(
         "cp",
         help="copy files between here and a sandbox",
-        description="Copies a file, or with -r a directory. One side is SANDBOX:PATH; `-` is standard input or output.",
+        description="Copies a file, or with -r a directory, in which links stay links. One side is SANDBOX:PATH; `-` "
+        "is standard input or output.",
         parents=[common],
     )
     cp.set_defaults(run=("copying", "cp"))

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Literal, Self
 
+# Whom commands run as, and with whose rights files are touched: the kernel's user, or root.
+User = Literal["user", "root"]
 # What happens to a sandbox when its time is up.
 OnTimeout = Literal["delete", "sleep"]
 

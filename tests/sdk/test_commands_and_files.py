@@ -201,6 +201,69 @@ def test_a_full_disk_is_told(at_gateway: RunningGateway) -> None:
         assert full.files.write("small", "fits") == 4
 
 
+def test_parts_of_files_pages_and_links(sandbox: Sandbox) -> None:
+    files = sandbox.files
+    files.write("parts/f", "0123456789")
+    ranges = ((0, 4), (4, None), (-3, None), (-3, 2), (0, 0), (8, 10), (10, None), (99, 1))
+    assert [files.read("parts/f", offset=offset, length=length) for offset, length in ranges] == [
+        b"0123456789"[
+            offset : None if length is None else (len("0123456789") + offset if offset < 0 else offset) + length
+        ]
+        for offset, length in ranges
+    ]
+    assert files.write("parts/f", "ab", append=True) == 2
+    assert files.write("~/parts/new", "ab", append=True) == 2
+    assert (files.read_text("parts/f"), files.read_text("parts/new")) == ("0123456789ab", "ab")
+    link = files.symlink("f", "parts/l")
+    assert (link.kind, link.target, files.read_text("parts/l")) == ("link", "f", "0123456789ab")
+    with pytest.raises(StateError):
+        files.symlink("f", "parts/l")
+    assert [entry.name for entry in files.scan("~/parts", page=1)] == ["f", "l", "new"]
+    assert [entry.name for entry in files.list("parts")] == ["f", "l", "new"]
+
+
+def test_root(sandbox: Sandbox) -> None:
+    commands, files = sandbox.commands, sandbox.files
+    assert commands.run("id -un; pwd; echo $HOME", user="root").stdout == "root\n/root\n/root\n"
+    files.write("/etc/of-root", "x", user="root", mode="0600")
+    with pytest.raises(PermissionDeniedError):
+        files.read("/etc/of-root")
+    assert files.read_text("/etc/of-root", user="root") == "x"
+    assert files.stat("~", user="root").path == "/root"
+    # What root writes to stays its owner's.
+    files.write("mine", "x")
+    files.write(files.stat("mine").path, "y", user="root")
+    assert (files.read_text("mine"), files.stat("mine").uid != 0) == ("y", True)
+    with pytest.raises(InvalidRequestError):
+        commands.run("true", user="nobody")  # type: ignore[arg-type]
+
+
+def test_a_shell_keeps_its_state(sandbox: Sandbox) -> None:
+    with sandbox.commands.shell(cwd="/tmp", env={"GIVEN": "g"}) as shell:
+        shell.run("cd /usr; export A='x y'; b=2; f() { echo f $1; }", check=True)
+        assert shell.run("pwd; echo $A $b $GIVEN; f 1; unset A; cat", stdin="in").stdout == "/usr\nx y 2 g\nf 1\nin"
+        assert shell.run("echo [$A]; exit 3").stdout == "[]\n"
+        assert shell.run("false").exit_code == 1
+        assert shell.run("sleep 60", timeout=0.5).timed_out
+        (child,) = sandbox.fork()
+        with child:
+            assert child.commands.run("ls -A /tmp").stdout == sandbox.commands.run("ls -A /tmp").stdout
+        assert shell.run("pwd").stdout == "/usr\n"
+    assert ".hypercell-shell" not in sandbox.commands.run("ls -A /tmp").stdout
+
+
+@pytest.mark.parametrize("line", ["{} &", "({} &)", "nohup {} &"])
+def test_what_a_command_begins_goes_on(sandbox: Sandbox, line: str) -> None:
+    server = "python3 -m http.server --bind 127.0.0.1 8123"
+    assert sandbox.commands.run(line.format(server)).ok
+    ask = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8123').status)"
+    try:
+        for _ in range(2):  # it logs each request on stderr
+            wait_until(lambda: sandbox.run_code(ask).stdout == "200\n")
+    finally:
+        sandbox.commands.run("pkill -f http.server; while pgrep -f http.server; do sleep 0.1; done")
+
+
 async def test_watching(at_gateway: RunningGateway, sandbox: Sandbox) -> None:
     async with await AsyncSandbox.connect(sandbox.id) as same:
         await same.files.mkdir("watched")

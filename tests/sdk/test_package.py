@@ -158,7 +158,7 @@ async def test_every_public_call_with_a_limit_takes_it_as_timeout_too() -> None:
                 made = function(timeout=1, timeout_s=1)
                 assert inspect.iscoroutine(made), f"{name} takes both"
                 await made
-    assert limited == 2 * 5 + 3 * 2  # AsyncSandbox's, Commands' and their blocking twins; searches
+    assert limited == 2 * 6 + 3 * 2  # of sandboxes, commands and shells, asynchronous and blocking; searches
 
     @takes_timeout
     async def limit(*, timeout_s: float | None = 5, timeout: float | None = None) -> float | None:  # noqa: ASYNC109

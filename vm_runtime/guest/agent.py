@@ -11,7 +11,7 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
-from vm_runtime.guest.commands import Commands
+from vm_runtime.guest.commands import Account, Commands
 from vm_runtime.guest.files import Files
 from vm_runtime.guest.host_calls import HostCalls
 from vm_runtime.guest.keeper import Answers, KernelError, KernelKeeper, User
@@ -31,6 +31,9 @@ from vm_runtime.wire.stream import Incoming
 
 # Told in WELCOME, for people: what code is inside a snapshot. What a host may rely on is the wire's version.
 AGENT_VERSION = "1"
+
+# Where root's relative paths begin.
+ROOT_HOME = "/root"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,16 @@ class Agent:
         power_off = _tell_init if settings.owns_machine else _nothing
         home = str(settings.paths.home)
         self._threads = UserThreads(settings.user)
+        self._root_threads = UserThreads(None)
+        usual = self._keeper.environment
         self._commands = Commands(
-            user=settings.user, home=home, threads=self._threads, environment=self._keeper.environment
+            Account(user=settings.user, home=home, threads=self._threads, environment=usual),
+            root=Account(
+                user=None,
+                home=ROOT_HOME,
+                threads=self._root_threads,
+                environment=lambda: {**usual(), "HOME": ROOT_HOME, "USER": "root", "LOGNAME": "root"},
+            ),
         )
         self._guest = Guest(
             keeper=self._keeper,
@@ -61,6 +72,7 @@ class Agent:
             paths=settings.paths,
             commands=self._commands,
             files=Files(home=home, threads=self._threads),
+            root_files=Files(home=ROOT_HOME, threads=self._root_threads),
             power_off=power_off,
         )
         self._calls = HostCalls(settings.paths.host_calls)
@@ -75,6 +87,7 @@ class Agent:
     async def __aexit__(self, *exc: object) -> None:
         await self._commands.__aexit__(*exc)
         self._threads.close()
+        self._root_threads.close()
         await self._calls.__aexit__(*exc)
         await self._keeper.__aexit__(*exc)
 

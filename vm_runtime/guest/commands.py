@@ -1,7 +1,7 @@
 """The commands that the agent runs for the host: a registry of them, and one object per command until it is forgotten.
 
-Knows nothing of the wire. A command leads a session of its own; when it ends, what it left running in that session is
-killed, so that nothing is orphaned. What should outlive it takes a session of its own (`setsid`).
+Knows nothing of the wire. A command leads a session of its own. What it leaves running there when it ends goes on, and
+what that still prints is read; what is killed, or has used its time up, is killed with all of its session.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from vm_runtime.guest.keeper import User
 from vm_runtime.guest.output import Cursor, OutputLog
+from vm_runtime.guest.params import from_home
 from vm_runtime.guest.process import CommandSpec, Started, session_members, set_size, start
 from vm_runtime.guest.user_threads import UserThreads
 from vm_runtime.wire.errors import OpenRejectedError
@@ -29,6 +31,10 @@ RUNNING_MAX = 64
 # Ended ones whose exit and last output can still be fetched; then the oldest is forgotten.
 ENDED_MAX = 32
 
+# Ended ones whose processes still have their outputs open, as servers begun with `&` have. Of more, the oldest ones'
+# are closed; what prints then gets a SIGPIPE. It bounds the agent's descriptors.
+OPEN_MAX = 64
+
 # Between the polite signal and SIGKILL, where a command's time is up or its client has gone.
 GRACE_S = 2.0
 
@@ -37,7 +43,7 @@ KILL_ROUNDS = 8
 
 READ_BYTES = 64 * 1024
 
-# The most that can still be in a pipe when its writers are dead; an escaped writer that never stops must not hold us.
+# The most that is in a pipe when its writer ends; others that write on must not hold us.
 REST_BYTES = 64 * 1024
 
 # How much of a command is shown in lists.
@@ -73,6 +79,7 @@ class Command:
         self._tty_fd = started.tty_fd
         self._outputs = dict(started.outputs)  # kind by descriptor
         self._paused = False
+        self._is_given_up = False
         self._watchers: set[asyncio.Event] = set()
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -141,10 +148,19 @@ class Command:
     def _read_rest(self) -> None:
         for fd, kind in list(self._outputs.items()):
             left = REST_BYTES
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(BlockingIOError, OSError):
                 while left > 0 and (data := os.read(fd, left)):
                     self.log.append(kind, data)
                     left -= len(data)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is someone who may still print."""
+        return bool(self._outputs)
+
+    def close_outputs(self) -> None:
+        """Read no more. Twice is harmless."""
+        for fd in list(self._outputs):
             self._close_output(fd)
 
     def _close_output(self, fd: int) -> None:
@@ -227,11 +243,13 @@ class Command:
     def end_soon(self) -> None:
         """Begin to end it: politely, and after GRACE_S with SIGKILL. Calling it again is harmless."""
         if self._ending is None and self.exit is None:
+            self._is_given_up = True
             self._ending = asyncio.create_task(self._end(), name=f"end of command {self.id}")
 
     async def kill(self) -> None:
         """SIGKILL to its session, and wait until it has ended."""
         if self.exit is None:
+            self._is_given_up = True
             await self._signal_session(signal.SIGKILL)
         await self._ended.wait()
 
@@ -271,12 +289,14 @@ class Command:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
         # Not reaped yet, so its pid cannot be another's, and neither can the session's number.
-        for _ in range(KILL_ROUNDS):
+        for _ in range(KILL_ROUNDS if self._is_given_up else 0):
             if await asyncio.to_thread(session_members, self.pid) == [self.pid]:
                 break
             await self._signal_session(signal.SIGKILL)
         code = self._process.wait()  # a zombie: this does not wait
         self._read_rest()
+        if self._is_given_up:
+            self.close_outputs()
         self._release()
         self.exit = Exit(
             exit_status=code if code >= 0 else None, signal=-code if code < 0 else None, timed_out=timed_out
@@ -290,23 +310,31 @@ class Command:
             os.close(self._stdin_fd)
         self._stdin_fd = None
         if self._tty_fd is not None:
+            self.close_outputs()  # as a terminal that hangs up
             self._loop.remove_writer(self._tty_fd)
             os.close(self._tty_fd)
             self._tty_fd = None
 
 
-class Commands:
-    """All commands. environment: what each gets beside its own variables. An async context manager: its end kills
-    them all."""
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Whom commands run as. user: None for the agent's own. threads: with the rights of that user. environment: what
+    each gets beside its own variables."""
 
-    def __init__(
-        self, *, user: User | None, home: str, threads: UserThreads, environment: Callable[[], Mapping[str, str]]
-    ) -> None:
-        self._user = user
-        self._home = home
-        self._threads = threads
-        self._environment = environment
+    user: User | None
+    home: str
+    threads: UserThreads
+    environment: Callable[[], Mapping[str, str]]
+
+
+class Commands:
+    """All commands. An async context manager: its end kills them all."""
+
+    def __init__(self, account: Account, *, root: Account) -> None:
+        self._account = account
+        self._root = root
         self._commands: dict[str, Command] = {}
+        self._open: deque[Command] = deque()  # oldest first; those whose outputs nobody has open any more among them
         self._starting = 0
 
     async def __aenter__(self) -> Commands:
@@ -314,23 +342,26 @@ class Commands:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(command.kill() for command in self._commands.values()))
+        for command in self._open:
+            command.close_outputs()
         self._commands.clear()
 
-    async def start(self, spec: CommandSpec) -> Command:
+    async def start(self, spec: CommandSpec, *, as_root: bool = False) -> Command:
         """Start it. Raises OpenRejectedError: too_many_commands, bad_cwd, command_not_found, cannot_start."""
         running = sum(command.exit is None for command in self._commands.values())
         if running + self._starting >= RUNNING_MAX:
             raise OpenRejectedError("too_many_commands", f"{RUNNING_MAX} commands run already; end one first.")
-        cwd = str(Path(self._home, spec.cwd or ""))
+        account = self._root if as_root else self._account
+        cwd = str(Path(account.home, from_home(spec.cwd or "", account.home)))
         try:
             # Only who may enter a directory can name an entry of it.
-            await self._threads.run(os.stat, f"{cwd}/.")
+            await account.threads.run(os.stat, f"{cwd}/.")
         except OSError as error:
             raise OpenRejectedError("bad_cwd", f"It cannot start in {cwd}: {error.strerror}.") from error
-        env = {**self._environment(), **({"TERM": "xterm-256color"} if spec.size else {}), **spec.env}
+        env = {**account.environment(), **({"TERM": "xterm-256color"} if spec.size else {}), **spec.env}
         self._starting += 1
         try:
-            starting = asyncio.create_task(asyncio.to_thread(start, spec, cwd=cwd, env=env, user=self._user))
+            starting = asyncio.create_task(asyncio.to_thread(start, spec, cwd=cwd, env=env, user=account.user))
             try:
                 command = Command(spec, await asyncio.shield(starting))
             except asyncio.CancelledError:
@@ -345,6 +376,7 @@ class Commands:
         finally:
             self._starting -= 1
         self._commands[command.id] = command
+        self._open.append(command)
         self._forget_oldest()
         return command
 
@@ -369,3 +401,7 @@ class Commands:
         ended = [command for command in self._commands.values() if command.exit is not None]
         for command in ended[: max(0, len(ended) - ENDED_MAX)]:
             self.forget(command)
+        self._open = deque(command for command in self._open if command.is_open)
+        left = [command for command in self._open if command.exit is not None]
+        for command in left[: max(0, len(left) - OPEN_MAX)]:
+            command.close_outputs()

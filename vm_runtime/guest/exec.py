@@ -31,9 +31,13 @@ TIMEOUT_MAX_S = 366 * 86_400.0
 Serve = Callable[[Commands, Incoming], Awaitable[None]]
 
 
-async def _start(commands: Commands, incoming: Incoming) -> None:
+async def _start_as_root(commands: Commands, incoming: Incoming) -> None:
+    await _start(commands, incoming, as_root=True)
+
+
+async def _start(commands: Commands, incoming: Incoming, *, as_root: bool = False) -> None:
     stream = await incoming.accept()
-    command = await commands.start(await _read_spec(stream))
+    command = await commands.start(await _read_spec(stream), as_root=as_root)
     cursor = Cursor()
     if not command.background:
         command.owner = cursor
@@ -89,6 +93,7 @@ async def _kill(commands: Commands, incoming: Incoming) -> None:
 
 HANDLERS: dict[str, Serve] = {
     "exec.start": _start,
+    "root.exec.start": _start_as_root,
     "exec.attach": _attach,
     "exec.list": _list,
     "exec.signal": _signal,
@@ -112,20 +117,25 @@ async def _follow(command: Command, stream: Stream, cursor: Cursor, *, stdin: bo
 
 
 async def _send_output(command: Command, stream: Stream, cursor: Cursor) -> None:
+    end: int | None = None  # what it left running may print for ever
     with command.watching() as changed:
-        while True:
+        while end is None:
             changed.clear()
-            while output := command.log.read(cursor):
+            if command.exit is not None:
+                end = command.log.total_bytes
+            while (end is None or cursor.position < end) and (output := command.log.read(cursor)):
                 if output.skipped_bytes:
                     await stream.write(encode_json_frame(CommandFrame.SKIPPED, {"bytes": output.skipped_bytes}))
                 kind, data = CommandFrame(output.kind), memoryview(output.data)
                 for begin in range(0, len(data), MAX_FRAME_BYTES):
                     await stream.write(encode_frame(kind, bytes(data[begin : begin + MAX_FRAME_BYTES])))
                 command.resume()
-            if command.exit is not None:
-                break
-            await changed.wait()
+                if command.exit is not None and end is None:
+                    end = command.log.total_bytes
+            if end is None:
+                await changed.wait()
     how = command.exit
+    assert how is not None
     value = {"exit_status": how.exit_status, "signal": how.signal, "timed_out": how.timed_out}
     await stream.write(encode_json_frame(CommandFrame.EXITED, value))
     stream.end()

@@ -1,6 +1,6 @@
-"""Serves the host's streams about files (docs/exec_and_files.md), with the rights of the kernel's user.
+"""Serves the host's streams about files (docs/exec_and_files.md), with the rights of the kernel's user or of root.
 
-Paths are the guest's own affair: relative ones begin at the home directory, links lead where they lead.
+Paths are the guest's own affair: relative ones begin at the home directory, as `~` does; links lead where they lead.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vm_runtime.guest.listing import entries_of, status_of
-from vm_runtime.guest.params import param, path_text, whole_number
+from vm_runtime.guest.listing import ENTRIES_MAX, entries_of, status_of
+from vm_runtime.guest.params import from_home, param, path_text, whole_number
 from vm_runtime.guest.transfer import FileReader, FileWriter
 from vm_runtime.guest.user_threads import UserThreads
 from vm_runtime.guest.watch import Watch
@@ -67,7 +67,7 @@ class Files:
     def path(self, params: Any, name: str = "path") -> str:
         """Absolute, and without empty and `.` parts (`..` stays: after a link it is not what stands before it).
         Raises OpenRejectedError bad_path."""
-        text = path_text(params, name)
+        text = from_home(path_text(params, name), self.home)
         parts = [
             part for part in f"{'' if text.startswith('/') else self.home}/{text}".split("/") if part not in ("", ".")
         ]
@@ -102,14 +102,18 @@ async def _read(files: Files, incoming: Incoming) -> None:
             reader.close()
 
 
-async def _write(files: Files, incoming: Incoming) -> None:
+async def _append(files: Files, incoming: Incoming) -> None:
+    await _write(files, incoming, append=True)
+
+
+async def _write(files: Files, incoming: Incoming, *, append: bool = False) -> None:
     params = incoming.params
     path = files.path(params)
     mode = whole_number(params, "mode", 0, 0o7777, None)
     parents = param(params, "parents", bool, True)
     threads = files.threads
     with _refusing(path):
-        writer = await _made(threads, lambda: FileWriter(path, mode=mode, parents=parents))
+        writer = await _made(threads, lambda: FileWriter(path, mode=mode, parents=parents, append=append))
         try:
             stream = await incoming.accept()
             done = False
@@ -125,10 +129,12 @@ async def _write(files: Files, incoming: Incoming) -> None:
 async def _list(files: Files, incoming: Incoming) -> None:
     path = files.path(incoming.params)
     depth = whole_number(incoming.params, "depth", 1, DEPTH_MAX, 1)
+    limit = whole_number(incoming.params, "limit", 1, ENTRIES_MAX, ENTRIES_MAX)
+    after = param(incoming.params, "after", str, "")
     with _refusing(path):
-        entries, truncated = await files.threads.run(lambda: entries_of(path, depth=depth))
+        entries, following = await files.threads.run(lambda: entries_of(path, depth=depth, limit=limit, after=after))
     stream = await incoming.accept()
-    value = {"path": path, "entries": entries, "truncated": truncated}
+    value = {"path": path, "entries": entries, "truncated": following is not None, "next": following}
     await stream.write(await asyncio.to_thread(lambda: json.dumps(value).encode()))
 
 
@@ -164,6 +170,13 @@ async def _mkdir(files: Files, incoming: Incoming) -> None:
         await incoming.answer(await files.threads.run(lambda: status_of(path, follow=True)))
 
 
+async def _symlink(files: Files, incoming: Incoming) -> None:
+    path, target = files.path(incoming.params), path_text(incoming.params, "target")
+    with _refusing(path):
+        await files.threads.run(os.symlink, target, path)
+        await incoming.answer(await files.threads.run(lambda: status_of(path, follow=False)))
+
+
 async def _watch(files: Files, incoming: Incoming) -> None:
     path = files.path(incoming.params)
     recursive = param(incoming.params, "recursive", bool, False)
@@ -179,11 +192,13 @@ async def _watch(files: Files, incoming: Incoming) -> None:
 HANDLERS: dict[str, Serve] = {
     "files.read": _read,
     "files.write": _write,
+    "files.append": _append,
     "files.list": _list,
     "files.stat": _stat,
     "files.remove": _remove,
     "files.rename": _rename,
     "files.mkdir": _mkdir,
+    "files.symlink": _symlink,
     "files.watch": _watch,
 }
 

@@ -40,6 +40,11 @@ def environment(params: Mapping[str, Any]) -> dict[str, str]:
     return env
 
 
+def from_home(path: str, home: str) -> str:
+    """`~` and `~/...` as shells have them; a file of that name is `./~`."""
+    return home + path[1:] if path == "~" or path.startswith("~/") else path
+
+
 def path_text(params: Mapping[str, Any], name: str) -> str:
     """A path as a person wrote it. Raises with the code `bad_path` for one that no file can have."""
     value: str = param(params, name, str)

@@ -34,6 +34,7 @@ class Guest:
     paths: Paths
     commands: Commands
     files: Files
+    root_files: Files
     power_off: Callable[[], None]
 
 
@@ -159,6 +160,7 @@ HANDLERS: dict[str, Handle] = {
     "machine.poweroff": _machine_poweroff,
     **{kind: _on(lambda guest: guest.commands, serve) for kind, serve in EXEC_HANDLERS.items()},
     **{kind: _on(lambda guest: guest.files, serve) for kind, serve in FILES_HANDLERS.items()},
+    **{f"root.{kind}": _on(lambda guest: guest.root_files, serve) for kind, serve in FILES_HANDLERS.items()},
 }
 
 

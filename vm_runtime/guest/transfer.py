@@ -72,13 +72,13 @@ class FileReader:
 
 
 class FileWriter:
-    """A file being written beside its target, which it takes the place of when it is whole.
+    """A file being written beside its target, which it takes the place of when it is whole, or is appended to.
 
-    Links to the target stay links: what they lead to is replaced. mode: None keeps the target's.
-    Use `feed` until `commit`; `close` in every case.
+    Links to the target stay links: what they lead to is replaced. mode: None keeps the target's, as the owner is kept
+    where the user may give files away. Use `feed` until `commit`; `close` in every case.
     """
 
-    def __init__(self, path: str, *, mode: int | None, parents: bool) -> None:
+    def __init__(self, path: str, *, mode: int | None, parents: bool, append: bool = False) -> None:
         """Raises OSError, also where the target is there and no regular file."""
         target = Path(os.path.realpath(path))
         self._fd = -1
@@ -89,8 +89,9 @@ class FileWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
             except FileExistsError as error:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from error
+        self._replaced: os.stat_result | None = None
         try:
-            status = target.stat()
+            self._replaced = status = target.stat()
         except FileNotFoundError:
             pass
         else:
@@ -100,6 +101,7 @@ class FileWriter:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
             mode = stat.S_IMODE(status.st_mode) if mode is None else mode
         self._target = target
+        self._append = append
         self._mode = USUAL_MODE if mode is None else mode
         self._chunks = ChunkReader()
         kept = os.fsdecode(os.fsencode(target.name)[:NAME_BYTES_KEPT])
@@ -110,22 +112,38 @@ class FileWriter:
     def feed(self, data: bytes) -> bool:
         """Write what is in `data`; whether that was all. Raises OSError and ChunkError."""
         for piece in self._chunks.feed(data):
-            while piece:
-                piece = piece[os.write(self._fd, piece) :]
+            _write_all(self._fd, piece)
         return self._chunks.done
 
     def commit(self) -> tuple[int, int]:
         """Put it in the target's place; its size in bytes and its CRC-32. Raises OSError, ChunkError if cut off."""
         self._chunks.check_done()
+        if self._replaced is not None:
+            with contextlib.suppress(PermissionError):
+                os.fchown(self._fd, self._replaced.st_uid, self._replaced.st_gid)
         os.fchmod(self._fd, self._mode)
         fd, self._fd = self._fd, -1
         try:
             os.close(fd)  # some file systems tell only now that there was no room
-            self._temporary.replace(self._target)
+            if self._append and self._replaced is not None:
+                self._append_it()
+                self._unlink()
+            else:
+                self._temporary.replace(self._target)
         except BaseException:
             self._unlink()
             raise
         return self._chunks.size_bytes, self._chunks.crc32
+
+    def _append_it(self) -> None:
+        with self._temporary.open("rb") as source, self._target.open("ab", buffering=0) as target:
+            size = os.fstat(target.fileno()).st_size
+            try:
+                while data := source.read(READ_BYTES):
+                    _write_all(target.fileno(), memoryview(data))
+            except OSError:
+                target.truncate(size)  # all of it or nothing
+                raise
 
     def close(self) -> None:
         """Leave nothing of it, unless it was committed; twice is harmless."""
@@ -137,6 +155,11 @@ class FileWriter:
     def _unlink(self) -> None:
         with contextlib.suppress(OSError):
             self._temporary.unlink()
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def _check_regular(status: os.stat_result) -> None:

@@ -14,11 +14,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hypercell.aio.callbacks import OnBytes, OnText, call_back
+from hypercell.aio.shell import AsyncShell
 from hypercell.aio.transport import Transport, leave_to_parent, refusal_in
 from hypercell.errors import ClosedError, CommandFailedError, ConnectionLostError, HypercellError, NotFoundError
 from hypercell.identifiers import in_path
 from hypercell.timeouts import takes_timeout
-from hypercell.values import CommandInfo, CommandResult, TerminalSize
+from hypercell.values import CommandInfo, CommandResult, TerminalSize, User
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
@@ -223,6 +224,7 @@ class AsyncCommands:
         *,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
+        user: User = "user",
         stdin: str | bytes | None = None,
         timeout_s: float | None = None,
         timeout: float | None = None,
@@ -232,7 +234,8 @@ class AsyncCommands:
     ) -> CommandResult:
         """Runs a command to its end.
 
-        command: a command line for the sandbox's shell, or a program with its arguments. stdin: all of its input.
+        command: a command line for the sandbox's shell, or a program with its arguments. What it starts with `&` goes
+        on when it ends. cwd: where, from the user's home. user: "root" for what that may. stdin: all of its input.
         timeout_s: it is ended after so long, and the result says `timed_out`. check: raise CommandFailedError unless it
         ends with status 0. on_stdout, on_stderr: get the output as it comes. Cancelled, it ends the command.
         """
@@ -240,6 +243,7 @@ class AsyncCommands:
             command,
             cwd=cwd,
             env=env,
+            user=user,
             stdin=stdin is not None,
             timeout_s=timeout_s,
             background=False,
@@ -262,6 +266,7 @@ class AsyncCommands:
         *,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
+        user: User = "user",
         stdin: bool = False,
         terminal: TerminalSize | None = None,
         background: bool = True,
@@ -283,6 +288,7 @@ class AsyncCommands:
             "command": command if isinstance(command, str) else list(command),
             "cwd": cwd,
             "env": dict(env or {}),
+            "user": user,
             "stdin": stdin,
             "background": background,
             "timeout_s": timeout_s,
@@ -292,6 +298,12 @@ class AsyncCommands:
         return await self._started(
             websocket, json.dumps(start), on_stdout=on_stdout, on_stderr=on_stderr, on_bytes=on_bytes
         )
+
+    async def shell(
+        self, *, cwd: str | None = None, env: Mapping[str, str] | None = None, user: User = "user"
+    ) -> AsyncShell:
+        """A shell whose directory, variables and functions stay from one of its commands to the next."""
+        return await AsyncShell(self, user=user)._begin(cwd=cwd, env=env)
 
     async def attach(
         self,

@@ -17,8 +17,9 @@ from hypercell.blocking.portal import (
     register,
     wrap,
 )
+from hypercell.blocking.shell import Shell
 from hypercell.timeouts import takes_timeout
-from hypercell.values import CommandInfo, CommandResult, TerminalSize
+from hypercell.values import CommandInfo, CommandResult, TerminalSize, User
 
 
 class Command(Wrapper):
@@ -89,6 +90,7 @@ class Commands(Wrapper):
         *,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
+        user: User = "user",
         stdin: str | bytes | None = None,
         timeout_s: float | None = None,
         timeout: float | None = None,
@@ -98,7 +100,8 @@ class Commands(Wrapper):
     ) -> CommandResult:
         """Runs a command to its end.
 
-        command: a command line for the sandbox's shell, or a program with its arguments. stdin: all of its input.
+        command: a command line for the sandbox's shell, or a program with its arguments. What it starts with `&` goes
+        on when it ends. cwd: where, from the user's home. user: "root" for what that may. stdin: all of its input.
         timeout_s: it is ended after so long, and the result says `timed_out`. check: raise CommandFailedError unless it
         ends with status 0. on_stdout, on_stderr: get the output as it comes. Cancelled, it ends the command.
         """
@@ -107,6 +110,7 @@ class Commands(Wrapper):
                 command,
                 cwd=cwd,
                 env=env,
+                user=user,
                 stdin=stdin,
                 timeout_s=timeout_s,
                 check=check,
@@ -122,6 +126,7 @@ class Commands(Wrapper):
         *,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
+        user: User = "user",
         stdin: bool = False,
         terminal: TerminalSize | None = None,
         background: bool = True,
@@ -143,6 +148,7 @@ class Commands(Wrapper):
                     command,
                     cwd=cwd,
                     env=env,
+                    user=user,
                     stdin=stdin,
                     terminal=terminal,
                     background=background,
@@ -153,6 +159,11 @@ class Commands(Wrapper):
                 )
             )
         )
+        return result
+
+    def shell(self, *, cwd: str | None = None, env: Mapping[str, str] | None = None, user: User = "user") -> Shell:
+        """A shell whose directory, variables and functions stay from one of its commands to the next."""
+        result: Shell = wrap(BlockingCall().run(self._async.shell(cwd=cwd, env=env, user=user)))
         return result
 
     def attach(

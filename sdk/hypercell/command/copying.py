@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from hypercell.aio.sandbox import AsyncSandbox
 from hypercell.command.output import Progress, print_json, progress, size
 from hypercell.command.sandboxes import connect
-from hypercell.errors import GatewayRefusedError, HypercellError
+from hypercell.errors import GatewayRefusedError, HypercellError, StateError
 from hypercell.values import FileInfo
 
 # What is left out is named up to so many times; the rest is counted.
@@ -48,11 +48,11 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def _say_left_out(paths: Sequence[str]) -> None:
-    """Links may lead out of what is copied, and pipes and devices have no content."""
+    """Pipes, sockets and devices have no content."""
     if paths:
         more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
         named = ", ".join(paths[:MOST_NAMED])
-        print(f"hypercell: links and special files are not copied: {named}{more}", file=sys.stderr)
+        print(f"hypercell: special files are not copied: {named}{more}", file=sys.stderr)
 
 
 async def _upload(sandbox: AsyncSandbox, source: str, target: str, *, is_recursive: bool) -> list[int]:
@@ -78,6 +78,8 @@ async def _upload(sandbox: AsyncSandbox, source: str, target: str, *, is_recursi
             place = base if file is local else base / file.relative_to(local).as_posix()
             shown.text = f"Copying {number} of {len(tree.files)}: {file.name}, {size(file.stat().st_size)}"
             copied.append(await sandbox.files.upload(file, str(place), mode=f"{_mode(file):04o}"))
+        for link in tree.links:
+            await _link(sandbox, str(link.readlink()), str(base / link.relative_to(local).as_posix()))
     _say_left_out([str(path) for path in tree.left_out])
     return copied
 
@@ -92,6 +94,7 @@ class _Tree:
 
     directories: list[Path] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
 
 
@@ -107,9 +110,22 @@ def _look_below(top: Path) -> _Tree:
                     waiting.append(path)
                 elif entry.is_file(follow_symlinks=False):
                     tree.files.append(path)
+                elif entry.is_symlink():
+                    tree.links.append(path)
                 else:
                     tree.left_out.append(path)
     return tree
+
+
+async def _link(sandbox: AsyncSandbox, target: str, path: str) -> None:
+    """A link instead of a file or link that is there."""
+    try:
+        await sandbox.files.symlink(target, path)
+    except StateError:
+        if (await sandbox.files.stat(path, follow=False)).kind == "directory":
+            raise
+        await sandbox.files.remove(path)
+        await sandbox.files.symlink(target, path)
 
 
 async def _is_directory(sandbox: AsyncSandbox, path: str) -> bool:
@@ -147,18 +163,24 @@ async def _download(sandbox: AsyncSandbox, source: str, target: str, *, is_recur
 
 
 async def _fetch_below(sandbox: AsyncSandbox, top: FileInfo, local: Path, mask: int, shown: Progress) -> list[int]:
-    """One directory after the other, because a listing has limits: of its depth, and of its entries."""
+    """One directory after the other, because a listing has a limit of its depth."""
     copied, left_out, waiting = [], [], [(top, local)]
     while waiting:
         directory, here = waiting.pop()
         _make_directory_here(here, int(directory.mode, 8) & ~mask)
-        for entry in await sandbox.files.list(directory.path):
+        async for entry in sandbox.files.scan(directory.path):
             place = _inside(here, directory.path, entry.path)
             if entry.kind == "directory":
                 waiting.append((entry, place))
             elif entry.kind == "file":
                 shown.text = f"Copying {entry.name}, {size(entry.size_bytes)}"
                 copied.append(await _fetch(sandbox, entry, place, mask))
+            elif entry.kind == "link" and entry.target is not None:
+                # Where it leads is the user's to judge; nothing that is copied goes through it (`_make_directory_here`,
+                # and a file takes the place of a link).
+                if place.is_symlink() or place.is_file():
+                    place.unlink()
+                place.symlink_to(entry.target)
             else:
                 left_out.append(entry.path)
     _say_left_out(left_out)

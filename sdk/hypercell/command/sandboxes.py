@@ -180,6 +180,19 @@ async def checkpoints(options: argparse.Namespace) -> int:
     return 0
 
 
+async def snapshots(options: argparse.Namespace) -> int:
+    known = await AsyncSandbox.snapshots(url=options.url, token=options.token)
+    if options.json:
+        print_json(known)
+    else:
+        rows = [
+            (one.id, one.name or "", one.template, one.sandbox_id or "", size(one.bytes), age(one.created_at))
+            for one in known
+        ]
+        print_table(("ID", "NAME", "TEMPLATE", "SANDBOX", "SIZE", "AGE"), rows)
+    return 0
+
+
 async def goto(options: argparse.Namespace) -> int:
     async with await connect(options, options.sandbox) as sandbox, progress("Going there"):
         info = await (sandbox.undo() if options.target is None else sandbox.goto(options.target))
@@ -193,6 +206,22 @@ async def sleep(options: argparse.Namespace) -> int:
 
 async def wake(options: argparse.Namespace) -> int:
     return await _each(options, "wake")
+
+
+async def pause(options: argparse.Namespace) -> int:
+    return await _each(options, "pause")
+
+
+async def resume(options: argparse.Namespace) -> int:
+    return await _each(options, "resume")
+
+
+async def interrupt(options: argparse.Namespace) -> int:
+    return await _each(options, "interrupt")
+
+
+async def restart(options: argparse.Namespace) -> int:
+    return await _each(options, "restart")
 
 
 async def rm(options: argparse.Namespace) -> int:

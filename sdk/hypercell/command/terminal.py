@@ -31,7 +31,7 @@ async def run_command(options: argparse.Namespace) -> int:
     async with await connect(options, options.sandbox) as sandbox:
         if options.detach:
             background = await sandbox.commands.start(
-                command, cwd=options.cwd, env=dict(options.env), timeout_s=options.timeout
+                command, cwd=options.cwd, user=options.user, env=dict(options.env), timeout_s=options.timeout
             )
             await background.close()
             print_json(await sandbox.commands.get(background.command_id)) if options.json else print(
@@ -45,6 +45,7 @@ async def run_command(options: argparse.Namespace) -> int:
         running = await sandbox.commands.start(
             command,
             cwd=options.cwd,
+            user=options.user,
             env={"TERM": os.environ.get("TERM", "xterm"), **dict(options.env)} if options.tty else dict(options.env),
             stdin=options.interactive or options.tty,
             terminal=_terminal_size() if options.tty else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.unit.guest.conftest import Host
+from vm_runtime.guest.commands import OPEN_MAX
 from vm_runtime.guest.output import AHEAD_BYTES_MAX, LOG_BYTES_MAX, Cursor, OutputLog
 from vm_runtime.wire.command_frames import REQUEST_HEADER, CommandFrame, CommandFrameReader
 from vm_runtime.wire.errors import OpenRejectedError, StreamResetError
@@ -60,9 +62,9 @@ class Followed:
         return bool(data)
 
 
-async def start(host: Host, command: str | list[str], **options: Any) -> Followed:
+async def start(host: Host, command: str | list[str], *, kind: str = "exec.start", **options: Any) -> Followed:
     assert host.link is not None
-    stream = await host.link.open("exec.start", timeout_s=20)
+    stream = await host.link.open(kind, timeout_s=20)
     request = json.dumps({"command": command, **options}).encode()
     await stream.write(REQUEST_HEADER.pack(len(request)) + request)
     followed = Followed(stream)
@@ -207,18 +209,46 @@ async def test_timeout_ends_the_whole_session(host: Host) -> None:
     await wait_gone(int(done.out))
 
 
-async def test_what_a_command_leaves_ends_with_it(host: Host) -> None:
-    done = await run(host, "sleep 300 & echo $!; exit 0")
+SERVER = "while :; do echo still here; echo x >> beats; sleep 0.05; done"
+
+
+@pytest.mark.parametrize(
+    "line", [f"({SERVER}) & echo $!", f"(({SERVER}) & echo $!)", f"nohup sh -c '{SERVER}' & echo $!"]
+)
+async def test_what_a_command_leaves_goes_on(host: Host, tmp_path: Path, line: str) -> None:
+    """A server that was begun with `&` and prints: it gets no SIGPIPE, and what it prints holds nobody."""
+    done = await run(host, line, cwd=str(tmp_path), background=True)
     assert done.exited["exit_status"] == 0
-    await wait_gone(int(done.out))
+    pid = int(re.findall(rb"[0-9]+", done.out)[0])
+    try:
+        beats = tmp_path / "beats"
+        async with asyncio.timeout(20):
+            while not beats.exists() or beats.stat().st_size < 20:  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.01)
+        os.kill(pid, 0)
+        [listed] = await commands(host)
+        assert not listed["running"]
+    finally:
+        os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
-async def test_own_session_outlives_the_command(host: Host) -> None:
-    done = await run(host, "setsid sleep 300 > /dev/null 2>&1 & sleep 0.2; pgrep -s 0 -x sleep || true; echo $!")
-    pid = int(done.out.split()[-1])
-    # setsid forks only if it leads its group; under job-less bash it becomes the program itself.
-    os.kill(pid, 0)
-    os.kill(pid, signal.SIGKILL)
+async def test_few_that_ended_are_still_read(host: Host) -> None:
+    pids = []
+    for _ in range(OPEN_MAX + 2):
+        done = await run(host, "sleep 300 & echo $!")
+        pids.append(int(done.out))
+    assert host.agent._commands is not None
+    assert sum(command.is_open for command in host.agent._commands._open) <= OPEN_MAX + 1
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming root takes root")
+async def test_root_and_home(host: Host) -> None:
+    done = await run(host, "id -u; echo $HOME $USER; pwd", kind="root.exec.start", cwd="~")
+    assert done.out.split() == [b"0", b"/root", b"root", b"/root"]
+    done = await run(host, "pwd", cwd="~/..")
+    assert Path(done.out.decode().strip()).samefile(host.paths.home / "..")  # noqa: ASYNC240
 
 
 async def test_client_that_goes_takes_its_command(host: Host) -> None:
@@ -290,8 +320,8 @@ async def test_terminal(host: Host) -> None:
     await host.call("exec.resize", command_id=shell.started["command_id"], rows=10, columns=20)
     await shell.stream.write(b"stty size\n")
     await shell.until(b"10 20\r\n")
-    await shell.stream.write(b"sleep 300\n")
-    await asyncio.sleep(0.2)
+    await shell.stream.write(b"echo beg''un; sleep 300\n")
+    await shell.until(b"begun\r\n")
     await shell.stream.write(b"\x03")
     await shell.stream.write(b"echo st''ill\n")
     await shell.until(b"still\r\n")

@@ -65,10 +65,13 @@ async def read(host: Host, path: str, **params: Any) -> tuple[bytes, dict[str, A
     return bytes(content), dict(stream.result)
 
 
-async def write(host: Host, path: str, content: bytes, **params: Any) -> dict[str, Any]:
+async def write(
+    host: Host, path: str, content: bytes, *, kind: str = "files.write", cut: bool = False, **params: Any
+) -> dict[str, Any]:
+    """cut: the end is missing."""
     assert host.link is not None
-    stream = await host.link.open("files.write", {"path": path, **params}, timeout_s=20)
-    for data in chunks_of(content):
+    stream = await host.link.open(kind, {"path": path, **params}, timeout_s=20)
+    for data in chunks_of(content)[: -1 if cut else None]:
         await stream.write(data)
     stream.end()
     return dict(json.loads(await stream.read()))
@@ -181,6 +184,11 @@ async def test_full_disk(host: Host, home: Path, tmp_path: Path) -> None:
         assert refused.value.code == "disk_full"
         assert names(disk) == ["f"]
         assert (disk / "f").read_text() == "old"
+        # It fits beside the file, but not at its end.
+        (disk / "f").write_bytes(bytes(700 * 1024))
+        assert await code_of(write(host, f"{disk}/f", b"x" * 200 * 1024, kind="files.append")) == "disk_full"
+        assert (disk / "f").read_bytes() == bytes(700 * 1024)
+        assert names(disk) == ["f"]
     finally:
         assert run_program("umount", str(disk)) == 0
 
@@ -243,6 +251,56 @@ async def test_listing(host: Host, home: Path) -> None:
     assert (deep["entries"][1]["size_bytes"], deep["truncated"]) == (5, False)
     assert await code_of(listing(host, "nothing")) == "file_not_found"
     assert await code_of(listing(host, "d/e/f")) == "not_a_directory"
+
+
+async def test_listing_in_pages(host: Host, home: Path) -> None:
+    for name in ("a/b/c", "a/b!/c", "a/b.d", "a!/x", "b"):
+        (home / "t" / name).mkdir(parents=True)
+    (home / "t/link").symlink_to("a")
+    (home / "t" / os.fsdecode(b"z\xff")).touch()
+    for depth in (1, 2, 9):
+        whole = (await listing(host, "t", depth=depth))["entries"]
+        for limit in (1, 2, 3, len(whole) - 1):
+            found: list[Any] = []
+            after: dict[str, Any] = {}
+            while True:
+                page = await listing(host, "t", depth=depth, limit=limit, **after)
+                assert len(page["entries"]) <= limit and page["truncated"] == (page["next"] is not None)
+                found += page["entries"]
+                if page["next"] is None:
+                    break
+                after = {"after": page["next"]}
+            assert found == whole
+    # What was the last one may be gone.
+    page = await listing(host, "t", limit=2)
+    (home / "t/b").rmdir()
+    following = await listing(host, "t", after=page["next"])
+    assert [entry["name"] for entry in following["entries"]] == ["link", "z\ufffd"]
+    assert await code_of(listing(host, "t", after="é")) == "bad_params"
+    assert await code_of(listing(host, "t", limit=10_001)) == "bad_params"
+
+
+async def test_appending(host: Host, home: Path) -> None:
+    await write(host, "f", b"one\n", kind="files.append")
+    (home / "f").chmod(0o640)
+    inode = (home / "f").stat().st_ino
+    assert await write(host, "f", b"two\n", kind="files.append") == {"size_bytes": 4, "crc32": zlib.crc32(b"two\n")}
+    assert ((home / "f").read_bytes(), (home / "f").stat().st_ino) == (b"one\ntwo\n", inode)
+    assert (home / "f").stat().st_mode & 0o777 == 0o640
+    assert await code_of(write(host, "f", b"lost", kind="files.append", cut=True)) == "content_broken"
+    await wait_for_names(home, 1)
+    assert (home / "f").read_bytes() == b"one\ntwo\n"
+
+
+async def test_home_links_and_root(host: Host, home: Path) -> None:
+    (home / "a").write_text("x")
+    assert (await host.call("files.stat", path="~/a"))["path"] == f"{home}/a"
+    assert (await host.call("files.stat", path="~"))["path"] == str(home)
+    assert await code_of(host.call("files.stat", path="./~")) == "file_not_found"
+    assert (await host.call("files.symlink", path="~/l", target="a"))["target"] == "a"
+    assert (home / "l").read_text() == "x"
+    assert await code_of(host.call("files.symlink", path="l", target="b")) == "file_exists"
+    assert (await host.call("root.files.stat", path="~"))["path"] == "/root"
 
 
 async def test_stat_rename_remove(host: Host, home: Path) -> None:
