@@ -54,7 +54,7 @@ from vm_runtime.images.store import Image
 from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
-from vm_runtime.spec import DISK_STEP_MIB, MEMORY_STEP_MIB, MachineShape
+from vm_runtime.spec import MachineShape
 
 log = logging.getLogger(__name__)
 
@@ -428,34 +428,25 @@ class SandboxService:
     def _shape(self, image: Image, request: CreateSandbox) -> MachineShape:
         recipe, settings = image.manifest.recipe, self._settings
 
-        def size(what: str, asked: int | None, configured: int | None, usual: int, maximum: int, step: int = 1) -> int:
+        def size(what: str, asked: int | None, configured: int | None, usual: int, maximum: int) -> int:
             value = asked if asked is not None else configured if configured is not None else usual
             if not 0 < value <= maximum:
                 raise LimitError(f"{what} must be between 1 and {maximum}; {value} was asked for.")
-            if asked is not None and asked % step:
-                following = asked + step - asked % step
-                raise RequestError(
-                    f"{what} comes in steps of {step}: {asked} is none of them, {following} is the next."
-                )
             return value
 
-        memory = size(
-            "memory_mib",
-            request.memory_mib,
-            settings.memory_mib,
-            recipe.memory_mib,
-            settings.max_memory_mib,
-            MEMORY_STEP_MIB,
-        )
+        memory = size("memory_mib", request.memory_mib, settings.memory_mib, recipe.memory_mib, settings.max_memory_mib)
         if memory < MIN_MEMORY_MIB:
             raise LimitError(f"memory_mib must be at least {MIN_MEMORY_MIB}; {memory} was asked for.")
-        return MachineShape(
+        shape = MachineShape(
             memory_mib=memory,
             vcpus=size("vcpus", request.vcpus, settings.vcpus, recipe.vcpus, settings.max_vcpus),
-            disk_mib=size(
-                "disk_mib", request.disk_mib, settings.disk_mib, recipe.disk_mib, settings.max_disk_mib, DISK_STEP_MIB
-            ),
+            disk_mib=size("disk_mib", request.disk_mib, settings.disk_mib, recipe.disk_mib, settings.max_disk_mib),
         ).rounded()
+        for what in ("memory_mib", "disk_mib"):
+            asked, following = getattr(request, what), getattr(shape, what)
+            if asked not in (None, following):
+                raise RequestError(f"There is no machine with a {what} of {asked}; {following} is the next size.")
+        return shape
 
 
 def _shape_of(snapshot: Manifest, request: CreateSandbox) -> MachineShape:

@@ -10,7 +10,7 @@ import json
 import struct
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
@@ -37,7 +37,7 @@ def encode_request(
         "msg_type": msg_type,
         "session": session_id,
         "username": "hypercell",
-        "date": datetime.now(UTC).isoformat(),
+        "date": datetime.now(timezone.utc).isoformat(),
         "version": PROTOCOL_VERSION,
     }
     if subshell_id is not None:

@@ -9,12 +9,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 # Whom commands run as, and with whose rights files are touched: the kernel's user, or root.
 User = Literal["user", "root"]
 # What happens to a sandbox when its time is up.
 OnTimeout = Literal["delete", "sleep"]
+
+
+P = TypeVar("P", bound="_Parsed")
 
 
 class _Parsed:
@@ -23,14 +26,14 @@ class _Parsed:
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> Self:
+    def parse(cls: type[P], value: Mapping[str, Any]) -> P:
         """Raises TypeError if a field without default is missing."""
         known = {}
         for one in dataclasses.fields(cls):
             if one.name in value:
                 found = value[one.name]
                 is_time = isinstance(found, str) and "datetime" in str(one.type)
-                known[one.name] = datetime.fromisoformat(found) if is_time else found
+                known[one.name] = datetime.fromisoformat(found.replace("Z", "+00:00")) if is_time else found
         return cls(**known)
 
 

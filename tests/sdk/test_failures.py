@@ -90,11 +90,11 @@ def test_an_unknown_id(at_gateway: RunningGateway) -> None:
 
 def test_more_than_the_maximum(at_gateway: RunningGateway) -> None:
     with pytest.raises(LimitError, match="memory_mib"):
-        Sandbox.create(memory_mib=10_000_128)
+        Sandbox.create(memory_mib=10_000_000)
     # Sizes are told as they are, and not made larger without a word.
-    with pytest.raises(InvalidRequestError, match="512 is the next"):
+    with pytest.raises(InvalidRequestError, match="512 is the next size"):
         Sandbox.create(memory_mib=300)
-    with pytest.raises(InvalidRequestError, match="1024 is the next"):
+    with pytest.raises(InvalidRequestError, match="1024 is the next size"):
         Sandbox.create(disk_mib=256)
 
 

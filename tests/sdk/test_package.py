@@ -35,6 +35,9 @@ from hypercell.values import CommandResult, ForkFailure
 
 PROGRAM = Path(__file__).parent / "typed_program.py"
 SDK = Path(__file__).parents[2] / "sdk"
+# sdk/pyproject.toml, requires-python
+OLDEST = (3, 10)
+CHECKPOINT = {"id": "c", "name": None, "created_at": "2026-11-30T06:00:00.000001Z"}
 IMPORT_LIMIT_S = 0.15
 
 
@@ -51,6 +54,27 @@ def test_the_classes_come_without_the_network_libraries() -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
 
 
+def _oldest_python() -> str | None:
+    name = f"python{OLDEST[0]}.{OLDEST[1]}"
+    of_pyenv = [str(found) for found in Path.home().glob(f".pyenv/versions/{OLDEST[0]}.{OLDEST[1]}.*/bin/{name}")]
+    candidates = [*of_pyenv, *filter(None, [shutil.which(name)])]
+    return next(
+        (each for each in candidates if subprocess.run([each, "-V"], capture_output=True).returncode == 0), None
+    )
+
+
+@pytest.mark.skipif(_oldest_python() is None, reason=f"needs Python {OLDEST[0]}.{OLDEST[1]}")
+def test_the_oldest_python_imports_every_module() -> None:
+    """Without any package but this, so without what is imported only when it is used."""
+    paths = [path.relative_to(SDK) for path in sorted((SDK / "hypercell").rglob("*.py")) if "jupyter" not in path.parts]
+    modules = [".".join(path.with_suffix("").parts) for path in paths if path.name != "__init__.py"]
+    program = f"import importlib, sys\nsys.path.insert(0, {str(SDK)!r})\n"
+    program += f"for name in {modules}: importlib.import_module(name)\n"
+    program += f"from hypercell.values import CheckpointInfo\nprint(CheckpointInfo.parse({CHECKPOINT}).created_at)"
+    command = [_oldest_python() or "", "-I", "-c", program]
+    assert subprocess.check_output(command, text=True) == "2026-11-30 06:00:00.000001+00:00\n"
+
+
 def test_every_name_is_there() -> None:
     for name in hypercell._MODULE_OF:
         assert getattr(hypercell, name).__name__ == name
@@ -60,7 +84,8 @@ def test_every_name_is_there() -> None:
 
 
 def test_mypy_accepts_a_program() -> None:
-    command: list[str | Path] = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", PROGRAM]
+    oldest = ["--python-version", f"{OLDEST[0]}.{OLDEST[1]}"]
+    command: list[str | Path] = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", *oldest, PROGRAM]
     # An editable install is found by an import hook, which type checkers do not run.
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(SDK)})
     assert result.returncode == 0, result.stdout

@@ -106,7 +106,7 @@ class _Limit:
         """What `step` gives. Raises CodeTimeoutError if it takes too long."""
         try:
             return await asyncio.wait_for(step, self.left_s)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise self.error() from None
 
     def error(self) -> CodeTimeoutError:
@@ -208,7 +208,7 @@ class AsyncKernel:
                 if pending.is_running:
                     # First, so that the reader waits for no callback: it has to hear how the interrupt went.
                     self._forget(pending)
-                    with suppress(HypercellError, TimeoutError):
+                    with suppress(HypercellError, asyncio.TimeoutError):
                         await asyncio.shield(self._interrupt_context(context_id))
                 raise
             finally:
@@ -239,7 +239,7 @@ class AsyncKernel:
             raise StateError("The sandbox is paused; `resume()` it first.", status=409, code="wrong_state")
 
     async def _stop(self, following: asyncio.Task[None], context_id: str | None, timeout_s: float | None) -> None:
-        with suppress(TimeoutError):
+        with suppress(asyncio.TimeoutError):
             await self._interrupt_context(context_id)
         done, _ = await asyncio.wait({following}, timeout=INTERRUPT_GRACE_S)
         if done:
@@ -252,20 +252,21 @@ class AsyncKernel:
         )
 
     async def _interrupt_context(self, context_id: str | None) -> None:
-        """Raises TimeoutError if a kernel whose threads get no turn (a C extension holds the GIL) does not do it."""
+        """Raises asyncio.TimeoutError if a kernel whose threads get no turn (a C extension holds the GIL) does not."""
         if context_id is None:
             await self.interrupt()
             return
-        async with asyncio.timeout(INTERRUPT_GRACE_S):
-            helper = await self.create_context()
-            try:
-                code = _INTERRUPT_SUBSHELL.format(id=context_id)
-                content = {"code": code, "silent": True, "store_history": False, "stop_on_error": False}
-                await self._ask("shell", "execute_request", content, context_id=helper)
-            finally:
-                # A limit of its own, since the outer one may be over.
-                async with asyncio.timeout(INTERRUPT_GRACE_S):
-                    await self.delete_context(helper)
+        await asyncio.wait_for(self._interrupt_subshell(context_id), INTERRUPT_GRACE_S)
+
+    async def _interrupt_subshell(self, context_id: str) -> None:
+        helper = await self.create_context()
+        try:
+            code = _INTERRUPT_SUBSHELL.format(id=context_id)
+            content = {"code": code, "silent": True, "store_history": False, "stop_on_error": False}
+            await self._ask("shell", "execute_request", content, context_id=helper)
+        finally:
+            # A limit of its own, since the outer one may be over.
+            await asyncio.wait_for(self.delete_context(helper), INTERRUPT_GRACE_S)
 
     async def create_context(self) -> str:
         """A subshell: runs code beside the main one, on the same variables. Its id."""

@@ -294,7 +294,7 @@ class Transport:
         except InvalidStatus as error:
             answer = error.response
             raise self.refusal(answer.status_code, bytes(answer.body or b""), answer.reason_phrase) from error
-        except (OSError, InvalidHandshake, TimeoutError, EOFError) as error:
+        except (OSError, InvalidHandshake, asyncio.TimeoutError, EOFError) as error:
             raise self._unreachable(error) from error
         self._shared.has_answered = True
         self._open.add(websocket)
