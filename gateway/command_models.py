@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter, field_validator
 
 from gateway.models import (
     MAX_ENV_VARIABLES,
@@ -16,9 +15,8 @@ from gateway.models import (
     Timestamp,
     UserName,
     check_env,
-    timestamp,
 )
-from kernels.exec import CommandInfo, CommandRequest
+from kernels.exec import CommandRequest
 
 # Someone waits for the answer with a connection open; what takes longer is run in the background, or on a WebSocket.
 EXEC_TIMEOUT_S = 60.0
@@ -107,6 +105,9 @@ def signal_name(number: int | None) -> str | None:
         return f"SIG{number}"
 
 
+SignalName = Annotated[str | None, BeforeValidator(signal_name)]
+
+
 class ExecAnswer(Answer):
     """How a command ended, and its output as text (bytes that are no UTF-8 become U+FFFD). exit_code or signal is
     null. truncated: there was more than max_output_bytes, of which the first are here."""
@@ -117,7 +118,7 @@ class ExecAnswer(Answer):
     stdout_truncated: bool
     stderr_truncated: bool
     exit_code: int | None
-    signal: str | None
+    signal: SignalName
     timed_out: bool
 
 
@@ -134,25 +135,8 @@ class CommandAnswer(Answer):
     output_bytes: int
     running: bool
     exit_code: int | None
-    signal: str | None
+    signal: SignalName
     timed_out: bool
-
-    @classmethod
-    def of(cls, info: CommandInfo) -> CommandAnswer:
-        return cls(
-            command_id=info.command_id,
-            pid=info.pid,
-            command=info.command,
-            cwd=info.cwd,
-            background=info.background,
-            tty=info.tty,
-            started_at=timestamp(datetime.fromtimestamp(info.started_at, UTC)),
-            output_bytes=info.output_bytes,
-            running=info.running,
-            exit_code=info.exit_code,
-            signal=signal_name(info.signal),
-            timed_out=info.timed_out,
-        )
 
 
 class TerminalSize(SandboxRequest):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from gateway.models import Answer, SandboxRequest, Timestamp, UserName, timestamp
-from kernels.files import FileChange, FileInfo, FileKind, Listing, Written
+from gateway.models import Answer, SandboxRequest, Timestamp, UserName
+from kernels.files import FileKind
 
 # As deep as vm_runtime/guest/files.py lists.
 DEPTH_MAX = 32
@@ -105,25 +104,11 @@ class FileAnswer(Answer):
     path: str
     kind: FileKind
     size_bytes: int
-    mode: str
+    mode: Annotated[str, BeforeValidator("{:04o}".format)]
     uid: int
     gid: int
     modified_at: Timestamp
     target: str | None
-
-    @classmethod
-    def of(cls, info: FileInfo) -> FileAnswer:
-        return cls(
-            name=info.name,
-            path=info.path,
-            kind=info.kind,
-            size_bytes=info.size_bytes,
-            mode=f"{info.mode:04o}",
-            uid=info.uid,
-            gid=info.gid,
-            modified_at=timestamp(datetime.fromtimestamp(info.modified_at, UTC)),
-            target=info.target,
-        )
 
 
 class ListingAnswer(Answer):
@@ -135,21 +120,12 @@ class ListingAnswer(Answer):
     truncated: bool
     next: str | None
 
-    @classmethod
-    def of(cls, listing: Listing) -> ListingAnswer:
-        entries = [FileAnswer.of(info) for info in listing.entries]
-        return cls(path=listing.path, entries=entries, truncated=listing.truncated, next=listing.next)
-
 
 class WrittenAnswer(Answer):
     """crc32: of the content, eight hexadecimal digits."""
 
     size_bytes: int
-    crc32: str
-
-    @classmethod
-    def of(cls, written: Written) -> WrittenAnswer:
-        return cls(size_bytes=written.size_bytes, crc32=f"{written.crc32:08x}")
+    crc32: Annotated[str, BeforeValidator("{:08x}".format)]
 
 
 class ChangeFrame(Answer):
@@ -159,7 +135,3 @@ class ChangeFrame(Answer):
     event: Literal["created", "modified", "attributes", "deleted", "renamed", "overflow"]
     path: str
     old_path: str | None
-
-    @classmethod
-    def of(cls, change: FileChange) -> ChangeFrame:
-        return cls(event=change.event, path=change.path, old_path=change.old_path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -50,12 +50,20 @@ def _whole(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**31 - 1)]
-Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 def timestamp(moment: datetime) -> str:
     """UTC with six digits of microseconds and a Z: jupyter_server parses it with `%Y-%m-%dT%H:%M:%S.%fZ`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _moment(value: Any) -> Any:
+    # Guests tell seconds since 1970.
+    moment = datetime.fromtimestamp(value, UTC) if isinstance(value, float | int) else value
+    return timestamp(moment) if isinstance(moment, datetime) else moment
+
+
+Timestamp = Annotated[str, BeforeValidator(_moment), Field(json_schema_extra={"format": "date-time"})]
 
 
 def notebook_of(path: str | None) -> str | None:
@@ -82,7 +90,12 @@ class SandboxRequest(BaseModel):
 class Answer(BaseModel):
     """Anything that is answered."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+    @classmethod
+    def of(cls, value: object) -> Self:
+        """From a value of the layers below that has attributes of these names."""
+        return cls.model_validate(value)
 
 
 class ErrorAnswer(Answer):
@@ -159,7 +172,7 @@ class KernelAnswer(Answer):
     reason: str | None = None
 
     @classmethod
-    def of(cls, sandbox: Sandbox, connections: int) -> KernelAnswer:
+    def of_sandbox(cls, sandbox: Sandbox, connections: int) -> KernelAnswer:
         # A cell that sleeps in the middle goes on after the wake, but nothing is done now.
         state = _KERNEL_STATE.get(sandbox.state, sandbox.execution_state)
         return cls(
@@ -180,7 +193,7 @@ class KernelspecAnswer(Answer):
     resources: dict[str, str]
 
     @classmethod
-    def of(cls, kernelspec: Kernelspec, files: list[str]) -> KernelspecAnswer:
+    def of_kernelspec(cls, kernelspec: Kernelspec, files: list[str]) -> KernelspecAnswer:
         """files: the names in the kernelspec's resource directory."""
         resources = {file.rpartition(".")[0] or file: f"/kernelspecs/{kernelspec.name}/{file}" for file in files}
         return cls(name=kernelspec.name, spec=dict(kernelspec.spec), resources=resources)

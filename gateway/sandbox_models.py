@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
@@ -26,14 +25,10 @@ from gateway.models import (
 )
 from kernels.errors import KernelsError
 from kernels.models import (
-    Checkpoint,
     CreateSandbox,
     OnTimeout,
     Sandbox,
-    SandboxEvent,
     SandboxState,
-    SandboxUsage,
-    Snapshot,
 )
 
 # A request for more is a mistake; `max_children` is the limit that counts.
@@ -95,23 +90,8 @@ class NewSandbox(SandboxRequest):
     _env = field_validator("env")(check_env)
 
     def to_create(self, default_template: str) -> CreateSandbox:
-        return CreateSandbox(
-            template=self.template or default_template,
-            name=self.name,
-            kernel_id=self.kernel_id,
-            env=self.env,
-            cwd=self.cwd,
-            memory_mib=self.memory_mib,
-            vcpus=self.vcpus,
-            disk_mib=self.disk_mib,
-            notebook=self.notebook,
-            idle_timeout_s=self.idle_timeout_s,
-            max_lifetime_s=self.max_lifetime_s or None,
-            checkpoints=self.checkpoints,
-            snapshot=self.snapshot,
-            on_timeout=self.on_timeout,
-            tags=self.tags,
-        )
+        given = {**dict(self), "template": self.template or default_template}
+        return CreateSandbox(**{**given, "max_lifetime_s": self.max_lifetime_s or None})
 
 
 class SandboxChanges(SandboxRequest):
@@ -168,34 +148,13 @@ class SandboxAnswer(Answer):
     on_timeout: OnTimeout
     tags: Mapping[str, str]
 
-    @classmethod
-    def of(cls, sandbox: Sandbox) -> SandboxAnswer:
-        return cls(
-            id=sandbox.id,
-            state=sandbox.state.value,
-            driver=sandbox.driver,
-            template=sandbox.template,
-            parent_id=sandbox.parent_id,
-            index=sandbox.index,
-            name=sandbox.name,
-            owner=sandbox.owner,
-            created_at=timestamp(sandbox.created_at),
-            last_activity=timestamp(sandbox.last_activity),
-            execution_state=sandbox.execution_state,
-            reason=sandbox.reason,
-            memory_mib=sandbox.memory_mib,
-            vcpus=sandbox.vcpus,
-            disk_mib=sandbox.disk_mib,
-            snapshot_id=sandbox.snapshot_id,
-            notebook=sandbox.notebook,
-            released=sandbox.released,
-            idle_timeout_s=sandbox.idle_timeout_s,
-            max_lifetime_s=sandbox.max_lifetime_s,
-            checkpoints=sandbox.checkpoints,
-            checkpoint_problem=sandbox.checkpoint_problem,
-            on_timeout=sandbox.on_timeout,
-            tags=sandbox.tags,
-        )
+
+class DeleteQuery(BaseModel):
+    """DELETE /api/sandboxes/{id}. descendants: also all that came from it by forks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    descendants: bool = False
 
 
 class SandboxesQuery(BaseModel):
@@ -267,12 +226,8 @@ class ForkAnswer(Answer):
 
     children: list[SandboxAnswer | FailedChild]
 
-    @classmethod
-    def of(cls, children: Sequence[Sandbox | KernelsError]) -> ForkAnswer:
-        return cls(children=[_child(child) for child in children])
 
-
-def _child(child: Sandbox | KernelsError) -> SandboxAnswer | FailedChild:
+def child_answer(child: Sandbox | KernelsError) -> SandboxAnswer | FailedChild:
     if isinstance(child, Sandbox):
         return SandboxAnswer.of(child)
     error = api_error(child)
@@ -302,16 +257,6 @@ class CheckpointAnswer(Answer):
     created_at: Timestamp
     bytes: int
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> CheckpointAnswer:
-        return cls(
-            id=checkpoint.id,
-            name=checkpoint.name,
-            cell=checkpoint.cell,
-            created_at=timestamp(checkpoint.created_at),
-            bytes=checkpoint.bytes,
-        )
-
 
 class GotoRequest(SandboxRequest):
     """POST /api/sandboxes/{id}/goto. target: a checkpoint's id or the beginning of it, its name, or a cell's number."""
@@ -330,27 +275,6 @@ class SnapshotAnswer(Answer):
     cell: int | None
     created_at: Timestamp
     bytes: int
-
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> SnapshotAnswer:
-        return cls(
-            id=snapshot.id,
-            name=snapshot.name,
-            owner=snapshot.owner,
-            sandbox_id=snapshot.sandbox_id,
-            template=snapshot.template,
-            cell=snapshot.cell,
-            created_at=timestamp(snapshot.created_at),
-            bytes=snapshot.bytes,
-        )
-
-
-class DeleteQuery(BaseModel):
-    """DELETE /api/sandboxes/{id}. descendants: also all that came from it by forks."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    descendants: bool = False
 
 
 class SnapshotsQuery(BaseModel):
@@ -381,10 +305,6 @@ class UsageAnswer(Answer):
     memory_shared_bytes: int
     guest: GuestUsageAnswer | None
 
-    @classmethod
-    def of(cls, usage: SandboxUsage) -> UsageAnswer:
-        return cls(**asdict(usage))
-
 
 class EventAnswer(Answer):
     """One event: what happened to which sandbox. data: as docs/gateway.md lists them by kind."""
@@ -392,7 +312,3 @@ class EventAnswer(Answer):
     sandbox_id: str
     kind: str
     data: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, event: SandboxEvent) -> EventAnswer:
-        return cls(sandbox_id=event.sandbox_id, kind=event.kind.value, data=event.data)

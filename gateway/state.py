@@ -86,4 +86,4 @@ class Gateway:
 
     def kernel(self, sandbox: Sandbox) -> KernelAnswer:
         """Jupyter's model of it."""
-        return KernelAnswer.of(sandbox, self.hub.connection_count(sandbox.id))
+        return KernelAnswer.of_sandbox(sandbox, self.hub.connection_count(sandbox.id))

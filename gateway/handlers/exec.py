@@ -11,7 +11,6 @@ from gateway.command_models import (
     ExecAnswer,
     ExecRequest,
     SignalRequest,
-    signal_name,
 )
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.handlers.sandboxes import SANDBOX_ID
@@ -64,7 +63,7 @@ async def run_command(call: Call) -> Reply:
         stdout_truncated=kept["stdout"].truncated,
         stderr_truncated=kept["stderr"].truncated,
         exit_code=event.exit_code,
-        signal=signal_name(event.signal),
+        signal=event.signal,
         timed_out=event.timed_out,
     )
     return Reply(body=answer)

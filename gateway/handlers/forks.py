@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gateway.endpoint import Call, Endpoint, Operation, Reply
 from gateway.handlers.sandboxes import SANDBOX_ID
-from gateway.sandbox_models import ForkAnswer, ForkRequest, SandboxAnswer, TreeAnswer
+from gateway.sandbox_models import ForkAnswer, ForkRequest, SandboxAnswer, TreeAnswer, child_answer
 
 
 async def fork_sandbox(call: Call) -> Reply:
@@ -16,7 +16,7 @@ async def fork_sandbox(call: Call) -> Reply:
         same_random=request.same_random,
         mid_cell=request.mid_cell,
     )
-    return Reply(status=201, body=ForkAnswer.of(children))
+    return Reply(status=201, body=ForkAnswer(children=[child_answer(child) for child in children]))
 
 
 async def get_tree(call: Call) -> Reply:

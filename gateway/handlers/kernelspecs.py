@@ -17,7 +17,7 @@ def _files(directory: Path) -> list[str]:
 
 
 async def _answer(kernelspec: Kernelspec) -> KernelspecAnswer:
-    return KernelspecAnswer.of(kernelspec, await asyncio.to_thread(_files, kernelspec.resource_dir))
+    return KernelspecAnswer.of_kernelspec(kernelspec, await asyncio.to_thread(_files, kernelspec.resource_dir))
 
 
 def _find(call: Call) -> Kernelspec:
