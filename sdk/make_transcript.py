@@ -47,13 +47,15 @@ Completion: `eval "$(hypercell completion bash)"`, the same with `zsh`, `hyperce
 """
 # What is done, and what is said about it. Keys are typed into `exec -it`.
 STEPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("A sandbox, and what is in it.", "hypercell new --name work --lifetime 3600", ()),
-    ("", "hypercell ls", ()),
+    ("A sandbox, and what is in it.", "hypercell new --name work --tag of=docs --lifetime 3600", ()),
+    ("", "hypercell ls --tag of=docs", ()),
     ("", "hypercell exec work 'echo $HOME; nproc'", ()),
     ("Files, to and fro.", "hypercell cp notes.txt work:", ()),
     ("", "hypercell ls work:", ()),
     ("", "hypercell cp work:notes.txt -", ()),
     ("A shell with a terminal.", "hypercell exec -it work bash --norc", ("wc -l notes.txt", "exit")),
+    ("A script, from a pipe, and how it ended.",
+     "echo 'import sys; print(40 + 2); sys.exit(7)' | hypercell run --sandbox work -; echo $?", ()),
     ("A notebook, whose outputs are written back; the sandbox keeps its variables.",
      "hypercell run --sandbox work sums.ipynb", ()),
     ("", "grep text/plain sums.ipynb", ()),
@@ -65,6 +67,9 @@ STEPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("", "hypercell new --snapshot prepared --name again", ()),
     ("Sleep frees memory; whatever uses a sandbox wakes it.", "hypercell sleep work", ()),
     ("", "hypercell exec work cat notes.txt", ()),
+    ("A paused one stands still until it is resumed.", "hypercell pause work", ()),
+    ("", "hypercell exec work true", ()),
+    ("", "hypercell resume work", ()),
     ("Done.", "hypercell rm work again", ()),
     ("", "hypercell rm work", ()),
 )  # fmt: skip

@@ -31,7 +31,7 @@ async def test_a_new_sandbox_runs_cells_and_leaves_nothing(kernels: Service) -> 
     assert await kernels.run(sandbox_id, "1 / 0") == "ZeroDivisionError"
     live = kernels.core.running(sandbox_id)
     place = live.saved.place
-    assert (await kernels.usage(sandbox_id)).unique_bytes > 1 << 20
+    assert (await kernels.usage(sandbox_id)).memory_unique_bytes > 1 << 20
     await kernels.delete(sandbox_id)
     assert live.saved.machine.is_dead
     assert not place.run_dir.exists() and not place.disk_dir.exists()
