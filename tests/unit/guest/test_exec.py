@@ -320,7 +320,8 @@ async def test_terminal(host: Host) -> None:
     await host.call("exec.resize", command_id=shell.started["command_id"], rows=10, columns=20)
     await shell.stream.write(b"stty size\n")
     await shell.until(b"10 20\r\n")
-    await shell.stream.write(b"echo beg''un; sleep 300\n")
+    # What prints has the terminal already, so that the interrupt is for it.
+    await shell.stream.write(b"sh -c 'echo beg\"\"un; exec sleep 300'\n")
     await shell.until(b"begun\r\n")
     await shell.stream.write(b"\x03")
     await shell.stream.write(b"echo st''ill\n")
