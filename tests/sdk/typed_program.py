@@ -25,6 +25,14 @@ def blocking() -> None:
         infos: list[SandboxInfo] = Sandbox.list()
         for piece in sandbox.files.stream("x"):
             print(len(piece))
+        with sandbox.files.watch("x", user="root") as watch:
+            for change in watch:
+                print(change.event.upper(), change.old_path)
+        for entry in sandbox.files.scan():
+            print(entry.name.upper())
+        with sandbox.commands.shell(cwd="~") as shell:
+            kept: CommandResult = shell.run("pwd", timeout=1)
+            print(kept.exit_code)
         found: SearchResult = beam_search(
             sandbox, expand=lambda steps: list(steps), score="1.0", budget=Budget(depth=1)
         )
@@ -41,8 +49,11 @@ async def asynchronous() -> None:
         children: list[AsyncSandbox] = await sandbox.fork(2)
         async for event in sandbox.events():
             print(event.kind, children)
-        async for piece in sandbox.files.stream("x"):
+        async for piece in sandbox.files.stream("x", offset=1, length=2):
             print(piece.decode())
+        async with await sandbox.files.watch() as watch, await sandbox.commands.shell() as shell:
+            async for change in watch:
+                print(change.event.upper(), (await shell.run("true")).ok)
 
 
 if __name__ == "__main__":
