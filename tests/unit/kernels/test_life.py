@@ -12,12 +12,15 @@ import pytest
 from kernels.errors import (
     LimitError,
     MachineFailedError,
+    MachineLeftError,
     RequestError,
     SandboxExistsError,
     SandboxStateError,
+    SnapshotExistsError,
     UnknownSandboxError,
     UnknownTemplateError,
 )
+from kernels.exec import CommandOutput, CommandRequest
 from kernels.models import CreateSandbox, EventKind, SandboxState
 from tests.unit.kernels.conftest import TEMPLATE, Service, TestDriver, started_service
 from vm_runtime.states import RunState
@@ -31,7 +34,9 @@ async def test_a_new_sandbox_runs_cells_and_leaves_nothing(kernels: Service) -> 
     assert await kernels.run(sandbox_id, "1 / 0") == "ZeroDivisionError"
     live = kernels.core.running(sandbox_id)
     place = live.saved.place
-    assert (await kernels.usage(sandbox_id)).memory_unique_bytes > 1 << 20
+    usage = await kernels.usage(sandbox_id)
+    assert usage.memory_unique_bytes > 1 << 20
+    assert usage.guest is not None and 0 < usage.guest.memory_used_bytes < usage.guest.memory_total_bytes
     await kernels.delete(sandbox_id)
     assert live.saved.machine.is_dead
     assert not place.run_dir.exists() and not place.disk_dir.exists()
@@ -50,6 +55,9 @@ def _template(kernels: Service) -> str:
     [
         ({"template": "nothing"}, UnknownTemplateError),
         ({"memory_mib": 1 << 20}, LimitError),
+        ({"memory_mib": (1 << 20) + 1}, LimitError),
+        ({"memory_mib": 300}, RequestError),
+        ({"disk_mib": 256}, RequestError),
         ({"kernel_id": "no id"}, RequestError),
         ({"checkpoints": "sometimes"}, RequestError),
     ],
@@ -85,6 +93,58 @@ async def test_a_sandbox_sleeps_and_wakes_with_its_files(kernels: Service) -> No
         kernels.core.running(sandbox_id)
     assert (await kernels.wake(sandbox_id)).state is SandboxState.RUNNING
     assert await kernels.run(sandbox_id, "print(open('kept').read())") == "x\n"
+
+
+async def test_a_life_may_end_in_sleep(kernels: Service) -> None:
+    sandbox_id = await kernels.new(max_lifetime_s=0.5, on_timeout="sleep")
+    await kernels.until(lambda: kernels.get(sandbox_id).state is SandboxState.ASLEEP)
+    await kernels.wake(sandbox_id)
+    assert kernels.get(sandbox_id).max_lifetime_s is None
+    # One that sleeps already is not put to sleep again when it wakes.
+    await kernels.sleep(sandbox_id)
+    kernels.configure(sandbox_id, max_lifetime_s=0.1)
+    async with asyncio.timeout(60):
+        while kernels.get(sandbox_id).max_lifetime_s is not None:  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.05)
+    assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
+
+
+async def test_a_name_is_given_to_one_checkpoint(kernels: Service) -> None:
+    sandbox_id, other_id = await kernels.new(), await kernels.new()
+    await kernels.checkpoint(sandbox_id, name="once")
+    with pytest.raises(SnapshotExistsError, match="once"):
+        await kernels.checkpoint(sandbox_id, name="once")
+    assert len(await kernels.checkpoints(sandbox_id)) == 1
+    await kernels.checkpoint(other_id, name="once")
+
+
+@pytest.mark.parametrize("why", ["asleep", "deleted", "elsewhere", "died"])
+async def test_what_uses_a_machine_is_told_why_it_left(kernels: Service, why: str) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.checkpoint(sandbox_id, name="before")
+    commands, files = await kernels.commands(sandbox_id), await kernels.files(sandbox_id)
+    async with (
+        await commands.start(CommandRequest(command="echo on; sleep 60")) as command,
+        await files.watch(".") as watch,
+    ):
+        assert isinstance(await command.next(), CommandOutput)
+        change = asyncio.ensure_future(anext(watch.changes()))
+        match why:
+            case "asleep":
+                await kernels.sleep(sandbox_id)
+            case "deleted":
+                await kernels.delete(sandbox_id)
+            case "elsewhere":
+                await kernels.goto(sandbox_id, "before")
+            case "died":
+                await kernels.core.running(sandbox_id).saved.machine.kill()
+        for use in (command.next(), change):
+            with pytest.raises((MachineLeftError, MachineFailedError)) as raised:
+                async with asyncio.timeout(60):
+                    await use
+            # A machine that died may have closed its end before anybody here knew.
+            if why != "died":
+                assert isinstance(raised.value, MachineLeftError) and raised.value.why == why
 
 
 async def test_a_client_that_asks_a_sleeping_sandbox_wakes_it(kernels: Service) -> None:
