@@ -19,7 +19,20 @@ from benchmarks.results import Line, Report, Row, from_json, to_json
 from benchmarks.setup import Bench, Setup
 from benchmarks.state_dirs import build_state_dir, template_snapshot
 from benchmarks.table import markdown, update_readme
-from benchmarks.topics import arrivals, burst, fork, memory, output, removal, restore, round_trip, sdk, start, state
+from benchmarks.topics import (
+    arrivals,
+    burst,
+    endurance,
+    fork,
+    memory,
+    output,
+    removal,
+    restore,
+    round_trip,
+    sdk,
+    start,
+    state,
+)
 from gateway.errors import GatewayError
 from kernels.directories import default_state_dir
 from kernels.errors import KernelsError
@@ -38,6 +51,7 @@ GATEWAY_TOPICS: dict[str, Callable[[Setup], Awaitable[list[Row]]]] = {
 # Those that have nothing to do with gateways; each has a table of its own.
 OWN_TOPICS: dict[str, Callable[[Bench], AsyncGenerator[list[Line], None]]] = {
     "state": state.measure,
+    "endurance": endurance.measure,
     "fork": fork.measure,
     "sdk": sdk.measure,
     "removal": removal.measure,

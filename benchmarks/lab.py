@@ -3,11 +3,13 @@ run. No HTTP server and no client between: what is measured here is the mechanis
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.messages import BenchmarkError
 from benchmarks.raw_zmq import RawKernel, raw_kernel
@@ -36,6 +38,9 @@ class Split:
 class Lab(SandboxService):
     """The service with its inside in reach."""
 
+    _taken: list[Taken]
+    _more: asyncio.Event
+
     async def new(self, template: str) -> Sandbox:
         return await self.create(CreateSandbox(template=template))
 
@@ -45,6 +50,29 @@ class Lab(SandboxService):
         async with core.lock(sandbox_id):
             return await core.take(sandbox_id, then=Then.RESUME)
 
+    @contextmanager
+    def noting_taken(self, taken: list[Taken]) -> Iterator[None]:
+        """Within it each snapshot of any sandbox is put into this list; see `wait_taken`."""
+        core, take = self._core, self._core.take
+
+        async def noted(*arguments: Any, **options: Any) -> Taken:
+            taken.append(await take(*arguments, **options))
+            self._more.set()
+            return taken[-1]
+
+        self._taken, self._more = taken, asyncio.Event()
+        core.take = noted  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            core.take = take  # type: ignore[method-assign]
+
+    async def wait_taken(self, count: int) -> None:
+        """Within `noting_taken`: until there are so many."""
+        while len(self._taken) < count:
+            self._more.clear()
+            await self._more.wait()
+
     async def settled(self) -> None:
         """Waits until nothing is rewritten in the background."""
         await self._core.launcher.saver.settled()
@@ -53,9 +81,18 @@ class Lab(SandboxService):
         """What a sleeping sandbox wakes from."""
         return self._core.store.get(self.get(sandbox_id).snapshot_id or "")
 
+    def saved(self, sandbox_id: str) -> SavedMachine:
+        """The machine of a sandbox that runs."""
+        return self._core.running(sandbox_id).saved
+
     def pid(self, sandbox_id: str) -> int:
         """The VMM's."""
-        return self._core.running(sandbox_id).saved.machine.pid
+        return self.saved(sandbox_id).machine.pid
+
+    async def stored_bytes(self) -> int:
+        """Disk space of all parts in the store, templates' too."""
+        parts = self._core.store.directory / "parts"
+        return await asyncio.to_thread(lambda: sum(file.stat().st_blocks * 512 for file in parts.rglob("*")))
 
     async def restore_ms(self, snapshot: Manifest) -> float:
         """A machine in the state of a snapshot, from the call until its vCPUs run; it is ended again."""

@@ -19,6 +19,7 @@ import pytest
 from tests.conformance import pvh
 from tests.conformance.conftest import Bench, beat, describe, qemu, read_word
 from vm_runtime.drivers.qemu import disk_merge
+from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.paged import chains
 from vm_runtime.paged.chains import LONG_CHAIN, MANY_DISKS
@@ -367,6 +368,67 @@ async def test_chains_stay_short_however_many_snapshots_a_running_machine_takes(
         await woken.kill()
     finally:
         await machine.kill()
+
+
+# The last command that the VMM had done when the gateway was killed.
+@pytest.mark.parametrize("done", ["add-fd", "blockdev-add", "blockdev-reopen", "blockdev-del", "query-fdsets"])
+async def test_a_machine_whose_gateway_was_killed_while_it_got_a_shorter_chain_is_adopted_whole(
+    qemu_bench: Bench, done: str
+) -> None:
+    machine = await qemu_bench.restore(await qemu_bench.template(), "first")
+    left = qemu(machine)
+    execute, killed = left._execute, asyncio.Event()
+
+    async def until_killed(command: str, arguments: Any = None, *, descriptors: Any = ()) -> Any:
+        if killed.is_set():  # nothing of the killed gateway runs on: not even what it would clean up
+            raise MachineGoneError("killed")
+        answer = await execute(command, arguments, descriptors=descriptors)
+        if command == done:
+            killed.set()
+            await asyncio.Event().wait()
+        return answer
+
+    for number in range(MANY_DISKS - 2):
+        await disk_io(machine, f"write -P {number + 1} {number}M 64k")
+        await machine.take(describe(), then=Then.RESUME)
+    await qemu_bench.saver.settled()
+    assert len(left.disk_chain) == MANY_DISKS
+    assert machine.snapshot is not None
+    lower = [qemu_bench.store.part_path(PartKind.DISK, disk.digest) for disk in disks_of(machine.snapshot)]
+    record = qemu_bench.place("first").run_dir / "machine.json"
+    merged = qemu_bench.directory / "merged"
+    assert isinstance(qemu_bench.driver, QemuDriver)
+    await qemu_bench.driver.merge_disks(lower[1:], merged)
+    left._execute = until_killed  # type: ignore[method-assign]
+    shortening = asyncio.create_task(left.rebase_disk([lower[0], merged], keep=1))
+    async with asyncio.timeout(30):
+        await killed.wait()
+    kept = record.read_bytes()
+    shortening.cancel()
+    await asyncio.gather(shortening, return_exceptions=True)
+    record.write_bytes(kept)
+    left._execute = execute  # type: ignore[method-assign]
+    await machine.detach()
+    await qemu_bench.saver.close()
+
+    later = qemu_bench.new_saver()
+    try:
+        adopted = await later.adopt(qemu_bench.place("first"))
+        for number in range(MANY_DISKS - 2, 2 * MANY_DISKS):
+            await disk_io(adopted, f"write -P {number + 1} {number}M 64k", printed=False)
+            taken = await adopted.take(describe(), then=Then.RESUME)
+        await later.settled()
+        assert later.flattening().failures == 0
+        assert len(qemu(adopted).disk_chain) <= MANY_DISKS
+        await adopted.kill()
+        woken = await later.restore(taken.manifest, place=qemu_bench.place("second"))
+        for number in range(2 * MANY_DISKS):
+            await assert_disk(woken, number + 1, f"{number}M")
+        await woken.kill()
+        assert qemu_bench.store.pins() == {}
+        assert not qemu_bench.place("first").disk_dir.exists()
+    finally:
+        await later.close()
 
 
 async def test_a_chain_at_its_limit_is_refused_before_the_pause(
