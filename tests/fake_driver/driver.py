@@ -62,7 +62,6 @@ from vm_runtime.states import RunState
 from vm_runtime.wire.protocol import BOOT_MARKER
 
 _CODE = str(Path(vm_runtime.__path__[0]).parent)
-_BOOTSTRAP = f"import sys; sys.path.insert(0, {_CODE!r}); from tests.fake_driver.guest import main; main()"
 _NO_ISOLATION = "The fake driver isolates nothing: cells run as processes of this host."
 _NO_MEMORY = "The fake driver keeps files only: after a restore the kernel is a new one."
 
@@ -71,6 +70,10 @@ class FakeDriver(Driver):
     """`close()` it at the end; machines run on. without: capabilities that it is to deny, for tests."""
 
     name: ClassVar[str] = "fake"
+    # Python code of the process that is a machine.
+    program: ClassVar[str] = (
+        f"import sys; sys.path.insert(0, {_CODE!r}); from tests.fake_driver.guest import main; main()"
+    )
 
     def __init__(self, spawner: Spawner, confinement: HostConfinement, *, without: Set[str] = frozenset()) -> None:
         self._spawner = spawner
@@ -167,7 +170,7 @@ class FakeDriver(Driver):
                     kernel=kernel,
                 )
                 request = SpawnRequest(
-                    argv=[sys.executable, "-I", "-c", _BOOTSTRAP, settings.to_json()],
+                    argv=[sys.executable, "-I", "-c", self.program, settings.to_json()],
                     env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"},
                     descriptors=[console, listener.fileno()],
                     confinement=Confinement(

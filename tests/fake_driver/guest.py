@@ -87,23 +87,26 @@ class FakeAgent(Agent):
 
     async def welcome(self, hello: Hello) -> Welcome:
         welcome = await super().welcome(hello)
+        self.note_marker(hello)
+        return welcome
+
+    def note_marker(self, hello: Hello) -> None:
         temporary = self._marker_path.with_suffix(".new")
         temporary.write_text(hello.next_marker)
         temporary.replace(self._marker_path)
-        return welcome
 
     async def start_kernel(self) -> None:
         """As a machine in whose state one runs. Errors: KernelError."""
         await self._keeper.start(key=None, env={}, cwd=None)
 
 
-async def _run(settings: GuestSettings) -> None:
+async def _run(settings: GuestSettings, agent_class: type[FakeAgent]) -> None:
     paths = Paths(run=Path(settings.run), home=Path(settings.home))
     listener = socket.socket(fileno=LISTENER)
     listener.setblocking(False)
     line = Line(listener)
     agent_settings = AgentSettings(paths=paths, user=None, owns_machine=False)
-    agent = FakeAgent(agent_settings, marker_path=paths.run / MARKER_FILE)
+    agent = agent_class(agent_settings, marker_path=paths.run / MARKER_FILE)
     async with agent:
         line.on_hang_up = agent.hang_up
         if settings.kernel:
@@ -111,11 +114,11 @@ async def _run(settings: GuestSettings) -> None:
         await agent.serve(line, marker=bytes.fromhex(settings.marker))
 
 
-def main() -> None:
+def main(agent_class: type[FakeAgent] = FakeAgent) -> None:
     """`argv[1]` holds the settings."""
     settings = GuestSettings(**json.loads(sys.argv[1]))
     # Whatever a cell leaves behind stays below this process, so that it is paused and ended with it.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     logging.basicConfig(level=logging.WARNING, format="hypercell-agent: %(message)s")
     os.environ["PATH"] = os.environ.get("PATH", "/usr/bin:/bin")
-    asyncio.run(_run(settings))
+    asyncio.run(_run(settings, agent_class))

@@ -152,7 +152,11 @@ def make_image(state_dir: Path) -> None:
 @pytest.fixture(scope="session")
 def prepared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state directory with an image and its template, to be copied."""
-    state_dir = tmp_path_factory.mktemp("prepared")
+    return prepared(tmp_path_factory.mktemp("prepared"))
+
+
+def prepared(state_dir: Path) -> Path:
+    """The directory, with an image and its template in it."""
     make_image(state_dir)
 
     async def prepare() -> None:
