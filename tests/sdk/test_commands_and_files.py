@@ -61,6 +61,7 @@ def test_a_background_command(sandbox: Sandbox) -> None:
     assert command.command_id in {known.command_id for known in sandbox.commands.list()}
     command.close()
     again = sandbox.commands.attach(command.command_id)
+    wait_until(lambda: sandbox.commands.get(command.command_id).output_bytes > 0)
     sandbox.commands.signal(command.command_id, "SIGTERM")
     result = again.wait()
     assert (result.stdout, result.signal) == ("got this\n", "SIGTERM")
