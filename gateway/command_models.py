@@ -110,7 +110,8 @@ SignalName = Annotated[str | None, BeforeValidator(signal_name)]
 
 class ExecAnswer(Answer):
     """How a command ended, and its output as text (bytes that are no UTF-8 become U+FFFD). exit_code or signal is
-    null. truncated: there was more than max_output_bytes, of which the first are here."""
+    null. truncated: there was more than max_output_bytes, of which the first are here. out_of_memory: it was ended
+    since the machine has too little."""
 
     command_id: str
     stdout: str
@@ -120,6 +121,7 @@ class ExecAnswer(Answer):
     exit_code: int | None
     signal: SignalName
     timed_out: bool
+    out_of_memory: bool
 
 
 class CommandAnswer(Answer):
@@ -137,6 +139,7 @@ class CommandAnswer(Answer):
     exit_code: int | None
     signal: SignalName
     timed_out: bool
+    out_of_memory: bool
 
 
 class TerminalSize(SandboxRequest):

@@ -59,6 +59,7 @@ class _CommandSocket(SandboxSocket):
                                 "exit_code": end.exit_code,
                                 "signal": signal_name(end.signal),
                                 "timed_out": end.timed_out,
+                                "out_of_memory": end.out_of_memory,
                             }
                         )
                         return

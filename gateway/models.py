@@ -157,10 +157,6 @@ class CreateKernel(JupyterRequest):
         )
 
 
-# Where the sandbox's state says more than the kernel's own.
-_KERNEL_STATE = {SandboxState.FAILED: "dead", SandboxState.ASLEEP: "idle"}
-
-
 class KernelAnswer(Answer):
     """Jupyter's kernel model. reason: why the kernel is dead, else null."""
 
@@ -173,15 +169,20 @@ class KernelAnswer(Answer):
 
     @classmethod
     def of_sandbox(cls, sandbox: Sandbox, connections: int) -> KernelAnswer:
-        # A cell that sleeps in the middle goes on after the wake, but nothing is done now.
-        state = _KERNEL_STATE.get(sandbox.state, sandbox.execution_state)
+        state, reason = sandbox.execution_state, sandbox.reason
+        if sandbox.state is SandboxState.FAILED:
+            state = "dead"
+        elif sandbox.state is SandboxState.ASLEEP and state != "dead":
+            state = "idle"  # a cell that sleeps in the middle goes on after the wake, but nothing is done now
+        if sandbox.unresponsive_since is not None:
+            reason = f"Its machine has not answered since {timestamp(sandbox.unresponsive_since)}."
         return cls(
             id=sandbox.id,
             name=sandbox.template,
             last_activity=timestamp(sandbox.last_activity),
             execution_state=state,
             connections=connections,
-            reason=sandbox.reason,
+            reason=reason,
         )
 
 

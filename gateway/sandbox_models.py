@@ -120,7 +120,8 @@ class SandboxChanges(SandboxRequest):
 
 class SandboxAnswer(Answer):
     """A sandbox; its id is the Jupyter kernel id. released: a Jupyter client has deleted the kernel, and it is kept
-    asleep for the next who opens `notebook`. idle_timeout_s: 0 is never. max_lifetime_s: from created_at on.
+    asleep for the next who opens `notebook`. unresponsive_since: its machine runs and has not answered since then;
+    execution_state is unknown meanwhile. idle_timeout_s: 0 is never. max_lifetime_s: from created_at on.
     checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than cells."""
 
     id: str
@@ -139,6 +140,7 @@ class SandboxAnswer(Answer):
     vcpus: int
     disk_mib: int
     snapshot_id: str | None
+    unresponsive_since: Timestamp | None
     notebook: str | None
     released: bool
     idle_timeout_s: float

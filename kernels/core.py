@@ -178,6 +178,7 @@ class Core:
                 notices=_Notices(self, sandbox_id),
                 restart_limit=self.settings.restart_limit,
                 restart_window_s=self.settings.restart_window_s,
+                is_dead=self.get(sandbox_id).execution_state == "dead",
             )
             if snapshot is not None and snapshot.kernel is not None:
                 live.cell = snapshot.kernel.execution_count
@@ -188,8 +189,7 @@ class Core:
             self.registry.update(
                 sandbox_id, machine_id=live.saved.machine.id, key=live.key, marker=live.session.next_marker
             )
-            state = "busy" if live.session.kernel_busy else "idle"
-            self.registry.move(sandbox_id, SandboxState.RUNNING, execution_state=state)
+            self.registry.move(sandbox_id, SandboxState.RUNNING, execution_state=live.execution_state)
         except BaseException:
             await warm.close()
             raise
@@ -459,6 +459,12 @@ class _Notices:
     def kernel_dead(self, reason: str) -> None:
         self._registry.execution_state(self._sandbox_id, "dead")
         self._registry.notify(self._sandbox_id, EventKind.KERNEL_DEAD, reason)
+
+    def unresponsive(self, since: datetime | None) -> None:
+        self._registry.unresponsive(self._sandbox_id, since)
+        live = self._core.live.get(self._sandbox_id)
+        if since is None and live is not None:
+            self._registry.execution_state(self._sandbox_id, live.execution_state)
 
     async def machine_dead(self, reason: str) -> None:
         async with self._core.lock(self._sandbox_id):

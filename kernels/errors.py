@@ -15,6 +15,7 @@ KernelsError
 +-- CapacityError             the host's: no memory, disk or slot left now; try later
 |   +-- CheckpointLimitError      no further snapshot can be stored until those before it were merged
 +-- MachineFailedError        the machine died or did not start
+|   +-- MachineUnresponsiveError  it runs and does not answer
 +-- MachineLeftError          nobody's: the sandbox lost its machine while something used it; `why` says for what
 +-- StorageError              the host's: the snapshot store is full, or cannot be read
 +-- CellRunsError             nobody's: the kernel is not between two cells
@@ -99,6 +100,11 @@ class CheckpointLimitError(CapacityError):
 
 class MachineFailedError(KernelsError):
     """The machine of a sandbox died or did not start; the message holds the reason and the end of its serial log."""
+
+
+class MachineUnresponsiveError(MachineFailedError):
+    """The machine of a sandbox runs, but it or its kernel does not answer. A restart or a delete ends it from
+    outside."""
 
 
 class MachineLeftError(KernelsError):

@@ -1,6 +1,6 @@
 """Commands in a sandbox: start, follow, list, signal, kill. The host's end of vm_runtime/guest/exec.py.
 
-Gets open streams and knows nothing of sandboxes' lives or of HTTP.
+Knows nothing of sandboxes' lives or of HTTP.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
 from kernels.errors import GuestRefusedError, MachineFailedError, RequestError
-from kernels.guest_values import guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from kernels.guest_values import asking, guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from kernels.session import GuestSession
 from vm_runtime.wire.command_frames import (
     MAX_REQUEST_BYTES,
     REQUEST_HEADER,
@@ -26,7 +28,8 @@ from vm_runtime.wire.stream import Stream
 
 _COMMAND_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-OpenStream = Callable[[str, Mapping[str, Any]], Awaitable[Stream]]
+# A guest ends a command itself when its time is up, within its own GRACE_S; one that has not after this long hangs.
+OVERTIME_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class CommandInfo:
     exit_code: int | None
     signal: int | None
     timed_out: bool
+    out_of_memory: bool
 
     @classmethod
     def parse(cls, value: Any) -> CommandInfo:
@@ -100,7 +104,13 @@ class CommandInfo:
             exit_code=number_of(value, "exit_status", optional=True),
             signal=number_of(value, "signal", optional=True),
             timed_out=value_of(value, "timed_out", bool),
+            out_of_memory=_is_out_of_memory(value),
         )
+
+
+def _is_out_of_memory(value: Any) -> bool:
+    """An older agent cannot tell."""
+    return value_of(value, "out_of_memory", bool, optional=True) is True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +128,13 @@ class OutputSkipped:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandExited:
-    """exit_code or signal is None. timed_out: it was ended because its time was up."""
+    """exit_code or signal is None. timed_out: it was ended because its time was up; out_of_memory: because the machine
+    has too little."""
 
     exit_code: int | None
     signal: int | None
     timed_out: bool
+    out_of_memory: bool
 
 
 CommandEvent = CommandOutput | OutputSkipped | CommandExited
@@ -131,13 +143,15 @@ CommandEvent = CommandOutput | OutputSkipped | CommandExited
 class AttachedCommand:
     """A stream to a command. `async with` it: leaving before its end gives it up, which ends a foreground command.
 
-    Read it with `next`; what is not read holds a foreground command, and is skipped of a background one.
+    Read it with `next`; what is not read holds a foreground command, and is skipped of a background one. limit: entered
+    and left with it.
     """
 
-    def __init__(self, stream: Stream, *, command_id: str, pid: int) -> None:
+    def __init__(self, stream: Stream, *, command_id: str, pid: int, limit: AbstractAsyncContextManager[None]) -> None:
         self.command_id = command_id
         self.pid = pid
         self._stream = stream
+        self._limit = limit
         self._frames = CommandFrameReader()
         self._events: deque[CommandEvent] = deque()  # those of one read
 
@@ -166,25 +180,28 @@ class AttachedCommand:
         self._stream.reset("cancelled", "The client has gone")
 
     async def __aenter__(self) -> AttachedCommand:
+        await self._limit.__aenter__()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool | None:
         self.close()
+        return await self._limit.__aexit__(exc_type, exc, traceback)
 
 
 class SandboxCommands:
     """The commands of one sandbox. All methods raise GuestRefusedError (`code` says what the guest would not do) and
     MachineFailedError."""
 
-    def __init__(self, open_stream: OpenStream) -> None:
-        self._open = open_stream
+    def __init__(self, session: GuestSession) -> None:
+        self._open = session.open_stream
+        self._deadlines = session.deadlines
 
     async def start(self, request: CommandRequest) -> AttachedCommand:
         """Errors: RequestError, if it is too large."""
         data = request.encode()
-        with guest_errors():
+        async with asking(self._deadlines, "exec.start"):
             stream = await self._open("root.exec.start" if request.as_root else "exec.start", {})
             try:
                 await stream.write(data)
@@ -200,7 +217,9 @@ class SandboxCommands:
                 raise
         (_, payload), *rest = found
         started = parse_json(payload)
-        command = AttachedCommand(stream, command_id=_id_of(started), pid=number_of(started, "pid"))
+        limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
+        limit = self._deadlines.within(limit_s, "the end of a command")
+        command = AttachedCommand(stream, command_id=_id_of(started), pid=number_of(started, "pid"), limit=limit)
         command._frames = frames
         command._events.extend(_event(kind, data) for kind, data in rest)
         return command
@@ -210,13 +229,13 @@ class SandboxCommands:
         with guest_errors():
             stream = await self._open("exec.attach", {"command_id": command_id, "stdin": stdin})
         info = CommandInfo.parse(stream.result)
-        return AttachedCommand(stream, command_id=info.command_id, pid=info.pid)
+        limit = self._deadlines.within(None, "the end of a command")
+        return AttachedCommand(stream, command_id=info.command_id, pid=info.pid, limit=limit)
 
     async def list(self) -> list[CommandInfo]:
         """Those that run, and the last background ones that have ended, oldest first."""
-        with guest_errors():
-            async with await self._open("exec.list", {}) as stream:
-                found = await read_json(stream)
+        async with asking(self._deadlines, "exec.list"), await self._open("exec.list", {}) as stream:
+            found = await read_json(stream)
         return [CommandInfo.parse(value) for value in found] if isinstance(found, list) else []
 
     async def get(self, command_id: str) -> CommandInfo:
@@ -265,4 +284,5 @@ def _event(kind: CommandFrame, payload: bytes) -> CommandEvent:
                 exit_code=number_of(value, "exit_status", optional=True),
                 signal=number_of(value, "signal", optional=True),
                 timed_out=value_of(value, "timed_out", bool),
+                out_of_memory=_is_out_of_memory(value),
             )

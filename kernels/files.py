@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from kernels.deadlines import Deadlines
 from kernels.errors import MachineFailedError
-from kernels.exec import OpenStream
-from kernels.guest_values import guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from kernels.guest_values import asking, guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from kernels.session import GuestSession
 from vm_runtime.wire.chunks import ChunkReader, ChunkWriter
 from vm_runtime.wire.stream import Stream
 
@@ -91,8 +92,9 @@ class FileChange:
 class _Transfer:
     """A stream that is given up on the way out, unless it has come to its end."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, deadlines: Deadlines) -> None:
         self._stream = stream
+        self._deadlines = deadlines
 
     def close(self) -> None:
         """Twice is harmless."""
@@ -111,8 +113,8 @@ class _Transfer:
 class FileDownload(_Transfer):
     """A part of a file. length: of the part; None where only reading tells. size_bytes: of the whole."""
 
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: Stream, deadlines: Deadlines) -> None:
+        super().__init__(stream, deadlines)
         self.size_bytes = int(number_of(stream.result, "size_bytes"))
         self.offset = int(number_of(stream.result, "offset"))
         self.length: int | None = number_of(stream.result, "length", optional=True)
@@ -121,9 +123,12 @@ class FileDownload(_Transfer):
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Its chunks as the guest made them, for a client that checks them itself."""
-        with guest_errors():
-            while data := await self._stream.read(READ_BYTES):
-                yield data
+        while True:
+            async with asking(self._deadlines, "files.read"):
+                data = await self._stream.read(READ_BYTES)
+            if not data:
+                return
+            yield data
 
     async def content(self) -> AsyncIterator[memoryview]:
         """Its bytes. Those before an error may be broken or too few. Errors: GuestRefusedError, MachineFailedError."""
@@ -143,8 +148,8 @@ class FileUpload(_Transfer):
     Errors: GuestRefusedError, MachineFailedError; also in the middle, when the guest's disk is full.
     """
 
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: Stream, deadlines: Deadlines) -> None:
+        super().__init__(stream, deadlines)
         self._chunks = ChunkWriter()
         self._plain = True
 
@@ -155,20 +160,20 @@ class FileUpload(_Transfer):
 
     async def write(self, content: bytes | memoryview) -> None:
         view = memoryview(content)
-        with guest_errors():
-            for begin in range(0, len(view), WRITE_BYTES):
-                piece = view[begin : begin + WRITE_BYTES]
+        for begin in range(0, len(view), WRITE_BYTES):
+            piece = view[begin : begin + WRITE_BYTES]
+            async with asking(self._deadlines, "files.write"):
                 await self._stream.write(self._chunks.header(piece))
                 await self._stream.write(piece)
 
     async def write_chunks(self, data: bytes) -> None:
         """Chunks that the client has made; the guest checks them."""
         self._plain = False
-        with guest_errors():
+        async with asking(self._deadlines, "files.write"):
             await self._stream.write(data)
 
     async def commit(self) -> Written:
-        with guest_errors():
+        async with asking(self._deadlines, "files.write"):
             if self._plain:
                 await self._stream.write(self._chunks.end())
             self._stream.end()
@@ -203,30 +208,32 @@ class SandboxFiles:
     """The files of one sandbox. Relative paths begin at the kernel user's home. All methods raise GuestRefusedError
     (`code` says what the guest would not do) and MachineFailedError."""
 
-    def __init__(self, open_stream: OpenStream, *, as_root: bool = False) -> None:
-        self._open_stream = open_stream
+    def __init__(self, session: GuestSession, *, as_root: bool = False) -> None:
+        self._session = session
+        self._open_stream = session.open_stream
+        self._deadlines = session.deadlines
         self._prefix = "root." if as_root else ""
 
     def as_user(self, user: Literal["user", "root"]) -> SandboxFiles:
         """The same with the rights of that user, in whose home relative paths begin."""
-        return SandboxFiles(self._open_stream, as_root=user == "root")
+        return SandboxFiles(self._session, as_root=user == "root")
 
     async def read(self, path: str, *, offset: int = 0, length: int | None = None) -> FileDownload:
         """offset: below zero it counts from the end. length: at most so much, None for all."""
-        return FileDownload(await self._stream("files.read", path=path, offset=offset, length=length))
+        return FileDownload(await self._stream("files.read", path=path, offset=offset, length=length), self._deadlines)
 
     async def write(
         self, path: str, *, mode: int | None = None, parents: bool = True, append: bool = False
     ) -> FileUpload:
         """mode: None keeps that of the file that is replaced (0644 where there is none). append: to it, instead."""
         kind = "files.append" if append else "files.write"
-        return FileUpload(await self._stream(kind, path=path, mode=mode, parents=parents))
+        return FileUpload(await self._stream(kind, path=path, mode=mode, parents=parents), self._deadlines)
 
     async def list(self, path: str, *, depth: int = 1, limit: int | None = None, after: str | None = None) -> Listing:
         """At most `limit` entries, from `Listing.next` of an earlier one on."""
-        with guest_errors():
-            async with await self._stream("files.list", path=path, depth=depth, limit=limit, after=after) as stream:
-                value = await read_json(stream)
+        which = {"path": path, "depth": depth, "limit": limit, "after": after}
+        async with asking(self._deadlines, "files.list"), await self._stream("files.list", **which) as stream:
+            value = await read_json(stream)
         return Listing(
             path=text_of(value, "path"),
             entries=[FileInfo.parse(entry) for entry in value_of(value, "entries", list)],
@@ -255,7 +262,7 @@ class SandboxFiles:
         return FileInfo.parse(await self._call("files.symlink", path=path, target=target))
 
     async def watch(self, path: str, *, recursive: bool = False) -> FileWatch:
-        return FileWatch(await self._stream("files.watch", path=path, recursive=recursive))
+        return FileWatch(await self._stream("files.watch", path=path, recursive=recursive), self._deadlines)
 
     async def _stream(self, kind: str, **params: Any) -> Stream:
         given = {name: value for name, value in params.items() if value is not None}

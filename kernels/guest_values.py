@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from kernels.deadlines import CALL_TIMEOUT_S, Deadlines
 from kernels.errors import LEFT, GuestRefusedError, MachineFailedError, MachineLeftError
 from vm_runtime.wire.chunks import ChunkError
 from vm_runtime.wire.command_frames import CommandFrameError
@@ -36,6 +37,14 @@ def guest_errors() -> Iterator[None]:
         raise MachineFailedError(f"The connection to the sandbox's machine ended: {error}") from error
     except (ChunkError, CommandFrameError) as error:
         raise MachineFailedError(f"What the guest sent is broken: {error}") from error
+
+
+@asynccontextmanager
+async def asking(deadlines: Deadlines, what: str) -> AsyncIterator[None]:
+    """The same where all within is a question and its answer, for which a guest has CALL_TIMEOUT_S."""
+    async with deadlines.within(CALL_TIMEOUT_S, what):
+        with guest_errors():
+            yield
 
 
 async def read_json(stream: Stream) -> Any:

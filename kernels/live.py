@@ -11,12 +11,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from kernels.endpoints import Endpoints
-from kernels.errors import MachineFailedError
+from kernels.errors import MachineFailedError, MachineUnresponsiveError
 from kernels.session import GuestEvent, KernelExited, KernelStatus
 from kernels.warm import WarmMachine
+from vm_runtime.states import RunState
 from vm_runtime.wire.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,12 @@ MAX_EXITS = 8
 ENDING_S = 0.1
 # Between the wire's end and the VMM process's own end when both come from the same death.
 DYING_S = 1.0
+# An agent answers a ping within milliseconds, in an emulated machine on a busy host within a second or two. It is asked
+# so rarely that a machine at rest is at rest.
+PING_INTERVAL_S = 10.0
+# Looks, of a second each, at a ping without an answer. Counted, since a host that is itself late is so with these, too.
+UNRESPONSIVE_LOOKS = 10
+LOOK_S = 1.0
 
 
 class Notices(Protocol):
@@ -45,6 +53,8 @@ class Notices(Protocol):
 
     def kernel_dead(self, reason: str) -> None: ...
 
+    def unresponsive(self, since: datetime | None) -> None: ...
+
     async def machine_dead(self, reason: str) -> None: ...
 
 
@@ -52,9 +62,11 @@ class LiveSandbox:
     """Owns a machine and the session with its guest from construction on, until `close()` or `detach()`.
 
     `await run()` supervises. endpoints: the sandbox's own, which outlive the machine; attached by `start`.
-    cell: the number of the last cell that ended, None while that is unknown. next_waits: whether the kernel waits with
+    cell: the number of the last cell that ended, None while that is unknown. kernel_started_at: when this kernel took
+    the place of another one in this machine, None where it did not. next_waits: whether the kernel waits with
     the next one for `release_cells`.
-    restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead.
+    restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead. is_dead: it was
+    before; only `restart` changes that.
     """
 
     def __init__(
@@ -65,11 +77,13 @@ class LiveSandbox:
         notices: Notices,
         restart_limit: int,
         restart_window_s: float,
+        is_dead: bool,
     ) -> None:
         self.saved = warm.saved
         self.session = warm.session
         self.key = warm.key
         self.cell: int | None = None
+        self.kernel_started_at: datetime | None = None
         self.next_waits = False
         self._cell_ended = asyncio.Event()
         self._endpoints = endpoints
@@ -81,7 +95,10 @@ class LiveSandbox:
         self._crashes: deque[float] = deque()
         self._exits: asyncio.Queue[KernelExited] = asyncio.Queue(MAX_EXITS)
         self._kernel_lock = asyncio.Lock()
-        self._kernel_pid: int | None = None
+        self._kernel_pid = self.session.kernel_pid
+        self._is_dead = is_dead and self.session.kernel_exited is not None
+        if self.session.kernel_exited is not None:
+            self._exits.put_nowait(self.session.kernel_exited)
         warm.take(self.on_event)
 
     def start(self) -> None:
@@ -106,6 +123,7 @@ class LiveSandbox:
 
     async def _start(self, env: Mapping[str, str], cwd: str | None) -> None:
         answer = await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
+        self._kernel_pid = _pid_in(answer)
         if answer.get("replaces") is True:  # the environment needs a new process; greetings went to the old one
             greeted, self._greeted = self._greeted, {}
             for each in greeted.values():
@@ -148,20 +166,39 @@ class LiveSandbox:
             log.info("A kernel does not say which cell ended last: %s", error or "timed out")
         return unanswered
 
+    @property
+    def execution_state(self) -> str:
+        """Jupyter's word for the kernel, as the guest reported last."""
+        if self._is_dead:
+            return "dead"
+        if self.session.kernel_exited is not None:
+            return "restarting"
+        return "busy" if self.session.kernel_busy else "idle"
+
     async def interrupt(self) -> None:
         await self.session.call("kernel.interrupt")
 
     async def restart(self) -> None:
-        """A new kernel process in the same machine: files stay, variables go."""
+        """A new kernel process in the same machine: files stay, variables go. Errors: MachineUnresponsiveError (only
+        the machine's end can help), MachineFailedError (the kernel does not start, and is dead)."""
         async with self._kernel_lock:
             self._notices.execution_state("restarting")
-            await self._start_anew()
+            self._crashes.clear()
+            try:
+                await self._start_anew()
+            except MachineUnresponsiveError:
+                raise
+            except MachineFailedError as error:
+                self._die(str(error))
+                raise
         self._notices.kernel_restarted()
 
     async def _start_anew(self) -> None:
         result = await self.session.call("kernel.restart", timeout_s=RESTART_TIMEOUT_S)
-        pid = result.get("pid")
-        self._kernel_pid = pid if isinstance(pid, int) else None
+        self._kernel_pid = _pid_in(result)
+        self._is_dead = False
+        self.session.kernel_exited = None
+        self.cell, self.kernel_started_at = 0, datetime.now(UTC)
         # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
         await self._endpoints.drop_connections()
         self._notices.execution_state("idle")
@@ -171,9 +208,10 @@ class LiveSandbox:
         match event:
             case KernelStatus():
                 self.next_waits = event.next_waits
-                if event.state == "idle":
+                if event.state == "idle" and event.cell is not None:
                     self.cell = event.cell
-                self._notices.execution_state(event.state)
+                if not self._is_dead:  # late, of one that did not start
+                    self._notices.execution_state(event.state)
                 if event.state == "idle":
                     self._cell_ended.set()
             case KernelExited():
@@ -182,7 +220,7 @@ class LiveSandbox:
 
     async def run(self) -> None:
         """Supervises until the machine is dead or cancelled: crashes of kernel, session and machine."""
-        crash_watch = asyncio.create_task(self._watch_kernel())
+        watches = [asyncio.create_task(self._watch_kernel()), asyncio.create_task(self._watch_agent())]
         ends = {
             asyncio.create_task(self._machine_end()),
             asyncio.create_task(self._session_end()),
@@ -191,9 +229,9 @@ class LiveSandbox:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             reason = done.pop().result()
         finally:
-            for task in (crash_watch, *ends):
+            for task in (*watches, *ends):
                 task.cancel()
-            await asyncio.gather(crash_watch, *ends, return_exceptions=True)
+            await asyncio.gather(*watches, *ends, return_exceptions=True)
         await self._notices.machine_dead(reason)
 
     async def _machine_end(self) -> str:
@@ -214,23 +252,70 @@ class LiveSandbox:
         while True:
             event = await self._exits.get()
             async with self._kernel_lock:
-                if self._kernel_pid is not None and event.pid != self._kernel_pid:
-                    continue  # the one that a restart replaced
-                now = time.monotonic()
-                if not event.shut_down:
-                    self._crashes.append(now)
-                while self._crashes and now - self._crashes[0] > self._restart_window_s:
-                    self._crashes.popleft()
-                if len(self._crashes) > self._restart_limit:
-                    self._notices.kernel_dead(f"{event.reason} It was restarted {self._restart_limit} times already.")
-                    continue
-                self._notices.kernel_restarting(event.reason)
-                try:
-                    await self._start_anew()
-                except MachineFailedError as error:
-                    self._notices.kernel_dead(str(error))
-                    continue
+                # Of one that a restart replaced, or that did not start: whoever started it knows.
+                is_news = self._kernel_pid is None or event.pid == self._kernel_pid
+                if is_news and not self._is_dead:
+                    await self._recover(self._reason(event), is_crash=not event.shut_down)
+
+    async def _recover(self, reason: str, *, is_crash: bool) -> None:
+        """Starts the kernel again, and again if it ends while it starts, as often as it may be."""
+        while self._may_restart(is_crash=is_crash):
+            self._notices.kernel_restarting(reason)
+            try:
+                await self._start_anew()
+            except MachineUnresponsiveError as error:
+                self._die(str(error))
+                return
+            except MachineFailedError as error:
+                reason, is_crash = str(error), True
+                continue
             self._notices.kernel_restarted()
+            return
+        self._die(f"{reason} It was restarted {self._restart_limit} times already.")
+
+    def _may_restart(self, *, is_crash: bool) -> bool:
+        now = time.monotonic()
+        if is_crash:
+            self._crashes.append(now)
+        while self._crashes and now - self._crashes[0] > self._restart_window_s:
+            self._crashes.popleft()
+        return len(self._crashes) <= self._restart_limit
+
+    def _die(self, reason: str) -> None:
+        self._is_dead = True
+        self._notices.kernel_dead(reason)
+
+    def _reason(self, event: KernelExited) -> str:
+        reason = event.reason
+        if event.out_of_memory:
+            memory_mib = self.saved.machine.spec.shape.memory_mib
+            reason = (
+                f"The kernel ran out of memory ({memory_mib} MiB); ask for more with memory_mib when a sandbox is "
+                "created, with KERNEL_MEMORY_MIB in the env of a Jupyter kernel."
+            )
+        return f"{reason} Files are kept; `%sandbox undo` brings its last checkpoint's variables back, if it has one."
+
+    async def _watch_agent(self) -> None:
+        """Reports a machine that runs and whose agent does not answer, and when it does again."""
+        while True:
+            await asyncio.sleep(PING_INTERVAL_S)
+            asked_at = datetime.now(UTC)
+            ping = asyncio.create_task(self.session.ping())
+            looks = 0
+            try:
+                while not (await asyncio.wait([ping], timeout=LOOK_S))[0]:
+                    # One that is paused owes no answer.
+                    looks = looks + 1 if self.saved.machine.state is RunState.RUNNING else 0
+                    if looks == UNRESPONSIVE_LOOKS:
+                        self._responds(unless_since=asked_at)
+            finally:
+                ping.cancel()
+            if self.session.deadlines.unresponsive_since is not None:
+                self._responds(unless_since=None)
+
+    def _responds(self, *, unless_since: datetime | None) -> None:
+        self.session.deadlines.unresponsive_since = unless_since
+        self._notices.unresponsive(unless_since)
 
     async def _open_channel(self, name: str) -> Stream:
         return await self.session.open_channel(name)
@@ -246,3 +331,8 @@ class LiveSandbox:
         await self._endpoints.detach()
         await self.session.close(why)
         await self.saved.kill()
+
+
+def _pid_in(answer: Mapping[str, Any]) -> int | None:
+    pid = answer.get("pid")
+    return pid if isinstance(pid, int) else None

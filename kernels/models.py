@@ -46,6 +46,7 @@ class EventKind(StrEnum):
     CHECKPOINT = "checkpoint"
     CHECKPOINT_PROBLEM = "checkpoint_problem"
     FLATTENING_FAILED = "flattening_failed"
+    UNRESPONSIVE = "unresponsive"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,8 @@ class CreateSandbox:
 class Sandbox:
     """What a user has: one isolated machine with one kernel. `id` is the Jupyter kernel id (a UUID).
 
-    execution_state: Jupyter's word (starting, idle, busy, restarting, dead). reason: why it failed, or None.
+    execution_state: Jupyter's word (starting, idle, busy, restarting, dead; unknown while the machine does not answer,
+    since `unresponsive_since`). reason: why it failed, or None.
     created_at, last_activity: aware UTC times. `name` is the sandbox's own name; `template` the kernelspec's.
     index: which of its siblings it is, for a child of a fork, else 0. snapshot_id: what it wakes from, or its newest
     checkpoint. checkpoint_problem: why its last one could not be taken, or why they are rarer than cells; None if
@@ -106,6 +108,7 @@ class Sandbox:
     disk_mib: int
     index: int = 0
     snapshot_id: str | None = None
+    unresponsive_since: datetime | None = None
     notebook: str | None = None
     released: bool = False
     idle_timeout_s: float = 0.0

@@ -106,6 +106,7 @@ class Naps:
                 await live.saved.machine.pause()
             except VmRuntimeError as error:
                 raise MachineFailedError(f"The sandbox could not be paused: {error}") from error
+            live.session.deadlines.pause()
             return core.registry.move(sandbox_id, SandboxState.PAUSED)
 
     async def resume(self, sandbox_id: str) -> Sandbox:
@@ -119,6 +120,7 @@ class Naps:
                 await live.saved.machine.resume()
             except VmRuntimeError as error:
                 raise MachineFailedError(f"The sandbox could not be resumed: {error}") from error
+            live.session.deadlines.resume()
             await live.session.correct_clock(math.inf)  # it stood still with the CPUs
             core.registry.touch(sandbox_id)
             return core.registry.move(sandbox_id, SandboxState.RUNNING)
@@ -208,7 +210,7 @@ class Naps:
         return list(left)
 
     def _is_idle(self, sandbox: Sandbox) -> bool:
-        may_sleep = sandbox.state is SandboxState.RUNNING and sandbox.execution_state != "busy"
+        may_sleep = sandbox.state is SandboxState.RUNNING and sandbox.execution_state in ("idle", "dead")
         return may_sleep and 0 < sandbox.idle_timeout_s < self._core.registry.idle_s(sandbox.id)
 
     def _is_over(self, sandbox: Sandbox) -> bool:

@@ -90,7 +90,7 @@ class Registry:
         record = self.record(sandbox_id)
         if state is not record.sandbox.state:
             check(sandbox_id, record.sandbox.state, state)
-        sandbox = replace(record.sandbox, state=state, reason=reason, **changes)
+        sandbox = replace(record.sandbox, state=state, reason=reason, unresponsive_since=None, **changes)
         machine_id = "" if state in (SandboxState.ASLEEP, SandboxState.FAILED) else record.machine_id
         self._records[sandbox_id] = record.model_copy(update={"sandbox": sandbox, "machine_id": machine_id})
         self._index.put(self._records[sandbox_id])
@@ -113,6 +113,16 @@ class Registry:
         self._active[sandbox_id] = time.monotonic()
         self._replace(record, execution_state=state, last_activity=datetime.now(UTC))
         self._publish(sandbox_id, EventKind.EXECUTION_STATE, {"execution_state": state})
+
+    def unresponsive(self, sandbox_id: str, since: datetime | None) -> None:
+        """Its machine runs and has not answered since then; None: it does again."""
+        record = self._records.get(sandbox_id)
+        if record is None:
+            return
+        self._replace(record, unresponsive_since=since)
+        self._publish(sandbox_id, EventKind.UNRESPONSIVE, {"since": None if since is None else since.isoformat()})
+        if since is not None:
+            self.execution_state(sandbox_id, "unknown")
 
     def touch(self, sandbox_id: str) -> None:
         """A client did something. Not written to disk at once: activity comes with every message."""

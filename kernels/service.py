@@ -18,13 +18,14 @@ from kernels.errors import (
     KernelsError,
     LimitError,
     MachineFailedError,
+    MachineUnresponsiveError,
     RequestError,
     SandboxExistsError,
     SandboxStateError,
     UnknownTemplateError,
 )
 from kernels.events import EventQueue
-from kernels.exec import OpenStream, SandboxCommands
+from kernels.exec import SandboxCommands
 from kernels.files import SandboxFiles
 from kernels.forks import Forks
 from kernels.guest_calls import GuestCalls
@@ -44,6 +45,7 @@ from kernels.models import (
 from kernels.naps import Naps
 from kernels.outcomes import Outcomes
 from kernels.recovery import find_again
+from kernels.session import GuestSession
 from kernels.settings import ServiceSettings
 from kernels.templates import Progress
 from kernels.time_line import TimeLine, snapshot_of, timer_minutes
@@ -280,8 +282,17 @@ class SandboxService:
         await self._core.running(sandbox_id).interrupt()
 
     async def restart(self, sandbox_id: str) -> None:
-        """A new kernel in the same machine. Errors: as `interrupt`."""
+        """A new kernel in the same machine; in a new one, with the files of the last checkpoint, where this one does
+        not answer. Errors: as `interrupt`."""
         await self._ready_to_answer(sandbox_id)
+        async with self._core.lock(sandbox_id):
+            try:
+                await self._core.running(sandbox_id).restart()
+                return
+            except MachineUnresponsiveError as error:
+                await self._core.take_down(sandbox_id, "died")
+                self._naps.on_machine_lost(sandbox_id, f"Its machine was ended for a restart. {error}")
+        await self._naps.wake(sandbox_id)
         async with self._core.lock(sandbox_id):
             await self._core.running(sandbox_id).restart()
 
@@ -299,15 +310,15 @@ class SandboxService:
 
     async def commands(self, sandbox_id: str) -> SandboxCommands:
         """The sandbox's commands, as long as its machine runs. Errors: as `ready`."""
-        return SandboxCommands(await self._open_stream(sandbox_id))
+        return SandboxCommands(await self._session(sandbox_id))
 
     async def files(self, sandbox_id: str) -> SandboxFiles:
         """The sandbox's files, as long as its machine runs. Errors: as `ready`."""
-        return SandboxFiles(await self._open_stream(sandbox_id))
+        return SandboxFiles(await self._session(sandbox_id))
 
-    async def _open_stream(self, sandbox_id: str) -> OpenStream:
+    async def _session(self, sandbox_id: str) -> GuestSession:
         await self._ready_to_answer(sandbox_id)
-        return self._core.running(sandbox_id).session.open_stream
+        return self._core.running(sandbox_id).session
 
     async def _ready_to_answer(self, sandbox_id: str) -> None:
         """As `ready`; but a paused machine would answer only when someone has resumed it: SandboxStateError."""

@@ -7,6 +7,7 @@ pools or HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -14,11 +15,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kernels.errors import MachineFailedError
+from kernels.deadlines import CALL_TIMEOUT_S, Deadlines
+from kernels.errors import MachineFailedError, MachineUnresponsiveError
 from kernels.guest_values import number_of
 from kernels.models import GuestUsage
 from vm_runtime.wire.carriers import Carrier
-from vm_runtime.wire.errors import WireError
+from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, WireError
 from vm_runtime.wire.greeting import Hello
 from vm_runtime.wire.link import Link
 from vm_runtime.wire.stream import Incoming, Stream
@@ -27,8 +29,6 @@ log = logging.getLogger(__name__)
 
 # A greeting takes 10 to 200 ms; a guest that says nothing for this long hangs (a cold boot has its own limit).
 GREETING_TIMEOUT_S = 30.0
-# A remote call answers in milliseconds; a restart of the kernel under emulation in up to some seconds.
-CALL_TIMEOUT_S = 60.0
 # Whoever asks what a sandbox uses is not kept waiting by one that has no time to say.
 USAGE_TIMEOUT_S = 5.0
 # What the guest is told of the time is as old as its way there; on a host with many guests that can be seconds. It is
@@ -69,11 +69,13 @@ class LastCell:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelExited:
-    """The guest says that the kernel process `pid` ended; `reason` is a sentence. shut_down: as a client had asked."""
+    """The guest says that the kernel process `pid` ended; `reason` is a sentence. shut_down: as a client had asked.
+    out_of_memory: for lack of memory."""
 
     pid: int
     reason: str
     shut_down: bool = False
+    out_of_memory: bool = False
 
 
 GuestEvent = KernelStatus | KernelExited
@@ -104,8 +106,9 @@ class GuestSession:
     """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
 
     next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
-    cell runs, as the guest said last. Set `on_event` to be called with each event; the guest's own calls wait until
-    `serve_calls`. `wait_closed` says why the session ended.
+    cell runs, as the guest said last. kernel_pid: of the kernel that runs, in the guest; kernel_exited: how the last
+    one ended, if none runs. deadlines: of all that is asked in it. Set `on_event` to be called with each event; the
+    guest's own calls wait until `serve_calls`. `wait_closed` says why the session ended.
     """
 
     def __init__(self, link: Link, next_marker: str) -> None:
@@ -114,8 +117,16 @@ class GuestSession:
         self._call_handler: asyncio.Future[CallHandler | None] = asyncio.get_running_loop().create_future()
         self.next_marker = next_marker
         self._has_events = False
-        kernel = link.welcome.kernel if link.welcome is not None else None
+        self.deadlines = Deadlines()
+        assert link.welcome is not None
+        kernel, extra = link.welcome.kernel, link.welcome.extra
         self.kernel_busy = kernel is not None and kernel.busy
+        self.kernel_pid: int | None = kernel.pid if kernel is not None else None
+        self.kernel_exited: KernelExited | None = None
+        if kernel is None:
+            found = _event_in(extra.get("kernel_exited"))
+            unknown = KernelExited(pid=0, reason="The kernel had ended.")
+            self.kernel_exited = found if isinstance(found, KernelExited) else unknown
         link.on_open = self._accept
 
     @classmethod
@@ -166,11 +177,18 @@ class GuestSession:
     ) -> Mapping[str, Any]:
         """A remote call to the agent; its result. Errors: MachineFailedError with the agent's sentence."""
         try:
-            return await self._link.call(kind, params, timeout_s=timeout_s)
-        except TimeoutError as error:
-            raise MachineFailedError(f"The guest did not answer {kind} within {timeout_s:.0f} s.") from error
+            async with self.deadlines.within(timeout_s, kind):
+                return await self._link.call(kind, params)
+        except OpenRejectedError as error:
+            failed = MachineUnresponsiveError if error.code == "kernel_stuck" else MachineFailedError
+            raise failed(f"{kind} failed in the guest: {error}") from error
         except WireError as error:
             raise MachineFailedError(f"{kind} failed in the guest: {error}") from error
+
+    async def ping(self) -> None:
+        """Waits until the agent has answered, or the session has ended."""
+        with contextlib.suppress(LinkClosedError):
+            await self._link.ping()
 
     async def hold_cells(
         self, *, limit_s: float, unanswered: bool = False, timeout_s: float = CALL_TIMEOUT_S
@@ -198,8 +216,9 @@ class GuestSession:
         return await self._link.open("kernel.channel", {"channel": name})
 
     async def open_stream(self, kind: str, params: Mapping[str, Any]) -> Stream:
-        """A stream of any kind. Errors: WireError."""
-        return await self._link.open(kind, params)
+        """A stream of any kind. Errors: WireError, MachineUnresponsiveError."""
+        async with self.deadlines.within(CALL_TIMEOUT_S, kind):
+            return await self._link.open(kind, params)
 
     def serve_calls(self, handler: CallHandler | None) -> None:
         """The guest's calls go to `handler` from now on, those that came before included. None: they are refused."""
@@ -267,9 +286,12 @@ def parse_event(line: bytes) -> GuestEvent | None:
     """One line of the event stream. None for kinds this host does not know (a newer guest) and for malformed ones:
     a guest that lies about its own kernel harms no one else."""
     try:
-        value = json.loads(line)
+        return _event_in(json.loads(line))
     except (ValueError, RecursionError):
         return None
+
+
+def _event_in(value: Any) -> GuestEvent | None:
     match value:
         case {"event": "kernel.status", "state": "busy" | "idle" | "starting" as state}:
             return KernelStatus(state=state, cell=_cell(value), next_waits=value.get("next_waits") is True)
@@ -277,6 +299,8 @@ def parse_event(line: bytes) -> GuestEvent | None:
             match value:
                 case {"shut_down": True}:
                     return KernelExited(pid=pid, reason="The kernel was shut down by a client.", shut_down=True)
+                case {"out_of_memory": True}:
+                    return KernelExited(pid=pid, reason="The kernel ran out of memory.", out_of_memory=True)
                 case {"signal": int(number)}:
                     reason = f"The kernel was killed by signal {number}."
                 case {"exit_status": int(number)}:

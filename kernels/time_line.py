@@ -237,15 +237,17 @@ class TimeLine:
 
     def _before(self, sandbox_id: str) -> SnapshotEntry:
         """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
-        (which has no checkpoint of its own where they are rarer than cells)."""
+        (which has no checkpoint of its own where they are rarer than cells), or of an earlier kernel."""
         by_id = {each.id: each for each in self._core.store.ls(sandbox_id=sandbox_id)}
         found = by_id.get(self._core.get(sandbox_id).snapshot_id or "")
         live = self._core.live.get(sandbox_id)
         last = live.cell if live is not None else None
         if last is None and found is not None:
             last = _cell_of(found)
+        started_at = live.kernel_started_at if live is not None else None
         while found is not None:
-            if _cell_of(found) not in (None, last):
+            is_of_this_kernel = started_at is None or found.created_at > started_at
+            if _cell_of(found) not in (None, last if is_of_this_kernel else None):
                 return found
             found = by_id.get(found.parent or "")
         raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")

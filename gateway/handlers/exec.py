@@ -19,7 +19,7 @@ from kernels.exec import AttachedCommand, CommandExited, CommandOutput
 
 COMMAND_ID = {**SANDBOX_ID, "command_id": "The command's id."}
 # What the guest or its machine may answer (gateway/errors.py).
-COMMAND_ERRORS = (400, 404, 409, 413, 429, 501, 502, 503)
+COMMAND_ERRORS = (400, 404, 409, 413, 429, 501, 502, 503, 504)
 
 
 @dataclass
@@ -65,6 +65,7 @@ async def run_command(call: Call) -> Reply:
         exit_code=event.exit_code,
         signal=event.signal,
         timed_out=event.timed_out,
+        out_of_memory=event.out_of_memory,
     )
     return Reply(body=answer)
 

@@ -24,7 +24,7 @@ from gateway.handlers.sandboxes import SANDBOX_ID
 from kernels.files import SandboxFiles
 
 # What the guest or its machine may answer (gateway/errors.py).
-FILE_ERRORS = (400, 404, 409, 501, 502, 503, 507)
+FILE_ERRORS = (400, 404, 409, 501, 502, 503, 504, 507)
 
 
 async def _files(call: Call) -> SandboxFiles:

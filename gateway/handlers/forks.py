@@ -38,7 +38,7 @@ ENDPOINTS = (
                 body=ForkRequest,
                 reply=ForkAnswer,
                 status=201,
-                errors=(400, 403, 404, 409, 413, 502, 503),
+                errors=(400, 403, 404, 409, 413, 502, 503, 504),
             )
         },
     ),

@@ -10,7 +10,7 @@ from kernels.models import CreateSandbox, Sandbox
 
 KERNEL_ID = {"kernel_id": "The kernel's id."}
 # What `SandboxService.create` may end with (gateway/errors.py).
-CREATE_ERRORS = (400, 403, 404, 409, 413, 500, 502, 503)
+CREATE_ERRORS = (400, 403, 404, 409, 413, 500, 502, 503, 504)
 
 
 def create_request(body: CreateKernel, default_template: str) -> CreateSandbox:
@@ -105,7 +105,7 @@ ENDPOINTS = (
                 summary="Interrupts the cell that runs.",
                 run=interrupt_kernel,
                 status=204,
-                errors=(404, 409, 413, 502),
+                errors=(404, 409, 413, 502, 504),
             )
         },
     ),
@@ -118,7 +118,7 @@ ENDPOINTS = (
                 summary="A new kernel in the same sandbox: files stay, variables go.",
                 run=restart_kernel,
                 reply=KernelAnswer,
-                errors=(404, 409, 413, 502),
+                errors=(404, 409, 413, 502, 504),
             )
         },
     ),

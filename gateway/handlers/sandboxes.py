@@ -24,7 +24,7 @@ SANDBOX_ID = {"sandbox_id": "The sandbox's id."}
 # Headers by which a proxy tells that the request came from elsewhere.
 FORWARDING_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 # What anything that needs the sandbox's machine may end with.
-STATE_ERRORS = (404, 409, 413, 502)
+STATE_ERRORS = (404, 409, 413, 502, 504)
 
 
 async def list_sandboxes(call: Call) -> Reply:
@@ -162,7 +162,7 @@ ENDPOINTS = (
                 summary="What its machine takes of the host's memory, and what runs in it of the machine.",
                 run=get_usage,
                 reply=UsageAnswer,
-                errors=(404, 409, 502),
+                errors=(404, 409, 502, 504),
             )
         },
     ),
@@ -175,7 +175,7 @@ ENDPOINTS = (
                 summary="The kernel's connection file, for clients on the gateway's own machine.",
                 run=get_connection,
                 reply=ConnectionAnswer,
-                errors=(403, 404, 409, 502),
+                errors=(403, 404, 409, 502, 504),
             )
         },
     ),

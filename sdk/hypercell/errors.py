@@ -154,9 +154,14 @@ class CommandFailedError(HypercellError):
     """A command run with `check=True` ended with another status than 0. result: how, and what it said."""
 
     def __init__(self, result: CommandResult) -> None:
-        how = "its time was up" if result.timed_out else result.signal or f"status {result.exit_code}"
+        if result.timed_out:
+            how = "was ended when its time was up"
+        elif result.out_of_memory:
+            how = "was ended when the sandbox's memory was full (memory_mib of Sandbox.create gives it more)"
+        else:
+            how = f"ended with {result.signal or f'status {result.exit_code}'}"
         last = (result.stderr or result.stdout).strip().rpartition("\n")[2]
-        super().__init__(f"The command ended with {how}" + (f": {last[:500]}" if last else "."))
+        super().__init__(f"The command {how}" + (f": {last[:500]}" if last else "."))
         self.result = result
 
 
@@ -201,6 +206,7 @@ _OF_STATUS: dict[int, type[GatewayRefusedError]] = {
     422: InvalidRequestError,
     429: LimitError,
     502: MachineFailedError,
+    504: MachineFailedError,
     503: CapacityError,
     507: DiskFullError,
 }

@@ -42,10 +42,10 @@ class SandboxInfo(_Parsed):
     """What the gateway knows about a sandbox.
 
     state: creating, running, paused, asleep, failed or gone. execution_state: the kernel's (idle, busy, ...).
-    reason: why it failed. index: which of its siblings it is, for a child of a fork. idle_timeout_s: it sleeps after so
-    long without activity (0: never). max_lifetime_s: it is deleted so long after its creation (None: never), or put to
-    sleep (on_timeout). checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than
-    cells.
+    reason: why it failed. unresponsive_since: its machine runs and has not answered since then; a restart or `kill`
+    ends it. index: which of its siblings it is, for a child of a fork. idle_timeout_s: it sleeps after so long without
+    activity (0: never). max_lifetime_s: it is deleted so long after its creation (None: never), or put to sleep
+    (on_timeout). checkpoint_problem: why its last checkpoint could not be taken, or why they are rarer than cells.
     """
 
     id: str
@@ -63,6 +63,7 @@ class SandboxInfo(_Parsed):
     reason: str | None = None
     index: int = 0
     snapshot_id: str | None = None
+    unresponsive_since: datetime | None = None
     notebook: str | None = None
     released: bool = False
     idle_timeout_s: float = 0.0
@@ -169,13 +170,15 @@ class CommandInfo(_Parsed):
     exit_code: int | None = None
     signal: str | None = None
     timed_out: bool = False
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandResult:
     """How a command ended. exit_code is None if a signal ended it, which `signal` names then.
 
-    stdout, stderr: what it said while it was followed. skipped_bytes: output that was kept no more.
+    stdout, stderr: what it said while it was followed. skipped_bytes: output that was kept no more. out_of_memory: it
+    was ended, since the sandbox has too little memory (`Sandbox.create(memory_mib=...)`).
     """
 
     exit_code: int | None
@@ -184,6 +187,7 @@ class CommandResult:
     stdout: str
     stderr: str
     skipped_bytes: int = 0
+    out_of_memory: bool = False
 
     @property
     def ok(self) -> bool:

@@ -58,8 +58,14 @@ class Api:
 
     async def until_state(self, sandbox_id: str, state: str, *, limit_s: float = WAIT_S) -> dict[str, Any]:
         """Waits until a sandbox is in a state."""
+        return await self.until(sandbox_id, lambda found: found["state"] == state, limit_s=limit_s)
+
+    async def until(
+        self, sandbox_id: str, holds: Callable[[dict[str, Any]], bool], *, limit_s: float = WAIT_S
+    ) -> dict[str, Any]:
+        """Waits until something is so of what is shown of a sandbox."""
         deadline = time.monotonic() + limit_s
-        while (found := await self.sandbox(sandbox_id))["state"] != state:
+        while not holds(found := await self.sandbox(sandbox_id)):
             assert time.monotonic() < deadline, found
             await asyncio.sleep(0.2)
         return found

@@ -15,6 +15,7 @@ from vm_runtime.guest.commands import Account, Commands
 from vm_runtime.guest.files import Files
 from vm_runtime.guest.host_calls import HostCalls
 from vm_runtime.guest.keeper import Answers, KernelError, KernelKeeper, User
+from vm_runtime.guest.limits import CGROUPS, UserLimits, lock_memory
 from vm_runtime.guest.notices import Notices
 from vm_runtime.guest.paths import Paths
 from vm_runtime.guest.port import HangUpWatch, find_port, open_port
@@ -51,7 +52,8 @@ class Agent:
     def __init__(self, settings: AgentSettings) -> None:
         self._notices = Notices()
         self._renewal = Renewal(paths=settings.paths, owns_machine=settings.owns_machine)
-        self._keeper = KernelKeeper(paths=settings.paths, user=settings.user, notify=self._notices.post)
+        limits = UserLimits(CGROUPS if settings.owns_machine else None)
+        self._keeper = KernelKeeper(paths=settings.paths, user=settings.user, limits=limits, notify=self._notices.post)
         power_off = _tell_init if settings.owns_machine else _nothing
         home = str(settings.paths.home)
         self._threads = UserThreads(settings.user)
@@ -65,6 +67,7 @@ class Agent:
                 threads=self._root_threads,
                 environment=lambda: {**usual(), "HOME": ROOT_HOME, "USER": "root", "LOGNAME": "root"},
             ),
+            limits=limits,
         )
         self._guest = Guest(
             keeper=self._keeper,
@@ -126,11 +129,10 @@ class Agent:
             except KernelError as error:
                 problems.append(str(error))
         self._notices.forget()
-        return Welcome(
-            agent_version=AGENT_VERSION,
-            kernel=self._keeper.describe(),
-            extra={"problems": problems} if problems else {},
-        )
+        extra: dict[str, Any] = {"problems": problems} if problems else {}
+        if self._keeper.last_exit is not None:
+            extra["kernel_exited"] = self._keeper.last_exit
+        return Welcome(agent_version=AGENT_VERSION, kernel=self._keeper.describe(), extra=extra)
 
     async def _on_session(self, link: Link) -> None:
         self._link = link
@@ -187,5 +189,6 @@ async def _run(settings: AgentSettings) -> None:
 def main(settings: AgentSettings) -> None:
     """Run the agent in this process until it fails; init starts it anew then."""
     logging.basicConfig(level=logging.WARNING, format="hypercell-agent: %(message)s")
+    lock_memory()
     gc.freeze()  # its modules live as long as it does
     asyncio.run(_run(settings))

@@ -14,11 +14,14 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 from vm_runtime.guest.keeper import User
+from vm_runtime.guest.limits import Group, UserLimits
 from vm_runtime.guest.output import Cursor, OutputLog
 from vm_runtime.guest.params import from_home
 from vm_runtime.guest.process import CommandSpec, Started, session_members, set_size, start
@@ -46,26 +49,32 @@ READ_BYTES = 64 * 1024
 # The most that is in a pipe when its writer ends; others that write on must not hold us.
 REST_BYTES = 64 * 1024
 
+# What a shell ends with when what it ran was killed.
+KILLED_STATUS = 128 + signal.SIGKILL
+
 # How much of a command is shown in lists.
 SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """How a command ended: exit_status or signal is None."""
+    """How a command ended: exit_status or signal is None. out_of_memory: vmlinux ended it, or for a shell what it ran,
+    because memory ran out."""
 
     exit_status: int | None
     signal: int | None
     timed_out: bool
+    out_of_memory: bool
 
 
 class Command:
     """A command that runs or has ended. `log` has its output; `changed` is set whenever there is more, or its end.
 
-    background: it stays when its client goes. owner: the cursor of a reader that must miss nothing.
+    background: it stays when its client goes. owner: the cursor of a reader that must miss nothing. group: that of its
+    process; `resources` are closed when it has ended.
     """
 
-    def __init__(self, spec: CommandSpec, started: Started) -> None:
+    def __init__(self, spec: CommandSpec, started: Started, *, group: Group, resources: ExitStack) -> None:
         self.id = secrets.token_hex(6)
         self.spec = spec
         self.pid = started.process.pid
@@ -74,6 +83,9 @@ class Command:
         self.owner: Cursor | None = None
         self.exit: Exit | None = None
         self.started_at = time.time()
+        self._group = group
+        self._resources = resources
+        self._oom_kills = group.oom_kills()
         self._process = started.process
         self._stdin_fd = started.stdin_fd
         self._tty_fd = started.tty_fd
@@ -104,6 +116,7 @@ class Command:
             "exit_status": self.exit.exit_status if self.exit else None,
             "signal": self.exit.signal if self.exit else None,
             "timed_out": self.exit.timed_out if self.exit else False,
+            "out_of_memory": self.exit.out_of_memory if self.exit else False,
         }
 
     # Output
@@ -247,10 +260,10 @@ class Command:
             self._ending = asyncio.create_task(self._end(), name=f"end of command {self.id}")
 
     async def kill(self) -> None:
-        """SIGKILL to its session, and wait until it has ended."""
+        """SIGKILL to all that it has started, and wait until it has ended."""
         if self.exit is None:
             self._is_given_up = True
-            await self._signal_session(signal.SIGKILL)
+            await self._kill_all()
         await self._ended.wait()
 
     async def wait_ended(self) -> None:
@@ -265,7 +278,11 @@ class Command:
             async with asyncio.timeout(GRACE_S):
                 await self._ended.wait()
         if self.exit is None:
-            await self._signal_session(signal.SIGKILL)
+            await self._kill_all()
+
+    async def _kill_all(self) -> None:
+        self._group.kill()
+        await self._signal_session(signal.SIGKILL)
 
     async def _signal_session(self, number: int) -> None:
         for pid in await asyncio.to_thread(session_members, self.pid):
@@ -295,11 +312,15 @@ class Command:
             await self._signal_session(signal.SIGKILL)
         code = self._process.wait()  # a zombie: this does not wait
         self._read_rest()
+        out_of_memory = code in (-signal.SIGKILL, KILLED_STATUS) and self._group.oom_kills() > self._oom_kills
         if self._is_given_up:
             self.close_outputs()
         self._release()
         self.exit = Exit(
-            exit_status=code if code >= 0 else None, signal=-code if code < 0 else None, timed_out=timed_out
+            exit_status=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            timed_out=timed_out,
+            out_of_memory=out_of_memory,
         )
         self._ended.set()
         self._notify()
@@ -314,6 +335,7 @@ class Command:
             self._loop.remove_writer(self._tty_fd)
             os.close(self._tty_fd)
             self._tty_fd = None
+        self._resources.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,9 +352,10 @@ class Account:
 class Commands:
     """All commands. An async context manager: its end kills them all."""
 
-    def __init__(self, account: Account, *, root: Account) -> None:
+    def __init__(self, account: Account, *, root: Account, limits: UserLimits) -> None:
         self._account = account
         self._root = root
+        self._limits = limits
         self._commands: dict[str, Command] = {}
         self._open: deque[Command] = deque()  # oldest first; those whose outputs nobody has open any more among them
         self._starting = 0
@@ -360,21 +383,26 @@ class Commands:
             raise OpenRejectedError("bad_cwd", f"It cannot start in {cwd}: {error.strerror}.") from error
         env = {**account.environment(), **({"TERM": "xterm-256color"} if spec.size else {}), **spec.env}
         self._starting += 1
+        resources = ExitStack()
         try:
-            starting = asyncio.create_task(asyncio.to_thread(start, spec, cwd=cwd, env=env, user=account.user))
+            group = resources.enter_context(self._limits.command())
+            starting = asyncio.create_task(
+                asyncio.to_thread(start, spec, cwd=cwd, env=env, user=account.user, group=group)
+            )
             try:
-                command = Command(spec, await asyncio.shield(starting))
+                command = Command(spec, await asyncio.shield(starting), group=group, resources=resources.pop_all())
             except asyncio.CancelledError:
                 # It may have started all the same.
                 with contextlib.suppress(OSError):
-                    await Command(spec, await starting).kill()
+                    await Command(spec, await starting, group=group, resources=resources.pop_all()).kill()
                 raise
         except FileNotFoundError as error:
             raise OpenRejectedError("command_not_found", f"There is no program {spec.program!r}.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SubprocessError) as error:
             raise OpenRejectedError("cannot_start", f"{spec.program!r} cannot be started: {error}") from error
         finally:
             self._starting -= 1
+            resources.close()  # where none was started
         self._commands[command.id] = command
         self._open.append(command)
         self._forget_oldest()

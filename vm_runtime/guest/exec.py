@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from vm_runtime.guest.commands import Command, Commands
@@ -136,8 +137,7 @@ async def _send_output(command: Command, stream: Stream, cursor: Cursor) -> None
                 await changed.wait()
     how = command.exit
     assert how is not None
-    value = {"exit_status": how.exit_status, "signal": how.signal, "timed_out": how.timed_out}
-    await stream.write(encode_json_frame(CommandFrame.EXITED, value))
+    await stream.write(encode_json_frame(CommandFrame.EXITED, asdict(how)))
     stream.end()
 
 

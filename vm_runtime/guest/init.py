@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from vm_runtime.guest.keeper import User
+from vm_runtime.guest.limits import CGROUPS, lock_memory
 from vm_runtime.guest.paths import Paths
 
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8  # linux/mount.h
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND = 2, 4, 8, 4096  # linux/mount.h
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1  # linux/sockios.h, linux/if.h
 RB_POWER_OFF = 0x4321FEDC  # linux/reboot.h
 
@@ -57,7 +58,8 @@ class Mount:
 
 
 # /proc, /sys, /dev and /run come with us from the initramfs and are mounted only where they are not. /tmp lies on the
-# machine's disk: in a tmpfs it would take guest memory, and be part of every snapshot's.
+# machine's disk: in a tmpfs it would take guest memory, and be part of every snapshot's. The kernel's sockets have a
+# place of their own, since the user can write there and must not fill the agent's.
 MOUNTS = (
     Mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC),
     Mount("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC),
@@ -65,7 +67,8 @@ MOUNTS = (
     Mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
     Mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666", needed=False),
     Mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777", needed=False),
-    Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, needed=False),
+    Mount("tmpfs", str(Paths().kernel_dir), "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700,size=1m"),
+    Mount("cgroup2", str(CGROUPS), "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC),
 )
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -88,6 +91,14 @@ def mount_all() -> None:
         if _libc.mount(*arguments) != 0 and mount.needed:
             raise OSError(ctypes.get_errno(), f"{mount.target} could not be mounted")
     Path("/tmp").chmod(0o1777)
+
+
+def keep_hosts_in_memory(hosts: Path) -> None:
+    """/etc/hosts becomes `hosts`, with the same content: each greeting writes the machine's name there (renewal.py),
+    which must not write to the disk. Raises OSError."""
+    hosts.write_bytes(Path("/etc/hosts").read_bytes())
+    if _libc.mount(str(hosts).encode(), b"/etc/hosts", None, MS_BIND, None) != 0:
+        raise OSError(ctypes.get_errno(), "/etc/hosts could not be replaced")
 
 
 def keep_pages_in_place() -> None:
@@ -179,10 +190,14 @@ def main() -> NoReturn:
     keep_pages_in_place()
     loopback_up()
     resource.setrlimit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    # How many processes there may be, their groups say (limits.py): a limit per user would count those of the last
+    # kernel against the next.
+    resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     paths = Paths()
-    paths.run.mkdir(parents=True, exist_ok=True)
+    keep_hosts_in_memory(paths.hosts)
     user = ensure_user(paths.home)
+    lock_memory()
     agent = start_agent(user)
     while True:
         if signal.sigwait(watched) == signal.SIGTERM:

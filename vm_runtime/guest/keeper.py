@@ -20,6 +20,7 @@ from typing import Any
 
 from vm_runtime.guest.calls import Calls, PeerError, PeerGoneError
 from vm_runtime.guest.interpreter import python_command
+from vm_runtime.guest.limits import UserLimits
 from vm_runtime.guest.paths import Paths
 from vm_runtime.wire.greeting import KernelStatus
 
@@ -85,14 +86,23 @@ class _Kernel:
     idle: asyncio.Event
     ending: bool = False  # its end was asked for, so it is no news
     shut_down: bool = False  # by a client, with a shutdown_request
+    oom_kills: int = 0  # of its group, when it or its last cell began
+    refused_forks: int = 0
 
 
 class KernelKeeper:
-    """`notify(event)` is called with JSON objects: kernel.status and kernel.exited. Use as an async context manager."""
+    """`notify(event)` is called with JSON objects: kernel.status and kernel.exited. Use as an async context manager.
 
-    def __init__(self, *, paths: Paths, user: User | None, notify: Callable[[dict[str, Any]], None]) -> None:
+    last_exit: the last kernel.exited, None while a kernel runs or none has.
+    """
+
+    def __init__(
+        self, *, paths: Paths, user: User | None, limits: UserLimits, notify: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.last_exit: dict[str, Any] | None = None
         self._paths = paths
         self._user = user
+        self._limits = limits
         self._notify = notify
         self._changing = asyncio.Lock()
         self._zygote: Calls | None = None
@@ -141,13 +151,13 @@ class KernelKeeper:
             if key is not None and key != self._key:
                 await self.renew(key=key)
             if self._kernel is None:
-                return await self._fork(is_restart=False), False
+                return await self._fork_within_limits(is_restart=False), False
             now = self.environment()
             answer = await self._ask_kernel("configure", env={name: now[name] for name in env}, cwd=cwd)
             if answer["adopted"]:
                 return self._kernel.pid, False
             await self._end_kernel(grace_s=0.0)
-            return await self._fork(is_restart=False), True
+            return await self._fork_within_limits(is_restart=False), True
 
     async def restart(self, *, env: Mapping[str, str]) -> int:
         """A new kernel with the same sockets and key, forked from the zygote. Returns its pid. The old one ends in
@@ -155,7 +165,7 @@ class KernelKeeper:
         async with self._changing:
             self._env.update(env)
             await self._end_kernel(grace_s=GRACE_S)
-            return await self._fork(is_restart=True)
+            return await self._fork_within_limits(is_restart=True)
 
     async def stop(self, *, grace_s: float) -> None:
         """End it in order within `grace_s`, or else with signals. Without a kernel nothing happens."""
@@ -202,10 +212,20 @@ class KernelKeeper:
             if answer["error"]:
                 raise KernelError("warmup_failed", f"The warm-up failed: {answer['error']}")
             pid = self._kernel.pid if self._kernel else await self._fork(is_restart=False)
-            answer = await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code=warmup)
+            kernel = self._running()
+            try:
+                answer = await self._ask_kernel("warm", limit_s=PREPARE_LIMIT_S, code=warmup)
+            except KernelError as error:
+                if isinstance(error.__cause__, PeerGoneError):
+                    await kernel.exited
+                if self.last_exit is not None and "out_of_memory" in self.last_exit:
+                    message = "The machine has too little memory for the recipe's warm-up."
+                    raise KernelError("warmup_failed", message) from error
+                raise
             if answer["error"]:
                 raise KernelError("warmup_failed", f"The warm-up failed in the kernel: {answer['error']}")
             await zygote.ask("preload", modules=answer["modules"])
+            self._limits.fit()
             os.sync()
             return pid
 
@@ -226,6 +246,11 @@ class KernelKeeper:
             raise KernelError("kernel_stuck", f"The kernel did not answer {op} within {limit_s:.0f} s.") from error
         except (PeerError, PeerGoneError) as error:
             raise KernelError("kernel_failed", f"The kernel could not {op}: {error}") from error
+
+    async def _fork_within_limits(self, *, is_restart: bool) -> int:
+        pid = await self._fork(is_restart=is_restart)
+        self._limits.fit()
+        return pid
 
     async def _fork(self, *, is_restart: bool) -> int:
         zygote = await self._running_zygote()
@@ -251,9 +276,14 @@ class KernelKeeper:
         except (PeerError, PeerGoneError) as error:
             calls.close()
             raise KernelError("zygote_failed", f"The kernel could not be forked: {error}") from error
-        kernel = _Kernel(pid=answer["pid"], calls=calls, ready=ready, exited=exited, idle=asyncio.Event())
+        group = self._limits.kernel
+        kernel = _Kernel(
+            pid=answer["pid"], calls=calls, ready=ready, exited=exited, idle=asyncio.Event(),
+            oom_kills=group.oom_kills(), refused_forks=group.refused_forks(),
+        )  # fmt: skip
         kernel.idle.set()
-        self._kernel = kernel
+        self._kernel, self.last_exit = kernel, None
+        group.add(kernel.pid)
         self._notify({"event": "kernel.status", "state": "starting"})
         try:
             async with asyncio.timeout(KERNEL_START_LIMIT_S):
@@ -264,7 +294,7 @@ class KernelKeeper:
                 message = f"The kernel was not ready within {KERNEL_START_LIMIT_S:.0f} s."
                 raise KernelError("kernel_failed", message) from error
             raise
-        self._notify({"event": "kernel.status", "state": "idle"})
+        self._notify({"event": "kernel.status", "state": "idle", "execution_count": 0})
         return kernel.pid
 
     async def _end_kernel(self, *, grace_s: float) -> None:
@@ -285,12 +315,19 @@ class KernelKeeper:
                     _kill_group(kernel.pid, signal.SIGTERM)
                     await asyncio.shield(kernel.exited)
         _kill_group(kernel.pid, signal.SIGKILL)
+        if self._has_hit_limits(kernel):
+            self._limits.kernel.kill()
         try:
             async with asyncio.timeout(KILL_LIMIT_S):
                 await asyncio.shield(kernel.exited)
         except TimeoutError as error:
             message = f"The kernel {kernel.pid} has not ended {KILL_LIMIT_S:.0f} s after SIGKILL."
             raise KernelError("kernel_stuck", message) from error
+
+    def _has_hit_limits(self, kernel: _Kernel) -> bool:
+        """Then what it started ends with it, also in sessions of their own: the next kernel needs the room."""
+        group = self._limits.kernel
+        return group.oom_kills() > kernel.oom_kills or group.refused_forks() > kernel.refused_forks
 
     def _kernel_event(self, event: dict[str, Any]) -> None:
         kernel = self._kernel
@@ -301,7 +338,11 @@ class KernelKeeper:
         elif event["event"] == "failed" and not kernel.ready.done():
             kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel did not start: {event['reason']}"))
         elif event["event"] == "status":
-            (kernel.idle.clear if event["state"] == "busy" else kernel.idle.set)()
+            if event["state"] == "busy":
+                kernel.idle.clear()
+                kernel.oom_kills = self._limits.kernel.oom_kills()
+            else:
+                kernel.idle.set()
             self._notify({**event, "event": "kernel.status"})
         elif event["event"] == "shutdown":
             kernel.shut_down = True
@@ -311,18 +352,26 @@ class KernelKeeper:
         if kernel is None or kernel.pid != pid:
             return
         _kill_group(pid, signal.SIGKILL)  # what it started and left behind in its process group
+        group = self._limits.kernel
+        out_of_memory = how.get("signal") == signal.SIGKILL and group.oom_kills() > kernel.oom_kills
+        if self._has_hit_limits(kernel):
+            group.kill()
         self._kernel = None
         kernel.calls.close()
         kernel.exited.set_result(None)
         if not kernel.ready.done():
+            # Whoever starts it is told so, and nobody else.
             kernel.ready.set_exception(KernelError("kernel_failed", f"The kernel ended while it started: {how}"))
-        if not kernel.ending:
-            self._notify({"event": "kernel.exited", "pid": pid, "shut_down": kernel.shut_down, **how})
+        elif not kernel.ending:
+            self.last_exit = {"event": "kernel.exited", "pid": pid, "shut_down": kernel.shut_down, **how}
+            if out_of_memory:
+                self.last_exit["out_of_memory"] = True
+            self._notify(self.last_exit)
 
     def _start_zygote(self) -> None:
         directory = self._paths.kernel_dir
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, mode=0o700)
+        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
         if self._user is not None:
             os.chown(directory, self._user.uid, self._user.gid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

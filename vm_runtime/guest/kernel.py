@@ -335,6 +335,7 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     HypercellKernel.side, HypercellKernel.is_restart = side, settings.is_restart
     app = HypercellKernelApp.instance(config=config)
     app.initialize(sys.argv[1:])
+    _find_temporary_directory()
     load(app.shell)
     return app
 
@@ -347,6 +348,14 @@ def _write_connection_file(directory: Path, key: str) -> str:
     path.write_text(json.dumps(info))
     path.chmod(0o600)
     return str(path)
+
+
+def _find_temporary_directory() -> None:
+    """ipykernel names one in each cell's file name: on a full disk, where none can be written to, no cell would run."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = "/tmp"
 
 
 def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[str]) -> dict[str, Any]:

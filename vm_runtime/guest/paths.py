@@ -22,6 +22,11 @@ class Paths:
         return self.run / "identity.json"
 
     @property
+    def hosts(self) -> Path:
+        """What lies at /etc/hosts."""
+        return self.run / "hosts"
+
+    @property
     def kernel_dir(self) -> Path:
         """Holds the kernel's ZMQ sockets k-1..k-5 and its connection file."""
         return self.run / "kernel"

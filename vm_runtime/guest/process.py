@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -12,10 +11,12 @@ import termios
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vm_runtime.guest.keeper import User
+from vm_runtime.guest.limits import Group
 from vm_runtime.wire.command_frames import CommandFrame
 
 # The most that one argument may have, with its final zero: MAX_ARG_STRLEN in linux/binfmts.h.
@@ -55,10 +56,30 @@ class Started:
     tty_fd: int | None
 
 
-def start(spec: CommandSpec, *, cwd: str, env: Mapping[str, str], user: User | None) -> Started:
+def start(spec: CommandSpec, *, cwd: str, env: Mapping[str, str], user: User | None, group: Group) -> Started:
     """Raises OSError, and ValueError for what no process can be given."""
-    if spec.size is not None:
-        return _start_on_terminal(spec, spec.size, cwd=cwd, env=env, user=user)
+    with ExitStack() as theirs:
+        # preexec_fn, since some of it is root's alone and must hold for all that the command forks: some system calls,
+        # of which none waits.
+        how: dict[str, Any] = {
+            "args": _arguments(spec), "cwd": cwd, "env": dict(env), "start_new_session": True,
+            "preexec_fn": partial(_become, user, group),
+        }  # fmt: skip
+        if isinstance(spec.command, str) and len(script := os.fsencode(spec.command)) >= ARGUMENT_BYTES_MAX:
+            fd = os.memfd_create("command")
+            theirs.callback(os.close, fd)
+            os.pwrite(fd, script, 0)
+            how |= {"args": (_shell(), "-c", f'eval "$(cat /dev/fd/{fd})" {fd}<&-'), "pass_fds": [fd]}
+        if spec.size is not None:
+            return _start_on_terminal(spec.size, owner=user, how=how)
+        return _start_on_pipes(spec, how=how)
+
+
+def _arguments(spec: CommandSpec) -> tuple[str, ...]:
+    return (_shell(), "-c", spec.command) if isinstance(spec.command, str) else tuple(spec.command)
+
+
+def _start_on_pipes(spec: CommandSpec, *, how: Mapping[str, Any]) -> Started:
     with ExitStack() as theirs, ExitStack() as ours:
         stdin_fd: int | None = None
         child_stdin = subprocess.DEVNULL
@@ -66,10 +87,7 @@ def start(spec: CommandSpec, *, cwd: str, env: Mapping[str, str], user: User | N
             child_stdin, stdin_fd = _pipe(theirs, ours)
         stdout_fd, child_stdout = _pipe(ours, theirs)
         stderr_fd, child_stderr = _pipe(ours, theirs)
-        process = subprocess.Popen(
-            stdin=child_stdin, stdout=child_stdout, stderr=child_stderr, **_how(spec, theirs, cwd, env, user)
-        )
-        _make_killable(process.pid)
+        process = subprocess.Popen(stdin=child_stdin, stdout=child_stdout, stderr=child_stderr, **how)
         for fd in (stdout_fd, stderr_fd, *((stdin_fd,) if stdin_fd is not None else ())):
             os.set_blocking(fd, False)
         ours.pop_all()
@@ -77,53 +95,37 @@ def start(spec: CommandSpec, *, cwd: str, env: Mapping[str, str], user: User | N
         return Started(process=process, stdin_fd=stdin_fd, outputs=outputs, tty_fd=None)
 
 
-def _start_on_terminal(
-    spec: CommandSpec, size: tuple[int, int], *, cwd: str, env: Mapping[str, str], user: User | None
-) -> Started:
+def _start_on_terminal(size: tuple[int, int], *, owner: User | None, how: Mapping[str, Any]) -> Started:
     with ExitStack() as theirs, ExitStack() as ours:
         master, slave = pty.openpty()
         ours.callback(os.close, master)
         theirs.callback(os.close, slave)
         set_size(master, rows=size[0], columns=size[1])
-        if user is not None:
-            os.fchown(slave, user.uid, user.gid)
+        if owner is not None:
+            os.fchown(slave, owner.uid, owner.gid)
+        prepare = how["preexec_fn"]
 
         def take_terminal() -> None:
+            prepare()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        # preexec_fn, as no other way makes it the controlling terminal; it is one system call.
-        process = subprocess.Popen(
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            preexec_fn=take_terminal,
-            **_how(spec, theirs, cwd, env, user),
-        )
-        _make_killable(process.pid)
+        process = subprocess.Popen(stdin=slave, stdout=slave, stderr=slave, **{**how, "preexec_fn": take_terminal})
         os.set_blocking(master, False)
         ours.pop_all()
         return Started(process=process, stdin_fd=master, outputs={master: int(CommandFrame.STDOUT)}, tty_fd=master)
 
 
-def _make_killable(pid: int) -> None:
-    """The agent's own place in the order of who dies when memory is short (init.OOM_SCORE_ADJ) is not for commands."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/oom_score_adj").write_text(str(COMMAND_OOM_SCORE_ADJ))
-
-
-def _how(spec: CommandSpec, theirs: ExitStack, cwd: str, env: Mapping[str, str], user: User | None) -> dict[str, Any]:
-    command = spec.command
-    how: dict[str, Any] = {"args": command, "cwd": cwd, "env": dict(env), "start_new_session": True}
-    if isinstance(command, str):
-        how["args"] = (_shell(), "-c", command)
-        if len(script := os.fsencode(command)) >= ARGUMENT_BYTES_MAX:
-            fd = os.memfd_create("command")
-            theirs.callback(os.close, fd)
-            os.pwrite(fd, script, 0)
-            how |= {"args": (_shell(), "-c", f'eval "$(cat /dev/fd/{fd})" {fd}<&-'), "pass_fds": [fd]}
+def _become(user: User | None, group: Group) -> None:
+    """In the child. The agent's own place in the order of who dies when memory is short (init.OOM_SCORE_ADJ) is not for
+    commands."""
+    group.add(os.getpid())
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+    os.write(fd, b"%d" % COMMAND_OOM_SCORE_ADJ)
+    os.close(fd)
     if user is not None:
-        how |= {"user": user.uid, "group": user.gid, "extra_groups": []}
-    return how
+        os.setgroups([])
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
 
 
 def _pipe(read_owner: ExitStack, write_owner: ExitStack) -> tuple[int, int]:

@@ -25,12 +25,19 @@ CLOCK_TOLERANCE_NS = 50_000_000
 # Linux's HOST_NAME_MAX.
 HOSTNAME_MAX = 64
 
+# More lines than a person writes; what is beyond is lost.
+HOSTS_BYTES_MAX = 1 << 20
+
+# Marks our line in /etc/hosts, which may have others of the image's and of the user's.
+HOSTS_MARK = b"# this machine"
+
 
 class Renewal:
     """`owns_machine`: False where the agent runs on someone else's machine, whose clock and name are not ours."""
 
     def __init__(self, *, paths: Paths, owns_machine: bool) -> None:
         self._path = str(paths.identity)
+        self._hosts = str(paths.hosts)
         self._owns_machine = owns_machine
         self._identity: Mapping[str, str] | None = None
 
@@ -52,6 +59,7 @@ class Renewal:
             return
         if self._owns_machine and (hostname := identity.get("hostname")):
             socket.sethostname(hostname[:HOSTNAME_MAX])
+            _write_hosts(self._hosts, hostname[:HOSTNAME_MAX])
         _write_identity(self._path, identity)
         self._identity = dict(identity)
 
@@ -62,6 +70,19 @@ def _feed_random_pool(entropy: bytes) -> None:
     try:
         fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
         fcntl.ioctl(fd, _RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def _write_hosts(path: str, hostname: str) -> None:
+    """Have the machine's name resolve. In place, since the file is mounted at /etc/hosts."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        lines = os.read(fd, HOSTS_BYTES_MAX).splitlines()
+        others = [line for line in lines if not line.endswith(HOSTS_MARK)]
+        text = b"\n".join([*others, b"127.0.0.1 " + hostname.encode() + b" " + HOSTS_MARK, b""])
+        os.pwrite(fd, text, 0)
+        os.ftruncate(fd, len(text))
     finally:
         os.close(fd)
 

@@ -144,6 +144,7 @@ class AsyncCommand:
                     exit_code=frame["exit_code"],
                     signal=frame["signal"],
                     timed_out=frame["timed_out"],
+                    out_of_memory=frame["out_of_memory"],
                     stdout=stdout.text(),
                     stderr=stderr.text(),
                     skipped_bytes=skipped + stdout.dropped + stderr.dropped,

@@ -7,7 +7,6 @@ of commands and files call; they cannot tell.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -31,16 +30,15 @@ from kernels.errors import UnknownSandboxError
 from kernels.exec import SandboxCommands
 from kernels.files import SandboxFiles
 from kernels.service import SandboxService
+from kernels.session import GuestSession
 from tests.gateways import RunningGateway
 from tests.unit.gateway.client import request
 from vm_runtime.guest.agent import Agent, AgentSettings
 from vm_runtime.guest.paths import Paths
 from vm_runtime.wire.carriers import SocketCarrier
-from vm_runtime.wire.errors import LinkClosedError
 from vm_runtime.wire.greeting import Hello
 from vm_runtime.wire.link import Link
 from vm_runtime.wire.protocol import BOOT_MARKER
-from vm_runtime.wire.stream import Incoming
 
 BOX_ID = "00000000-0000-4000-8000-000000000001"
 TOKEN = "box"
@@ -67,7 +65,7 @@ class AgentService:
     """As much of a SandboxService as commands and files need, over one agent."""
 
     def __init__(self, link: Link) -> None:
-        self._link = link
+        self._session = GuestSession(link, next_marker="")
 
     async def commands(self, sandbox_id: str) -> SandboxCommands:
         return SandboxCommands(self._open(sandbox_id))
@@ -78,10 +76,10 @@ class AgentService:
     def touch(self, sandbox_id: str) -> None:
         pass
 
-    def _open(self, sandbox_id: str) -> Any:
+    def _open(self, sandbox_id: str) -> GuestSession:
         if sandbox_id != BOX_ID:
             raise UnknownSandboxError(sandbox_id)
-        return self._link.open
+        return self._session
 
 
 @asynccontextmanager
@@ -92,7 +90,7 @@ async def agent_box(directory: Path) -> AsyncIterator[Box]:
     async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
         ours, theirs = [SocketCarrier(*await asyncio_connection(end)) for end in socket.socketpair()]
         serving = asyncio.create_task(agent.serve(theirs))
-        link = await Link.connect(ours, Hello.fresh(), marker=BOOT_MARKER, on_open=accept_events, timeout_s=20)
+        link = await Link.connect(ours, Hello.fresh(), marker=BOOT_MARKER, timeout_s=20)
         gateway = Gateway(
             settings=GatewaySettings(token=TOKEN, state_dir=directory),
             token=TOKEN,
@@ -115,13 +113,6 @@ async def agent_box(directory: Path) -> AsyncIterator[Box]:
 
 async def asyncio_connection(end: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return await asyncio.open_unix_connection(sock=end)
-
-
-async def accept_events(incoming: Incoming) -> None:
-    stream = await incoming.accept()
-    with contextlib.suppress(LinkClosedError):
-        while await stream.read():
-            pass
 
 
 async def stop(server: HTTPServer) -> None:

@@ -65,6 +65,7 @@ async def test_exec_to_its_end(box: Box) -> None:
         "exit_code": 5,
         "signal": None,
         "timed_out": False,
+        "out_of_memory": False,
     }
 
 
@@ -120,7 +121,8 @@ async def test_background_command(box: Box) -> None:
     await follow(again, until=b"got this\n")
     await ask(box, "POST", f"{path}/signal", {"signal": "SIGTERM"}, code=204)
     end = (await follow(again))["frames"][-1]
-    assert end == {"type": "exited", "exit_code": None, "signal": "SIGTERM", "timed_out": False}
+    how = {"signal": "SIGTERM", "timed_out": False, "out_of_memory": False}
+    assert end == {"type": "exited", "exit_code": None, **how}
     assert not (await ask(box, "GET", path))["running"]
     await ask(box, "DELETE", path)
     assert (await ask(box, "GET", path, code=404))["code"] == "unknown_command"

@@ -116,7 +116,7 @@ async def attached(host: Host, command_id: str) -> AsyncIterator[Followed]:
 async def test_output_and_exit(host: Host) -> None:
     done = await run(host, "echo out; echo err >&2; exit 3")
     assert (done.out, done.err) == (b"out\n", b"err\n")
-    assert done.exited == {"exit_status": 3, "signal": None, "timed_out": False}
+    assert done.exited == {"exit_status": 3, "signal": None, "timed_out": False, "out_of_memory": False}
     assert await commands(host) == []
 
 
@@ -205,7 +205,7 @@ async def test_too_large_a_request_is_refused_unread(host: Host) -> None:
 
 async def test_timeout_ends_the_whole_session(host: Host) -> None:
     done = await run(host, "sleep 300 & echo $!; trap '' TERM; while :; do sleep 0.1; done", timeout_s=0.5)
-    assert done.exited == {"exit_status": None, "signal": signal.SIGKILL, "timed_out": True}
+    assert done.exited == {"exit_status": None, "signal": signal.SIGKILL, "timed_out": True, "out_of_memory": False}
     await wait_gone(int(done.out))
 
 

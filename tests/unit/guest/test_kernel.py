@@ -133,6 +133,39 @@ async def test_a_crash_is_told_and_a_stop_is_not(host: Host) -> None:
         await host.call("kernel.interrupt")
 
 
+async def test_a_kernel_that_ended_between_two_hosts(host: Host) -> None:
+    pid = await start(host)
+    await host.hang_up()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        while True:  # until the zygote has reaped it
+            os.kill(pid, 0)
+            await asyncio.sleep(0.01)
+    link = await host.hello()
+    assert link.welcome is not None
+    assert link.welcome.kernel is None
+    assert link.welcome.extra["kernel_exited"] == {"event": "kernel.exited", "pid": pid, "signal": signal.SIGKILL}
+    await start(host)
+    link = await host.hello()
+    assert link.welcome is not None
+    assert "kernel_exited" not in link.welcome.extra
+
+
+async def test_the_end_of_a_kernel_that_did_not_start_is_told_once(host: Host) -> None:
+    await start(host)
+    await host.wait_event(b'"idle"')
+    startup = host.paths.home / ".ipython/profile_default/startup"
+    startup.mkdir(parents=True, exist_ok=True)
+    (startup / "00.py").write_text("import os; os._exit(3)")
+    with pytest.raises(OpenRejectedError, match="ended while it started") as caught:
+        await host.call("kernel.restart")
+    assert caught.value.code == "kernel_failed"
+    (startup / "00.py").unlink()
+    await host.call("kernel.restart")
+    while b'"idle"' not in (event := await host.wait_event(b"event")):
+        assert b"kernel.exited" not in event
+
+
 async def test_interrupt_ends_a_loop_over_both_ways(host: Host) -> None:
     await start(host)
     async with client(host) as jupyter:

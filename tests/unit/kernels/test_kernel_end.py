@@ -1,0 +1,158 @@
+"""Kernels that end, at any moment, and machines that do not answer: what is reported of them, once, and how they are
+left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gateway.models import KernelAnswer
+from kernels import live
+from kernels.errors import MachineFailedError, MachineUnresponsiveError
+from kernels.events import EventQueue
+from kernels.exec import CommandRequest
+from kernels.models import EventKind, SandboxState
+from kernels.session import KernelExited, parse_event
+from tests.fake_driver import tree
+from tests.unit.kernels.conftest import Service, TestDriver, started_driver, started_service
+
+ENDS = (EventKind.KERNEL_RESTARTING, EventKind.KERNEL_RESTARTED, EventKind.KERNEL_DEAD)
+CRASH_AT_START = "import os; os._exit(3)"
+
+
+async def next_ends(events: EventQueue, count: int) -> list[EventKind]:
+    """The next reports of kernels' ends."""
+    seen: list[EventKind] = []
+    async with asyncio.timeout(30):
+        while len(seen) < count:
+            event = await anext(events)
+            seen += [event.kind] if event.kind in ENDS else []
+    return seen
+
+
+def crash_at_start(kernels: Service, sandbox_id: str) -> Path:
+    """From now on its kernels end while they start, until the file is removed."""
+    home = kernels.core.running(sandbox_id).saved.place.disk_dir / "home"
+    startup = home / ".ipython/profile_default/startup"
+    startup.mkdir(parents=True, exist_ok=True)
+    (startup / "00.py").write_text(CRASH_AT_START)
+    return startup / "00.py"
+
+
+async def test_a_kernel_that_ends_again_and_again_is_reported_dead_once(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver, restart_limit=2) as kernels:
+        sandbox_id = await kernels.new()
+        file = crash_at_start(kernels, sandbox_id)
+        async with kernels.core.bus.subscribe() as events:
+            async with kernels.client(sandbox_id) as client:
+                client.execute("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+                assert await next_ends(events, 3) == [*(EventKind.KERNEL_RESTARTING,) * 2, EventKind.KERNEL_DEAD]
+            # A restart that fails is answered with why, and leaves it dead.
+            with pytest.raises(MachineFailedError, match="ended while it started"):
+                await kernels.restart(sandbox_id)
+            assert kernels.get(sandbox_id).execution_state == "dead"
+            assert await next_ends(events, 1) == [EventKind.KERNEL_DEAD]
+            file.unlink()
+            await kernels.restart(sandbox_id)
+            assert await kernels.run(sandbox_id, "print(1)") == "1\n"
+            assert await next_ends(events, 1) == [EventKind.KERNEL_RESTARTED]
+
+
+async def test_a_dead_kernel_stays_dead_while_its_sandbox_sleeps(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver, restart_limit=0) as kernels:
+        sandbox_id = await kernels.new(idle_timeout_s=0.1)
+        async with kernels.client(sandbox_id) as client:
+            client.execute("import os; os._exit(1)")
+            await kernels.until(lambda: kernels.get(sandbox_id).execution_state == "dead")
+        await kernels.until(lambda: kernels.get(sandbox_id).state is SandboxState.ASLEEP)
+        assert KernelAnswer.of_sandbox(kernels.get(sandbox_id), 0).execution_state == "dead"
+
+
+async def test_a_kernel_that_ended_while_no_gateway_ran_is_restarted(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver) as kernels:
+        sandbox_id = await kernels.new()
+        await kernels.run(sandbox_id, "x = 1; open('file', 'w').write('kept')")
+        agent = kernels.core.running(sandbox_id).saved.machine.pid
+        await kernels.core.detach(sandbox_id)
+        kernels.core.registry._records.clear()
+    *_, kernel = tree.pids(agent)  # after agent and zygote
+    os.kill(kernel, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while kernel in await asyncio.to_thread(tree.pids, agent):  # until the zygote has reaped it
+            pass
+    async with started_driver(state_dir) as later, started_service(state_dir, later) as kernels:
+        await kernels.until(lambda: kernels.get(sandbox_id).execution_state == "idle")
+        assert await kernels.run(sandbox_id, "print(open('file').read(), 'x' in globals())") == "kept False\n"
+
+
+async def unresponsive(kernels: Service, sandbox_id: str, *, expected: bool) -> None:
+    await kernels.until(lambda: (kernels.get(sandbox_id).unresponsive_since is not None) == expected)
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "PING_INTERVAL_S", 0.05)
+    monkeypatch.setattr(live, "LOOK_S", 0.05)
+
+
+@pytest.mark.usefixtures("quick_looks")
+async def test_a_machine_that_does_not_answer_is_shown_so_until_it_does(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.run(sandbox_id, "x = 1")
+    machine = kernels.core.running(sandbox_id).saved.machine
+    os.kill(machine.pid, signal.SIGSTOP)
+    await unresponsive(kernels, sandbox_id, expected=True)
+    shown = KernelAnswer.of_sandbox(kernels.get(sandbox_id), 0)
+    assert shown.execution_state == "unknown"
+    assert shown.reason is not None
+    assert "has not answered since" in shown.reason
+    with pytest.raises(MachineUnresponsiveError):
+        await (await kernels.commands(sandbox_id)).start(CommandRequest(command="true"))
+    with pytest.raises(MachineUnresponsiveError):
+        await (await kernels.files(sandbox_id)).list(".")
+    with pytest.raises(MachineUnresponsiveError):
+        await kernels.interrupt(sandbox_id)
+    os.kill(machine.pid, signal.SIGCONT)
+    await unresponsive(kernels, sandbox_id, expected=False)
+    assert kernels.get(sandbox_id).execution_state == "idle"
+    assert await kernels.run(sandbox_id, "print(x)") == "1\n"
+
+
+@pytest.mark.usefixtures("quick_looks")
+async def test_a_machine_that_is_paused_owes_no_answer(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.pause(sandbox_id)
+    await asyncio.sleep(live.PING_INTERVAL_S + 2 * live.UNRESPONSIVE_LOOKS * live.LOOK_S)
+    assert kernels.get(sandbox_id).unresponsive_since is None
+    await kernels.resume(sandbox_id)
+
+
+@pytest.mark.usefixtures("quick_looks")
+async def test_a_restart_ends_a_machine_that_does_not_answer(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.run(sandbox_id, "open('file', 'w').write('kept')")
+    await kernels.checkpoint(sandbox_id, name=None)
+    machine = kernels.core.running(sandbox_id).saved.machine
+    os.kill(machine.pid, signal.SIGSTOP)
+    await unresponsive(kernels, sandbox_id, expected=True)
+    await kernels.restart(sandbox_id)
+    assert machine.is_dead
+    assert await kernels.run(sandbox_id, "print(open('file').read())") == "kept\n"
+    # Without a checkpoint there is nothing to go on from.
+    other_id = await kernels.new()
+    os.kill(kernels.core.running(other_id).saved.machine.pid, signal.SIGSTOP)
+    await unresponsive(kernels, other_id, expected=True)
+    with pytest.raises(MachineFailedError):
+        await kernels.restart(other_id)
+    assert kernels.get(other_id).state is SandboxState.FAILED
+
+
+def test_out_of_memory_is_told_apart_from_a_kill() -> None:
+    killed = parse_event(b'{"event": "kernel.exited", "pid": 7, "signal": 9}')
+    assert killed == KernelExited(pid=7, reason="The kernel was killed by signal 9.")
+    ended = parse_event(b'{"event": "kernel.exited", "pid": 7, "signal": 9, "out_of_memory": true}')
+    assert ended == KernelExited(pid=7, reason="The kernel ran out of memory.", out_of_memory=True)
