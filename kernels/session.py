@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kernels.deadlines import CALL_TIMEOUT_S, Deadlines
-from kernels.errors import MachineFailedError, MachineUnresponsiveError
+from kernels.errors import GuestRefusedError, MachineFailedError, MachineUnresponsiveError
 from kernels.guest_values import number_of
 from kernels.models import GuestUsage
 from vm_runtime.wire.carriers import Carrier
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, WireError
+from vm_runtime.wire.generations import host_stream_since
 from vm_runtime.wire.greeting import Hello
 from vm_runtime.wire.link import Link
 from vm_runtime.wire.stream import Incoming, Stream
@@ -105,6 +106,7 @@ class Greeting:
 class GuestSession:
     """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
 
+    generation: of the agent, which is as old as the snapshot that the machine comes from (docs/wire.md).
     next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
     cell runs, as the guest said last. kernel_pid: of the kernel that runs, in the guest; kernel_exited: how the last
     one ended, if none runs. deadlines: of all that is asked in it. Set `on_event` to be called with each event; the
@@ -119,6 +121,7 @@ class GuestSession:
         self._has_events = False
         self.deadlines = Deadlines()
         assert link.welcome is not None
+        self.generation = link.welcome.generation
         kernel, extra = link.welcome.kernel, link.welcome.extra
         self.kernel_busy = kernel is not None and kernel.busy
         self.kernel_pid: int | None = kernel.pid if kernel is not None else None
@@ -175,7 +178,9 @@ class GuestSession:
     async def call(
         self, kind: str, params: Mapping[str, Any] | None = None, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> Mapping[str, Any]:
-        """A remote call to the agent; its result. Errors: MachineFailedError with the agent's sentence."""
+        """A remote call to the agent; its result. Errors: MachineFailedError with the agent's sentence,
+        GuestRefusedError if the agent is older than this kind of call."""
+        self._check_generation(kind)
         try:
             async with self.deadlines.within(timeout_s, kind):
                 return await self._link.call(kind, params)
@@ -204,6 +209,8 @@ class GuestSession:
 
     async def usage(self) -> GuestUsage | None:
         """What the guest uses of its machine; None from one that does not answer, or is older than this question."""
+        if not self.knows("machine.usage"):
+            return None
         try:
             answer = await self.call("machine.usage", timeout_s=USAGE_TIMEOUT_S)
             return GuestUsage(**{each.name: number_of(answer, each.name) for each in fields(GuestUsage)})
@@ -216,9 +223,23 @@ class GuestSession:
         return await self._link.open("kernel.channel", {"channel": name})
 
     async def open_stream(self, kind: str, params: Mapping[str, Any]) -> Stream:
-        """A stream of any kind. Errors: WireError, MachineUnresponsiveError."""
+        """A stream of any kind. Errors: WireError, MachineUnresponsiveError, GuestRefusedError if the agent is older
+        than the kind."""
+        self._check_generation(kind)
         async with self.deadlines.within(CALL_TIMEOUT_S, kind):
             return await self._link.open(kind, params)
+
+    def knows(self, kind: str) -> bool:
+        """Whether the agent is not older than this kind of stream."""
+        return host_stream_since(kind) <= self.generation
+
+    def _check_generation(self, kind: str) -> None:
+        if not self.knows(kind):
+            raise GuestRefusedError(
+                "unknown_kind",
+                f"The sandbox was made by an earlier version: its agent is of generation {self.generation}, and {kind} "
+                f"came with generation {host_stream_since(kind)}. Make a new sandbox for this.",
+            )
 
     def serve_calls(self, handler: CallHandler | None) -> None:
         """The guest's calls go to `handler` from now on, those that came before included. None: they are refused."""

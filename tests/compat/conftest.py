@@ -29,12 +29,18 @@ def archive_of(generation: int) -> bytes:
     return archive
 
 
-@pytest.fixture(scope="package", autouse=True)
-def first_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fake machines have an agent of generation 1."""
+@pytest.fixture(scope="package")
+def first_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of generation 1's `vm_runtime`."""
     directory = tmp_path_factory.mktemp("agent")
     subprocess.run(["cpio", "-idm", "--quiet"], input=archive_of(1), cwd=directory, check=True)
-    path = [str(directory / "hypercell" / "python"), str(ROOT)]
+    return directory / "hypercell" / "python"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def first_agent(first_code: Path) -> Iterator[None]:
+    """Fake machines have an agent of generation 1."""
+    path = [str(first_code), str(ROOT)]
     with pytest.MonkeyPatch.context() as patch:
         program = f"import sys; sys.path[:0] = {path!r}; from tests.compat.guest import main; main()"
         patch.setattr(TestDriver, "program", program)

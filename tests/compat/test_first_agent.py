@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
+import pytest
+
+from kernels.errors import GuestRefusedError
 from kernels.exec import CommandExited, CommandOutput, CommandRequest
 from kernels.models import Sandbox
 from tests.unit.kernels.conftest import Service
@@ -11,6 +15,7 @@ from tests.unit.kernels.conftest import Service
 
 async def test_it_is_the_old_agent(kernels: Service) -> None:
     sandbox_id = await kernels.new()
+    assert kernels.core.running(sandbox_id).session.generation == 1
     code = "import vm_runtime.guest as guest; print('/hypercell/python/' in guest.__file__)"
     assert await kernels.run(sandbox_id, code) == "True\n"
 
@@ -57,6 +62,24 @@ async def test_files(kernels: Service) -> None:
     assert (await files.stat("made/moved")).size_bytes == len(content)
     await files.remove("made", recursive=True)
     assert "made" not in [each.name for each in (await files.list(".")).entries]
+
+
+async def test_what_is_newer_is_refused_here_and_says_why(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    files, commands = await kernels.files(sandbox_id), await kernels.commands(sandbox_id)
+    newer: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+        ("files.append", lambda: files.write("a", append=True)),
+        ("files.symlink", lambda: files.symlink("a", "b")),
+        ("root.files.stat", lambda: files.as_user("root").stat("/")),
+        ("root.exec.start", lambda: commands.start(CommandRequest(command="id", as_root=True))),
+    ]
+    for kind, use in newer:
+        with pytest.raises(
+            GuestRefusedError, match=f"agent is of generation 1, and {kind} came with generation 2"
+        ) as why:
+            await use()
+        assert why.value.code == "unknown_kind"
+    assert (await kernels.usage(sandbox_id)).guest is None
 
 
 async def test_calls_of_the_module_sandbox(kernels: Service) -> None:

@@ -68,6 +68,7 @@ async def test_what_slept_before_an_upgrade_goes_on_after_it(images_dir: Path) -
     async with opened(images_dir) as kernels:
         assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
         assert await kernels.run(sandbox_id, CHECK) == "2 0 kept\n"
+        assert kernels.core.running(sandbox_id).session.generation == 1
         async with await (await kernels.commands(sandbox_id)).start(CommandRequest(command="exit 3")) as command:
             event = await command.next()
         assert isinstance(event, CommandExited) and event.exit_code == 3

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vm_runtime.wire.errors import RemoteProtocolError
+from vm_runtime.wire.generations import GENERATION
 
 # The versions of the wire that this code speaks. The lowest rises only when no stored snapshot has an older agent.
 MIN_VERSION = 1
@@ -96,6 +97,7 @@ class Hello:
     session, next_marker: 32 hex digits. wall_clock_ns: since 1970, UTC. entropy: 64 bytes for the guest's random pool.
     identity: who the guest is now (sandbox_id, hostname, ...). kernel_key: the kernel's new HMAC key; None keeps it.
     restored: whether the guest comes from a snapshot. keep_random: leave the kernel's random numbers as they are.
+    generation: of the host's code (generations.py).
     """
 
     session: str
@@ -109,6 +111,7 @@ class Hello:
     versions: tuple[int, int] = (MIN_VERSION, MAX_VERSION)
     limits: Limits = field(default_factory=Limits)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    generation: int = GENERATION
 
     @classmethod
     def fresh(
@@ -148,6 +151,7 @@ class Hello:
             "keep_random": self.keep_random,
             "limits": self.limits.to_json(),
             "extra": dict(self.extra),
+            **_generation_json(self.generation),
         }
 
     @classmethod
@@ -174,6 +178,7 @@ class Hello:
             keep_random=_checked(value, "keep_random", bool, False),
             limits=Limits.from_json(_checked(value, "limits", dict)),
             extra=_checked(value, "extra", dict, {}),
+            generation=_generation(value),
         )
 
 
@@ -201,7 +206,7 @@ class KernelStatus:
 class Welcome:
     """The guest's answer. `version` and `limits` are filled in by the session; the agent gives the rest.
 
-    kernel: None where no kernel runs.
+    kernel: None where no kernel runs. generation: of the agent's code (generations.py).
     """
 
     agent_version: str
@@ -209,6 +214,7 @@ class Welcome:
     extra: Mapping[str, Any] = field(default_factory=dict)
     version: int = MAX_VERSION
     limits: Limits = field(default_factory=Limits)
+    generation: int = GENERATION
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -217,6 +223,7 @@ class Welcome:
             "kernel": None if self.kernel is None else self.kernel.to_json(),
             "limits": self.limits.to_json(),
             "extra": dict(self.extra),
+            **_generation_json(self.generation),
         }
 
     @classmethod
@@ -229,7 +236,17 @@ class Welcome:
             kernel=None if kernel is None else KernelStatus.from_json(kernel),
             limits=Limits.from_json(_checked(value, "limits", dict)),
             extra=_checked(value, "extra", dict, {}),
+            generation=_generation(value),
         )
+
+
+def _generation(value: Mapping[str, Any]) -> int:
+    return _checked_int(value, "generation", 1, 65535) if "generation" in value else 1
+
+
+def _generation_json(generation: int) -> dict[str, int]:
+    """The first generation did not name itself."""
+    return {"generation": generation} if generation > 1 else {}
 
 
 def parse_session(value: Mapping[str, Any]) -> str:

@@ -1,13 +1,16 @@
-"""The bytes of version 1, frozen: a restored snapshot is an old agent, and speaks what is in these files."""
+"""The bytes of version 1, generation 1, frozen: a restored snapshot is an old agent, and speaks what is in here."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vm_runtime.wire.errors import RemoteProtocolError
+from vm_runtime.wire.generations import GENERATION
 from vm_runtime.wire.greeting import Hello, KernelStatus, Limits, Welcome
 from vm_runtime.wire.protocol import BOOT_MARKER, Session
 
@@ -24,8 +27,9 @@ HELLO = Hello(
     keep_random=False,
     limits=Limits(window_bytes=4096, max_streams=8, max_pending_opens=4),
     extra={"a": [1]},
+    generation=1,
 )
-WELCOME = Welcome(agent_version="1.0", kernel=KernelStatus(state="idle", pid=42, busy=False), extra={})
+WELCOME = Welcome(agent_version="1.0", kernel=KernelStatus(state="idle", pid=42, busy=False), extra={}, generation=1)
 
 
 def send(session: Session) -> str:
@@ -81,3 +85,14 @@ def test_greetings_are_read_back(name: str) -> None:
         assert Hello.from_json({**payload, "unknown": 1}) == HELLO
     else:
         assert Welcome.from_json(payload).kernel == WELCOME.kernel
+
+
+def test_later_generations_name_themselves() -> None:
+    for greeting in (HELLO, WELCOME):
+        first, second = greeting.to_json(), replace(greeting, generation=2).to_json()
+        assert {**first, "generation": 2} == second
+        assert type(greeting).from_json(first).generation == 1
+        assert type(greeting).from_json(second).generation == 2
+        with pytest.raises(RemoteProtocolError):
+            type(greeting).from_json({**first, "generation": "2"})
+    assert Hello.fresh().generation == Welcome(agent_version="1").generation == GENERATION
