@@ -1,7 +1,7 @@
 """The commands that the agent runs for the host: a registry of them, and one object per command until it is forgotten.
 
-Knows nothing of the wire. A command leads a session of its own. What it leaves running there when it ends goes on, and
-what that still prints is read; what is killed, or has used its time up, is killed with all of its session.
+Knows nothing of the wire. A command leads a session of its own. What it leaves running when it ends goes on, and what
+that still prints is read; what is killed, or has used its time up, is killed with all that it started.
 """
 
 from __future__ import annotations

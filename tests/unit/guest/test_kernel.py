@@ -144,7 +144,8 @@ async def test_a_kernel_that_ended_between_two_hosts(host: Host) -> None:
     link = await host.hello()
     assert link.welcome is not None
     assert link.welcome.kernel is None
-    assert link.welcome.extra["kernel_exited"] == {"event": "kernel.exited", "pid": pid, "signal": signal.SIGKILL}
+    how = {"shut_down": False, "signal": signal.SIGKILL}
+    assert link.welcome.extra["kernel_exited"] == {"event": "kernel.exited", "pid": pid, **how}
     await start(host)
     link = await host.hello()
     assert link.welcome is not None
