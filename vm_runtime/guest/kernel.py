@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import inspect
 import json
 import logging
 import os
@@ -29,12 +30,14 @@ from typing import Any
 import ipykernel
 import zmq
 from ipykernel import kernelapp
+from ipykernel.compiler import XCachingCompiler
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.subshell_manager import UnknownSubshellError
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.jsonutil import json_clean, json_default
 from jupyter_client.session import Session, new_id
+from traitlets import Type
 from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
@@ -73,9 +76,20 @@ class KernelSettings:
     is_restart: bool
 
 
+class CellCompiler(XCachingCompiler):
+    """Tells `inspect` to which module cells belong. Else it looks through all that are imported, several times for each
+    line of a traceback, of which endless recursion has a thousand: 4 s, and 47 s emulated."""
+
+    def get_code_name(self, raw_code: str, transformed_code: str, number: int) -> str:
+        name: str = super().get_code_name(raw_code, transformed_code, number)
+        inspect.modulesbyfile[name] = "__main__"
+        return name
+
+
 class HypercellKernel(IPythonKernel):
     """IPythonKernel that tells the agent when it runs cells, and pauses between them for checkpoints."""
 
+    compiler_class = Type(CellCompiler)
     side: SideChannel
     is_restart: bool
 

@@ -336,6 +336,25 @@ time.sleep(0.5)
         assert text.count(part) == 1
 
 
+async def test_an_error_is_shown_without_a_search_through_all_modules(host: Host) -> None:
+    """As a local kernel shows it, frame by frame; endless recursion took a minute in an emulated machine."""
+    await start(host)
+    async with client(host) as jupyter:
+        await run(jupyter, "import inspect, sys, types\ndef endless(n):\n  return endless(n + 1)")
+        await run(
+            jupyter,
+            "seen = []\nclass Counted(types.ModuleType):\n  def __getattr__(self, name): seen.append(name)\n"
+            "sys.modules['counted'] = Counted('counted')",
+        )
+        _, reply = await run(jupyter, "endless(0)")
+        assert reply["ename"] == "RecursionError"
+        assert len("\n".join(reply["traceback"]).split("endless")) > 900
+        text, _ = await run(jupyter, "print(len(seen), inspect.getmodule(endless) is sys.modules['__main__'])")
+    looks, is_main = text.split()
+    assert int(looks) < 50
+    assert is_main == "True"
+
+
 async def test_subshells_run_beside_a_cell(host: Host) -> None:
     await start(host)
     async with client(host) as jupyter:

@@ -60,6 +60,7 @@ USED: dict[object, set[str]] = {
     },
     ZMQStream: {"_handle_recv", "_rebuild_io_state"},
     ZMQInteractiveShell: {"_last_traceback", "_showtraceback"},
+    inspect: {"modulesbyfile"},  # documented nowhere
     tempfile: {"_name_sequence"},
     uuid: {"_generate_time_safe", "_last_timestamp", "_node"},
     warnings: {"_filters_mutated", "_processoptions"},
