@@ -21,6 +21,7 @@ _REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("kernel_info_request", {}),
     ("is_complete_request", {"code": "for i in range(3):"}),
     ("complete_request", {"code": "import o", "cursor_pos": 8}),
+    ("complete_request", {"code": "pri", "cursor_pos": 3}),
     ("complete_request", {"code": "str.", "cursor_pos": 4}),
     ("inspect_request", {"code": "print", "cursor_pos": 5, "detail_level": 0}),
     ("comm_info_request", {}),

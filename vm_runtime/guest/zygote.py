@@ -81,6 +81,11 @@ class Zygote:
     def _prepare(self, code: str) -> dict[str, Any]:
         """Run the recipe's warm-up here, so that every kernel has its modules. Returns {"error": str | None}."""
         error = None
+        # For a first completion jedi reads the types of all builtins: 3 s, and 30 s emulated.
+        with contextlib.suppress(ImportError):  # IPython does without it, too
+            jedi = importlib.import_module("jedi")
+            for text in ("pri", "str."):
+                jedi.Interpreter(text, [{}]).complete()
         try:
             exec(compile(code, "<warm-up>", "exec"), {"__name__": "__main__"})
         except BaseException:
