@@ -10,8 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# One datagram, and so one request: an environment of 32 KiB (the wire's own limit) with room for escapes.
-DATAGRAM_BYTES_MAX = 128 << 10
+from vm_runtime.guest.side import DATAGRAM_BYTES_MAX
 
 
 class PeerGoneError(Exception):

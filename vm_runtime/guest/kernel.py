@@ -189,9 +189,7 @@ class HypercellKernel(IPythonKernel):
         The dummy message behind them is ipykernel's own way to end that (`dispatch_shell`); what comes later is run.
         """
         stream, thread = self.shell_stream, self.shell_channel_thread
-        if stream is None or thread is None:
-            self.io_loop.add_callback(super()._abort_queues)
-            return
+        assert stream is not None
         self._aborting = True
         subshells = thread.manager.list_subshell()
         for subshell in subshells:

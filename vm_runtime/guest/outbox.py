@@ -29,6 +29,9 @@ MESSAGE_OVERHEAD_BYTES = 512
 STREAM_TOPIC = b"stream."
 DELIMITER = b"<IDS|MSG>"
 
+# From the four JSON frames of a message to its signature, a hex digest.
+Sign = Callable[[list[bytes]], bytes]
+
 
 @dataclass(frozen=True)
 class Dropped:
@@ -137,10 +140,10 @@ class Outbox:
             self._dropped_parent = b"{}"
             return dropped
 
-    def resign(self, sign: Callable[[list[bytes]], bytes]) -> None:
-        """Sign everything queued anew. Called with the new key's `sign` (four JSON frames -> hex digest)."""
+    def resign(self, sign: Sign) -> None:
+        """Sign everything queued anew, with the new key's `sign`."""
         with self._changed:
-            self._messages = deque(_resigned(message, sign) for message in self._messages)
+            self._messages = deque(_Message(resigned(each.frames, sign), each.byte_count) for each in self._messages)
 
     def clear(self) -> None:
         """Forget everything queued and dropped (after the warm-up of a template)."""
@@ -168,7 +171,9 @@ class Outbox:
                 return
 
 
-def _resigned(message: _Message, sign: Callable[[list[bytes]], bytes]) -> _Message:
-    at = message.frames.index(DELIMITER) + 1
-    signature = sign(list(message.frames[at + 1 : at + 5]))
-    return _Message((*message.frames[:at], signature, *message.frames[at + 1 :]), message.byte_count)
+def resigned(frames: tuple[bytes, ...], sign: Sign) -> tuple[bytes, ...]:
+    """A message with another signature; frames that are no message stay as they are."""
+    if DELIMITER not in frames:
+        return frames
+    at = frames.index(DELIMITER) + 1
+    return (*frames[:at], sign(list(frames[at + 1 : at + 5])), *frames[at + 1 :])

@@ -9,11 +9,13 @@ import base64
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zmq
 from zmq.eventloop.zmqstream import ZMQStream
+
+from vm_runtime.guest.outbox import Sign, resigned
 
 # What is kept: replies of a few KB each, some kernels' whole history at most.
 KEPT_MAX = 64
@@ -28,8 +30,6 @@ RETRY_LIMIT_S = 30.0
 # After a change of the key, replies may still arrive that were signed with the old one.
 RESIGN_S = 5.0
 
-DELIMITER = b"<IDS|MSG>"
-
 
 class ReplyStream(ZMQStream):
     """The kernel's end of a ROUTER socket. As ZMQStream, but what has no peer to go to is kept (bounded, oldest go).
@@ -41,7 +41,7 @@ class ReplyStream(ZMQStream):
     def __init__(self, socket: zmq.Socket[bytes], io_loop: Any = None) -> None:
         self._kept: deque[tuple[bytes, ...]] = deque()
         self._kept_lock = threading.Lock()
-        self._sign: Callable[[list[bytes]], bytes] | None = None
+        self._sign: Sign | None = None
         self._resign_until_s = 0.0
         self._retry_until_s = 0.0
         self._retrying = False
@@ -52,7 +52,7 @@ class ReplyStream(ZMQStream):
         frames = tuple(frame if isinstance(frame, bytes) else bytes(memoryview(frame)) for frame in msg)
         with self._kept_lock:
             if self._sign is not None and time.monotonic() < self._resign_until_s:
-                frames = _resigned(frames, self._sign)
+                frames = resigned(frames, self._sign)
             self._kept.append(frames)
             self._drop_excess()
         self.retry()
@@ -75,12 +75,12 @@ class ReplyStream(ZMQStream):
         with self._kept_lock:
             self._kept.clear()
 
-    def resign(self, sign: Callable[[list[bytes]], bytes]) -> None:
-        """The key has changed: `sign` (four JSON frames -> hex digest) signs with the new one."""
+    def resign(self, sign: Sign) -> None:
+        """The key has changed: `sign` signs with the new one."""
         with self._kept_lock:
             self._sign = sign
             self._resign_until_s = time.monotonic() + RESIGN_S
-            self._kept = deque(_resigned(frames, sign) for frames in self._kept)
+            self._kept = deque(resigned(frames, sign) for frames in self._kept)
 
     def _handle_recv(self) -> None:
         super()._handle_recv()
@@ -159,11 +159,3 @@ def _reply(app: Any, reply_to: Mapping[str, Any], content: Mapping[str, Any]) ->
     idents = [base64.b64decode(ident) for ident in reply_to["idents"]]
     kernel.shell_stream.send_later([bytes(frame) for frame in session.serialize(reply, idents)])
     session.send(kernel.iopub_socket, "status", {"execution_state": "idle"}, parent, ident=b"status")
-
-
-def _resigned(frames: tuple[bytes, ...], sign: Callable[[list[bytes]], bytes]) -> tuple[bytes, ...]:
-    try:
-        at = frames.index(DELIMITER) + 1
-    except ValueError:
-        return frames
-    return (*frames[:at], sign(list(frames[at + 1 : at + 5])), *frames[at + 1 :])

@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# One datagram: a warm-up's code or an environment fits, and the socket's buffer (208 KiB) holds it.
+# One datagram: a warm-up's code fits, or an environment of 32 KiB (the wire's own limit) with its escapes; and the
+# socket's buffer (208 KiB) holds it.
 DATAGRAM_BYTES_MAX = 128 << 10
 
 # The end of a traceback that travels in a notice.

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from vm_runtime.guest.replies import DELIMITER
+from vm_runtime.guest.outbox import DELIMITER
 
 # A notebook that is run as a whole; what is beyond is not remembered.
 REQUESTS_MAX = 500

@@ -29,7 +29,7 @@ MEANT = {
     r"environ PYDEVD_USE_FRAME_EVAL": "debugpy sets it when it is imported",
     r"sys\.(argv|orig_argv)|__main__\._i.*|__main__\.(In|_ih)": "name the connection file; hold this very probe",
     r"sys\.(std(out|err)|displayhook|excepthook|meta_path|path_hooks)": "objects of our own, or of this test's .venv",
-    r"ipython (kernel|parent|enable_tip|display.*)": "our kernel's class; no tips, which draw random numbers",
+    r"ipython (kernel|parent|compiler_class|enable_tip|display.*)": "our classes; no tips, which draw random numbers",
     r"ipython config": "the classes that are ours",
     r"ipython magics": "%sandbox and what belongs to it",
     r"threads": "one of ours beside ipykernel's",
