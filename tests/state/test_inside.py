@@ -48,6 +48,7 @@ async def test_a_fresh_kernel_looks_as_one_that_is_started_beside_it(state_gatew
         plain = await notebook.run(PLAIN.format(probe=PROBE))
     for ours in (first, second):
         assert differences(json.loads(plain), json.loads(ours)) == []
+        assert json.loads(ours)["RLIMIT_NOFILE"] == [65_536, 1_048_576]
     await api.delete(sandbox_id)
 
 
@@ -77,6 +78,21 @@ async def test_a_restart_ends_the_running_cell_and_writes_what_is_open(state_gat
         "hello",
         "ran",
     ]
+    await api.delete(sandbox_id)
+
+
+async def test_a_client_that_shuts_its_kernel_down_is_answered_and_gets_a_new_one(
+    state_gateway: RunningGateway, api: Api
+) -> None:
+    sandbox_id = await api.create()
+    async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run(LEFT_OPEN)
+        request = await notebook.client.send("shutdown_request", {"restart": True}, channel="control")
+        seen = await notebook.client.until("status", execution_state="restarting")
+        replies = [each for each in seen if each["header"]["msg_type"] == "shutdown_reply"]
+        assert {each["channel"] for each in replies} >= {"control"}
+        assert all(each["parent_header"]["msg_id"] == request for each in replies)
+        assert await notebook.value("'file' in globals(), open('open file').read()") == (False, "hello")
     await api.delete(sandbox_id)
 
 

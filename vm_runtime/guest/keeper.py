@@ -111,6 +111,7 @@ class KernelKeeper:
         self._kernel: _Kernel | None = None
         self._key = secrets.token_hex(KEY_BYTES)
         self._env: dict[str, str] = {}
+        self._recipe_env: dict[str, str] = {}
         self._cwd: str | None = None
 
     async def __aenter__(self) -> KernelKeeper:
@@ -127,10 +128,12 @@ class KernelKeeper:
 
     def environment(self) -> dict[str, str]:
         """What a kernel that started now would get; commands get it, too."""
-        env = {**self._base_env(), **self._env}
-        if "PYTHONPATH" in self._env:
-            env["PYTHONPATH"] += f"{os.pathsep}{_SANDBOX_PATH}"
-        return env
+        return self._with(self._env)
+
+    def _with(self, env: Mapping[str, str]) -> dict[str, str]:
+        """What a login gives, and `env`."""
+        base = self._base_env()
+        return {**base, **env, "PYTHONPATH": os.pathsep.join(filter(None, (env.get("PYTHONPATH"), base["PYTHONPATH"])))}
 
     def describe(self) -> KernelStatus | None:
         """The kernel for WELCOME, or None without one. Its state is Jupyter's word: starting, idle or busy."""
@@ -203,6 +206,7 @@ class KernelKeeper:
         async with self._changing, asyncio.timeout(PREPARE_LIMIT_S):
             if env:
                 self._env.update(env)
+                self._recipe_env = dict(env)
                 self._end_zygote()
             zygote = await self._running_zygote()
             try:
@@ -381,7 +385,7 @@ class KernelKeeper:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd=self._paths.home,
-                env=self.environment(),
+                env=self._with(self._recipe_env),  # not the user's: what it breaks ends a kernel, not what makes them
                 start_new_session=True,
                 **_run_as(self._user),
             )

@@ -19,6 +19,7 @@ from jupyter_client.session import Session
 
 from tests.unit.guest.conftest import KEY, Host, client, run
 from vm_runtime.guest.paths import CHANNEL_PORTS
+from vm_runtime.wire.errors import OpenRejectedError
 
 PROBE = Path(__file__).with_name("kernel_probe.py").read_text()
 WARM_UP = "import numpy, matplotlib.pyplot"
@@ -204,6 +205,14 @@ async def test_a_kernel_in_the_place_of_the_templates_does_not_look_restarted(ho
     finally:
         context.destroy(linger=0)
     assert "starting" not in states
+
+
+async def test_an_environment_that_breaks_a_kernel_breaks_only_that(host: Host) -> None:
+    with pytest.raises(OpenRejectedError, match="ended while it started"):
+        await new_kernel(host, PYTHONHOME="/no/such/place")
+    await host.call("kernel.restart", env={"PYTHONHOME": ""})
+    async with client(host) as jupyter:
+        assert (await run(jupyter, "print(1)"))[0] == "1\n"
 
 
 async def test_a_kernel_that_was_used_keeps_its_state_whatever_the_environment(host: Host) -> None:
