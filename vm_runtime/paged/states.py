@@ -102,6 +102,7 @@ class PagedStates(States):
         if ground == resting.ground:
             return
         await asyncio.to_thread(self._check, ground)
+        resting.close_image()
         if ground.base != resting.ground.base:
             base, resting.base = resting.base, await self._bases.acquire(ground.base)
             base.close()

@@ -65,8 +65,9 @@ class Segment(NamedTuple):
     position: int
 
 
-# The source of pages that are zero.
+# The sources of pages that are zero, and of those that only the base has; layers are numbered from 0.
 ZERO_SOURCE = -1
+BASE_SOURCE = -2
 
 
 def overlay(lower: Sequence[Segment], upper: Sequence[Segment]) -> list[Segment]:
@@ -228,14 +229,29 @@ class MemoryImage:
 
     def __init__(self, base: BaseMemory, layers: Sequence[Layer]) -> None:
         self.base = base
-        self.layers = tuple(layers)
+        self.layers: tuple[Layer, ...] = tuple(layers)
         self.segments: list[Segment] = []
         for source, layer in enumerate(self.layers):
             if layer.size_bytes != base.size_bytes:
                 raise BrokenSnapshotError(f"The layer {layer.path} was not made for the base {base.digest}.")
             self.segments = overlay(self.segments, layer.segments(source))
-        self._seen = overlay([Segment(0, base.size_bytes // PAGE_SIZE, len(self.layers), 0)], self.segments)
+        self._seen = overlay([Segment(0, base.size_bytes // PAGE_SIZE, BASE_SOURCE, 0)], self.segments)
         self._ends = [segment.first + segment.pages for segment in self._seen]
+
+    def over(self, layer: Layer) -> MemoryImage:
+        """The image with one more layer on top, in less time than a new one of all of them."""
+        image = MemoryImage(self.base, ())
+        upper = layer.segments(len(self.layers))
+        image.layers = (*self.layers, layer)
+        image.segments = overlay(self.segments, upper)
+        image._seen = overlay(self._seen, upper)
+        image._ends = [segment.first + segment.pages for segment in image._seen]
+        return image
+
+    def close_layers(self) -> None:
+        """For an image that is used by one owner, as its layers are then."""
+        for layer in self.layers:
+            layer.close()
 
     @property
     def size_bytes(self) -> int:
@@ -338,7 +354,7 @@ class MemoryImage:
     def _read_source(self, segment: Segment, skip: int, count: int) -> bytes:
         if segment.source == ZERO_SOURCE:
             return bytes(count * PAGE_SIZE)
-        fd = self.base.fd if segment.source == len(self.layers) else self.layers[segment.source].fd
+        fd = self.base.fd if segment.source == BASE_SOURCE else self.layers[segment.source].fd
         content = os.pread(fd, count * PAGE_SIZE, (segment.position + skip) * PAGE_SIZE)
         if len(content) != count * PAGE_SIZE:
             raise BrokenSnapshotError("A part of the snapshot was truncated while it was read.")
