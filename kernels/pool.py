@@ -140,7 +140,8 @@ class Pool(Generic[S]):
 
     async def _add(self, shelf: _Shelf[S]) -> None:
         try:
-            shelf.ready.append(await self._make(shelf.template))
+            warm = await self._make(shelf.template)
+            shelf.ready.append(warm)  # not before: the pool may have sorted out the others meanwhile
         except Exception as error:
             # Also what nobody expected: the pool must outlive it.
             expected = isinstance(error, (KernelsError, VmRuntimeError, SnapshotError, OSError))

@@ -19,8 +19,21 @@ TEMPLATE = Template(digest="d", name="python3", snapshot=cast(Manifest, None))
 
 
 class Warm:
-    dead = False
-    closed = False
+    """looks: how often somebody looked whether it is dead."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.looks = 0
+        self._dead = False
+
+    @property
+    def dead(self) -> bool:
+        self.looks += 1
+        return self._dead
+
+    @dead.setter
+    def dead(self, value: bool) -> None:
+        self._dead = value
 
     async def close(self) -> None:
         self.closed = True
@@ -33,9 +46,12 @@ class Host:
         self.made: list[Warm] = []
         self.room = True
         self.errors: list[Exception] = []
+        self.may_make = asyncio.Event()
+        self.may_make.set()
 
     async def make(self, template: Template) -> Warm:
         await asyncio.sleep(0)
+        await self.may_make.wait()
         if self.errors:
             raise self.errors.pop()
         self.made.append(Warm())
@@ -103,6 +119,18 @@ async def test_a_dead_machine_is_neither_given_out_nor_left() -> None:
         await until(lambda: resting.closed and pool.ready_count() == 2)
     assert all(warm.closed for warm in host.made if warm is not second)
     assert not second.closed
+
+
+async def test_what_is_made_while_the_pool_looks_at_the_others_is_kept() -> None:
+    host = Host()
+    async with filled(host) as pool:
+        host.may_make.clear()
+        assert pool.take(TEMPLATE) is host.made[0]
+        resting, looks = host.made[1], host.made[1].looks
+        await until(lambda: resting.looks > looks + 4)
+        host.may_make.set()
+        await until(lambda: pool.ready_count() == 2)
+    assert len(host.made) == 3
 
 
 @pytest.mark.parametrize("error", [SnapshotError("damaged"), OSError("full"), ZeroDivisionError()])
