@@ -28,9 +28,13 @@ COMMAND_OOM_SCORE_ADJ = 500
 
 @dataclass(frozen=True, kw_only=True)
 class CommandSpec:
-    """A command line for /bin/bash (else /bin/sh), or a program and its arguments. cwd: from the home directory, which
-    it is where None. size: (rows, columns) of its terminal, None for pipes. stdin: whether there is any (a terminal
-    always has it). timeout_s: None for no limit."""
+    """A command line for /bin/bash (else /bin/sh), or a program and its arguments.
+
+    cwd: from the home directory, which it is where None.
+    size: (rows, columns) of its terminal, None for pipes.
+    stdin: whether there is any (a terminal always has it).
+    timeout_s: None for no limit.
+    """
 
     command: str | tuple[str, ...]
     cwd: str | None

@@ -76,9 +76,14 @@ class Sockets:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A VMM to start. memory: path of guest RAM as the VMM sees it; memory_shared: the machine's own file, else mapped
-    copy-on-write; memory_read_only: the file may only be opened for reading. disk: oldest first, the last is written.
-    kernel: None for a clone. fdsets: (set, descriptor) pairs for -add-fd."""
+    """A VMM to start.
+
+    memory: path of guest RAM as the VMM sees it; memory_shared: the machine's own file, else mapped copy-on-write;
+        memory_read_only: the file may only be opened for reading.
+    disk: oldest first, the last is written.
+    kernel: None for a clone.
+    fdsets: (set, descriptor) pairs for -add-fd.
+    """
 
     version: tuple[int, int]
     accelerator: Accelerator
