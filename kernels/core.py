@@ -41,6 +41,7 @@ from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
 from vm_runtime.saving.forking import Forked
+from vm_runtime.saving.threads import uncancelled
 from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots import errors as snapshot_errors
 from vm_runtime.snapshots.errors import ChainTooLongError, SnapshotError
@@ -147,10 +148,17 @@ class Core:
         endpoints = self._endpoints.get(sandbox_id)
         if endpoints is None:
             directory = self.settings.run_dir / "k" / sandbox_id.replace("-", "")[:12]
-            endpoints = Endpoints(directory, lambda: self.on_request(sandbox_id))
+            endpoints = Endpoints(
+                directory, lambda: self.on_request(sandbox_id), lambda: self.registry.touch(sandbox_id)
+            )
             await endpoints.start()
             self._endpoints[sandbox_id] = endpoints
         return endpoints
+
+    def has_request(self, sandbox_id: str) -> bool:
+        """Whether a client has asked something that no kernel has been told of."""
+        endpoints = self._endpoints.get(sandbox_id)
+        return endpoints is not None and endpoints.has_request
 
     def connection_info(self, sandbox_id: str) -> dict[str, Any]:
         """Jupyter's connection file. Errors: UnknownSandboxError, SandboxStateError (it has no endpoints yet)."""
@@ -163,11 +171,18 @@ class Core:
     # Going live and down
 
     async def go_live(
-        self, sandbox_id: str, warm: WarmMachine, *, configure: bool, snapshot: Manifest | None = None
+        self,
+        sandbox_id: str,
+        warm: WarmMachine,
+        *,
+        configure: bool = False,
+        quiet: bool = False,
+        snapshot: Manifest | None = None,
     ) -> LiveSandbox:
         """Makes a machine the sandbox's own. Owns it from the call on: it ends if anything fails.
 
         configure: tell the guest environment, directory and identity (a machine that was made for no one yet).
+        quiet: its kernel keeps what it has for clients until those that are here have reached it (`restore_beside`).
         snapshot: the machine has just been restored from it.
         Errors: MachineFailedError, VmRuntimeError.
         """
@@ -187,15 +202,22 @@ class Core:
             if configure:
                 await live.configure(env=record.env, cwd=record.cwd, identity=self.identity(record))
             self.registry.update(
-                sandbox_id, machine_id=live.saved.machine.id, key=live.key, marker=live.session.next_marker
+                sandbox_id,
+                machine_id=live.saved.machine.id,
+                key=live.key,
+                marker=live.session.next_marker,
+                resumes=False,
             )
             self.registry.move(sandbox_id, SandboxState.RUNNING, execution_state=live.execution_state)
         except BaseException:
             await warm.close()
             raise
         self.live[sandbox_id] = live
-        live.start()
         self._supervisors[sandbox_id] = asyncio.create_task(live.run())
+        if quiet:
+            await uncancelled(live.take_back())
+        else:
+            live.start()
         return live
 
     def identity(self, record: SandboxRecord) -> dict[str, str]:
@@ -215,7 +237,7 @@ class Core:
         warm = await self.restore_beside(
             sandbox_id, snapshot, keep_random=keep_random, drop_requests=drop_requests, extra=extra
         )
-        return await self.go_live(sandbox_id, warm, configure=False, snapshot=snapshot)
+        return await self.go_live(sandbox_id, warm, quiet=True, snapshot=snapshot)
 
     async def restore_beside(
         self,
@@ -227,8 +249,8 @@ class Core:
         extra: dict[str, Any] | None = None,
         on_running: Callable[[Machine], None] = lambda machine: None,
     ) -> WarmMachine:
-        """A machine in the state of a snapshot that knows itself as this sandbox, for `go_live`; the one that the
-        sandbox has stays what it is.
+        """A machine in the state of a snapshot that knows itself as this sandbox, for `go_live`, quiet; the one that
+        the sandbox has stays what it is.
 
         drop_requests: cells that waited in the kernel to be run are not, since they ran after the snapshot, or were
         asked of the state that is left; else they run now, as they would have. on_running, errors: as
@@ -241,7 +263,7 @@ class Core:
             key=record.key,
             restored=True,
             keep_random=keep_random,
-            extra={**(extra or {}), "drop_requests": drop_requests},
+            extra={**(extra or {}), "drop_requests": drop_requests, "quiet": True},
         )
         return await self.launcher.restore(snapshot, greeting, on_running=on_running)
 
@@ -309,6 +331,10 @@ class Core:
     def close(self) -> None:
         """Ends the thread of `removing`."""
         self._remover.shutdown(wait=False)
+
+    async def until_clients_have_all(self) -> None:
+        """Until the clients of all endpoints have read what their kernels have sent, those that read at all."""
+        await asyncio.gather(*(each.until_read() for each in self._endpoints.values()))
 
     async def close_endpoints(self) -> None:
         endpoints = list(self._endpoints.values())
@@ -451,7 +477,7 @@ class _Notices:
 
     def kernel_restarting(self, reason: str) -> None:
         self._registry.execution_state(self._sandbox_id, "restarting")
-        self._registry.notify(self._sandbox_id, EventKind.KERNEL_RESTARTING, reason)
+        self._registry.crash(self._sandbox_id, reason)
 
     def kernel_restarted(self) -> None:
         self._registry.notify(self._sandbox_id, EventKind.KERNEL_RESTARTED)

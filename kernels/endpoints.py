@@ -9,22 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from kernels.zmtp import (
-    GREETING,
-    GREETING_BYTES,
-    Handshake,
-    HandshakeError,
-    MessageMeter,
-    MessageTooLongError,
-    ready,
-)
+from kernels.client_connection import REQUEST_CHANNELS, ClientConnection
+from kernels.zmtp import GREETING, GREETING_BYTES, Handshake, HandshakeError, MessageTooLongError
 from vm_runtime.wire.errors import WireError
-from vm_runtime.wire.relay import relay
 from vm_runtime.wire.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -33,22 +26,16 @@ log = logging.getLogger(__name__)
 CHANNELS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
 # Each client opens four or five connections; the wire carries at most 256 streams; others need some too.
 MAX_CONNECTIONS = 200
-
-# What an endpoint claims to be while it holds a connection, and where a message is a request that wakes a kernel: not
-# on iopub (subscriptions), not on hb (every second), not on stdin (answers).
-SOCKET_TYPES = {"shell": b"ROUTER", "iopub": b"XPUB", "stdin": b"ROUTER", "control": b"ROUTER", "hb": b"REP"}
-REQUEST_CHANNELS = frozenset({"shell", "control"})
 # Every client has these; heart beats are for those that watch a process of their own.
 GREETED_CHANNELS = ("iopub", "shell", "control", "stdin")
-READ_BYTES = 64 * 1024
-# Kept of a client that talks while there is no machine (subscriptions): beyond it nothing more is read.
-MAX_HELD_BYTES = 256 * 1024
-# ZMTP's message that takes back the subscription to everything, which is what Jupyter's clients have.
-UNSUBSCRIBE = b"\x00\x01\x00"
-# From the kernel's last output to a subscriber until it has arrived here: milliseconds, emulated some more.
-QUIET_S = 0.03
+# Requests wait until the kernel knows who listens, and whom to ask for input. One whose threads get no turn (a C
+# extension holds the interpreter lock) greets no subscriber, and does nothing else either.
+KNOWN_LIMIT_S = 1.0
+# What all connections do at the same time takes milliseconds, on a busy host more. A guest may hang.
+STEP_LIMIT_S = 2.0
 
 OpenChannel = Callable[[str], Awaitable[Stream]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +63,29 @@ async def greet_ahead(open_channel: OpenChannel) -> dict[str, Greeted]:
 class Endpoints:
     """The listening sockets of one kernel, for as long as its sandbox exists, with or without a machine.
 
-    `attach(open_channel)` when there is a machine, `detach()` when it goes: while there is none, connections are held,
-    their handshakes and heart beats answered, and the first message on shell or control calls `on_request`, which
-    should see to it that a machine is attached soon. `await start()` opens the sockets; `await close()` ends all (twice
-    is harmless) and removes the directory, which has mode 0700.
+    `attach(open_channel)` when there is a machine, `detach()` when it goes; connections of clients outlive it. While
+    there is none their handshakes and heart beats are answered, and a message on shell or control calls `on_request`,
+    which should see to it that a machine is attached soon. on_traffic: called when a client sends something and when
+    the kernel has output. asked_at: when a client last sent a request (event loop time).
+    `await start()` opens the sockets; `await close()` ends all (twice is harmless) and removes the directory, which has
+    mode 0700.
 
     A first client's handshakes take an emulated guest longer than its first cell does, so a machine may bring
     connections with them behind it (`greet_ahead`): whoever connects first is given them.
     """
 
-    def __init__(self, directory: Path, on_request: Callable[[], None]) -> None:
+    def __init__(
+        self, directory: Path, on_request: Callable[[], None], on_traffic: Callable[[], None] = lambda: None
+    ) -> None:
         self._directory = directory
         self._on_request = on_request
+        self._on_traffic = on_traffic
         self._open_channel: OpenChannel | None = None
         self._attached = asyncio.Event()
         self._servers: list[asyncio.Server] = []
-        self._connections: set[asyncio.Task[None]] = set()
-        self._held: set[asyncio.Task[None]] = set()
-        self._iopub: set[Stream] = set()
+        self._connections: dict[ClientConnection, asyncio.Task[None]] = {}
         self._greeted: dict[str, Greeted] = {}
+        self.asked_at = float("-inf")
 
     async def start(self) -> None:
         """Given up half-way, it leaves nothing."""
@@ -114,47 +105,84 @@ class Endpoints:
 
             self._servers.append(await asyncio.start_unix_server(accept, self._directory / f"k-{number}"))
 
+    @property
+    def has_request(self) -> bool:
+        """Whether a client has sent something that has not been passed on to a kernel."""
+        return any(connection.has_request for connection in self._connections)
+
     def attach(self, open_channel: OpenChannel, greeted: Mapping[str, Greeted] | None = None) -> None:
-        """A machine is there: connections, new and held, go to its kernel. greeted: from `greet_ahead`, owned by this
-        from now on."""
+        """A machine is there: connections go to its kernel. greeted: from `greet_ahead`, owned by this from now on."""
         self._open_channel = open_channel
         self._greeted = dict(greeted or {})
         self._attached.set()
 
+    async def rejoined(self) -> None:
+        """After `attach`: until the kernel's iopub socket has the subscriptions of all that were connected before."""
+        await self._all(ClientConnection.rejoined)
+
+    async def quiesce(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Before `detach` from a machine that goes on later: what is under way between clients and kernel arrives, and
+        what clients send from now on waits here.
+
+        ask: awaited when the kernel's sockets have all that clients have sent; its answer. It must have the kernel keep
+        what it has for clients from then on. Errors: what `ask` raises.
+        """
+        self._hide_machine()
+        for connection in self._connections:
+            connection.stand()
+        await self._all(ClientConnection.finish)
+        await self._all(ClientConnection.settle)
+        answer = await ask()
+        # Twice: a socket answers the first before it sends what it was given at the same moment.
+        await self._all(ClientConnection.settle)
+        await self._all(ClientConnection.settle)
+        await self._all(ClientConnection.part)
+        return answer
+
+    async def until_read(self) -> None:
+        """Until clients have read what they were sent; of those that do not read for a while, no longer."""
+        await self._all(ClientConnection.until_read)
+
+    async def unsubscribe(self) -> None:
+        """The kernel keeps its output from some moment on, since it believes that nobody listens."""
+        await self._all(ClientConnection.unsubscribe)
+
+    async def _all(self, step: Callable[[ClientConnection], Awaitable[None]]) -> None:
+        """Does something with each connection; with one that is lost meanwhile, or hangs, it is not done."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STEP_LIMIT_S):
+                await asyncio.gather(*(step(each) for each in list(self._connections)), return_exceptions=True)
+
     async def detach(self) -> None:
-        """The machine is gone, or is about to be: connections to it end; clients connect anew and are held. Twice is
-        harmless: what is held stays so."""
+        """The machine is gone, or is about to be. Twice is harmless."""
+        self._hide_machine()
+        await asyncio.gather(*(connection.leave() for connection in self._connections))
+
+    def _hide_machine(self) -> None:
         self._open_channel = None
         self._attached.clear()
-        await self.drop_connections()
-
-    async def quiesce(self) -> None:
-        """Before `detach` from a machine that goes on later: its kernel keeps what it says from now on for the next
-        subscriber, and what is on its way to clients arrives."""
-        if self._iopub:
-            await asyncio.gather(*(stream.write(UNSUBSCRIBE) for stream in self._iopub), return_exceptions=True)
-            await asyncio.sleep(QUIET_S)
+        while self._greeted:
+            self._greeted.popitem()[1].stream.reset()
 
     async def drop_connections(self) -> None:
         """Ends every connection to a kernel, keeps listening: clients connect anew (their ZMQ sockets do so by
-        themselves). Those that are held stay: what their clients have said already would be lost."""
+        themselves). Those that wait for a machine stay: what their clients have said already would be lost."""
         while self._greeted:
             self._greeted.popitem()[1].stream.reset()
-        await self._end(self._connections - self._held)
-
-    @staticmethod
-    async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-        connections = list(tasks)
-        for task in connections:
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        joined = [connection for connection in self._connections if connection.is_joined]
+        for connection in joined:
+            connection.close()
+        await asyncio.gather(*(self._connections[each] for each in joined), return_exceptions=True)
 
     async def close(self) -> None:
         servers, self._servers = self._servers, []
         for server in servers:
             server.close()
-        await self.detach()
-        await self._end(self._connections)
+        self._hide_machine()
+        tasks = list(self._connections.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _accept(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -163,136 +191,55 @@ class Endpoints:
         if len(self._connections) >= MAX_CONNECTIONS:
             writer.close()
             return
-        self._connections.add(task)
+        connection = ClientConnection(name, reader, writer, on_traffic=self._on_bytes)
+        self._connections[connection] = task
         try:
-            # One that cannot be opened (kernel restarting) closes the connection: ZMQ tries again.
-            greeted = self._greeted.pop(name, None)
-            if greeted is not None:
-                await self._introduce(name, greeted, reader, writer)
-                return
-            if self._open_channel is not None:
-                await self._relay(name, await self._open_channel(name), reader, writer, kernel=Handshake())
-                return
-            self._held.add(task)
-            client = await self._hold(name, reader, writer)
-            self._held.discard(task)
-            if client is not None and self._open_channel is not None:
-                stream = await self._open_channel(name)
-                kernel = await self._replay(client, stream, writer)
-                await self._relay(name, stream, reader, writer, kernel=kernel)
+            await connection.run(self._join, self._all_known)
         except* (WireError, OSError, HandshakeError, asyncio.CancelledError):
-            # The connection's own task, which nothing awaits: cancelled only by `drop_connections` and `close`.
+            # A socket that cannot be opened (kernel restarting) ends the connection: ZMQ tries again. And the
+            # connection's own task, which nothing awaits, is cancelled only by `close`.
             pass
         except* MessageTooLongError as errors:
             log.warning("A kernel's %s connection was ended: %s", name, errors.exceptions[0])
         finally:
-            self._connections.discard(task)
-            self._held.discard(task)
-            writer.close()
+            del self._connections[connection]
 
-    async def _introduce(
-        self, name: str, greeted: Greeted, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """A client takes over a connection: the kernel's socket only has to hear who it is."""
-        try:
-            client = await self._shake(name, reader, writer)
-            if client is None:
-                return
-            await greeted.stream.write(bytes(client.said[GREETING_BYTES:] + client.rest))
-            writer.write(bytes(greeted.kernel.rest))
-            await self._relay(name, greeted.stream, reader, writer, kernel=greeted.kernel)
-        finally:
-            greeted.stream.reset()
-
-    async def _relay(
-        self,
-        name: str,
-        stream: Stream,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        kernel: Handshake,
-    ) -> None:
-        """kernel: the kernel's side of the handshake as far as it has come. Errors: MessageTooLongError, in a group."""
-        meter = MessageMeter()
-        meter.feed(bytes(kernel.rest))
-
-        def inspect(data: bytes) -> None:
-            if kernel.done:
-                meter.feed(data)
-            else:
-                kernel.feed(data)
-                meter.feed(bytes(kernel.rest))
-
-        if name == "iopub":
-            self._iopub.add(stream)
-        try:
-            await relay(stream, reader, writer, inspect=inspect)
-        finally:
-            self._iopub.discard(stream)
-
-    async def _hold(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Handshake | None:
-        """Answers the handshake and waits for a machine, asking for one once a request is there. None if the client has
-        gone, else what it said."""
-        client = await self._shake(name, reader, writer)
-        if client is None:
-            return None
-        while not self._attached.is_set():
-            if name == "hb":
-                # A sleeping kernel is well. The answer to a heart beat is its own bytes: REQ and REP have one envelope.
-                writer.write(bytes(client.rest))
-                client.rest.clear()
-            request = bool(client.rest) and name in REQUEST_CHANNELS
-            if request:
+    def _on_bytes(self, connection: ClientConnection) -> None:
+        self._on_traffic()
+        if connection.channel in REQUEST_CHANNELS:
+            self.asked_at = asyncio.get_running_loop().time()
+            if self._open_channel is None:
                 self._on_request()
-            if not await self._more_or_attached(client, reader, read=not request):
-                return None
-        return client
 
-    @staticmethod
-    async def _shake(name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Handshake | None:
-        """Answers the handshake in the kernel's place. None if the client has gone, else what it said."""
-        client = Handshake()
-        writer.write(GREETING)
-        while not client.done:
-            data = await reader.read(READ_BYTES)
-            if not data:
-                return None
-            client.feed(data)
-        writer.write(ready(SOCKET_TYPES[name]))
-        return client
+    async def _all_known(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KNOWN_LIMIT_S):
+                for connection in list(self._connections):
+                    if connection.channel in ("iopub", "stdin"):
+                        await connection.known.wait()
 
-    async def _more_or_attached(self, client: Handshake, reader: asyncio.StreamReader, *, read: bool) -> bool:
-        """Waits for a machine, or (if `read`) for more from the client. False when the client has gone."""
-        attached = asyncio.create_task(self._attached.wait())
-        more = asyncio.create_task(reader.read(READ_BYTES)) if read and len(client.rest) < MAX_HELD_BYTES else None
+    async def _join(self, connection: ClientConnection) -> tuple[Stream, Handshake]:
+        while self._open_channel is None:
+            await self._attached.wait()
+        said = connection.handshake.said
+        greeted = self._greeted.pop(connection.channel, None)
+        if greeted is not None:
+            stream, kernel = greeted.stream, greeted.kernel
+        else:
+            stream, kernel = await self._open_channel(connection.channel), Handshake()
         try:
-            await asyncio.wait([task for task in (attached, more) if task], return_when=asyncio.FIRST_COMPLETED)
-            if more is not None and more.done():
-                data = more.result()
-                client.feed(data)
-                return bool(data)
-            return True
-        finally:
-            for task in (attached, more):
-                if task is not None:
-                    task.cancel()
-            await asyncio.gather(*(task for task in (attached, more) if task), return_exceptions=True)
-
-    @staticmethod
-    async def _replay(client: Handshake, stream: Stream, writer: asyncio.StreamWriter) -> Handshake:
-        """Says to the kernel's socket what the client said, step by step (libzmq takes no READY before its own
-        greeting has gone out), and drops the kernel's side of the handshake, which the client has had from us."""
-        kernel = Handshake()
-        await stream.write(bytes(client.said[:GREETING_BYTES]))
-        while len(kernel.said) < GREETING_BYTES:
-            kernel.feed(await _some(stream))
-        await stream.write(bytes(client.said[GREETING_BYTES:]))
-        while not kernel.done:
-            kernel.feed(await _some(stream))
-        await stream.write(bytes(client.rest))
-        writer.write(bytes(kernel.rest))
-        return kernel
+            # Step by step: libzmq takes no READY before its own greeting has gone out.
+            if greeted is None:
+                await stream.write(bytes(said[:GREETING_BYTES]))
+                while len(kernel.said) < GREETING_BYTES:
+                    kernel.feed(await _some(stream))
+            await stream.write(bytes(said[GREETING_BYTES:]))
+            while not kernel.done:
+                kernel.feed(await _some(stream))
+        except BaseException:
+            stream.reset()
+            raise
+        return stream, kernel
 
     def connection_info(self, key: str) -> dict[str, Any]:
         """Jupyter's connection file for these endpoints, `transport: ipc`."""

@@ -17,9 +17,10 @@ from kernels.errors import CellRunsError, KernelsError, LimitError, MachineFaile
 from kernels.events import EventQueue
 from kernels.index import SandboxRecord
 from kernels.launcher import new_key
+from kernels.live import LiveSandbox
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.outcomes import Outcome, Outcomes
-from kernels.session import Greeting
+from kernels.session import Greeting, Unanswered
 from kernels.warm import WarmMachine, new_place, new_sandbox_id
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.errors import VmRuntimeError
@@ -210,7 +211,7 @@ class Forks:
             )  # fmt: skip
             warm = await WarmMachine.greet(machine, greeting)
             async with core.lock(sandbox.id):
-                await core.go_live(sandbox.id, warm, configure=False, snapshot=snapshot)
+                await core.go_live(sandbox.id, warm, snapshot=snapshot)
                 await core.keep(sandbox.id, snapshot)
             return core.get(sandbox.id)
         except (KernelsError, VmRuntimeError, SnapshotError) as error:
@@ -226,10 +227,16 @@ class Forks:
         offer = self.outcomes.get(child_id)
         if offer is None or offer.state != "offered" or offer.parent_id != parent_id:
             raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
-        extra = {"calls": {offer.call_id: {"result": {"became": parent_id}}}}
         async with core.lock(parent_id), core.lock(child_id):
-            live = core.running(child_id)
-            was_running = live.saved.machine.state is RunState.RUNNING
+            parent, live = core.live.get(parent_id), core.running(child_id)
+            run = [each for each in (parent, live) if each and each.saved.machine.state is RunState.RUNNING]
+            for each in run:
+                await each.let_go()
+            extra = {
+                "calls": {offer.call_id: {"result": {"became": parent_id}}},
+                # What the child knows nothing of was asked of the state that its parent leaves.
+                "aborted": _unanswered(parent).cells_but(_unanswered(live).cells),
+            }
             snapshot = None
             try:
                 snapshot = (await core.take(child_id, then=Then.STOP, heir_id=parent_id)).manifest
@@ -238,9 +245,9 @@ class Forks:
                 )
             except BaseException as error:
                 # Neither has given up anything yet: the parent runs, and the child only has to run on.
+                for each in run:
+                    await each.go_on()
                 if snapshot is not None:
-                    if was_running and not live.saved.machine.is_dead:
-                        await live.go_on()
                     await core.removing(core.store.rm, snapshot.id)
                 if isinstance(error, SnapshotError | VmRuntimeError | KernelsError):
                     raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
@@ -248,7 +255,7 @@ class Forks:
             await core.keep(parent_id, snapshot)
             await core.take_down(parent_id, "elsewhere")
             core.registry.move(parent_id, SandboxState.ASLEEP)
-            await core.go_live(parent_id, warm, configure=False, snapshot=snapshot)
+            await core.go_live(parent_id, warm, quiet=True, snapshot=snapshot)
             core.registry.adopt(child_id, parent_id)
             await self.outcomes.adopt(child_id, parent_id)
             await core.forget(child_id)
@@ -293,6 +300,11 @@ class Forks:
             await self.outcomes.record(
                 Outcome(child_id=sandbox.id, parent_id=sandbox.parent_id, state="crashed", message=message[:4000])
             )
+
+
+def _unanswered(live: LiveSandbox | None) -> Unanswered:
+    """What was not answered when it was let go."""
+    return live.unanswered if live is not None and live.unanswered is not None else Unanswered(count=0)
 
 
 def _no_cancel(machine: SavedMachine | BaseException) -> SavedMachine | Exception:

@@ -23,7 +23,8 @@ class SandboxRecord(BaseModel):
 
     machine_id: its machine ("" where there is none).
     key: the kernel's HMAC key. marker: what opens the next session on its wire (hex). env, cwd: as asked for.
-    depth: generations of forks above it.
+    depth: generations of forks above it. resumes: it was put to sleep in the middle of something, by a gateway that
+    stopped; the next one wakes it.
     boot_id, born_s: a boot of the host, and what its CLOCK_BOOTTIME was, or would have been, when the sandbox was made.
     """
 
@@ -38,6 +39,7 @@ class SandboxRecord(BaseModel):
     depth: int = 0
     boot_id: str = ""
     born_s: float = 0.0
+    resumes: bool = False
 
 
 class Index:

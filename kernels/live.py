@@ -10,13 +10,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, MachineUnresponsiveError
-from kernels.session import GuestEvent, KernelExited, KernelStatus
+from kernels.session import GuestEvent, KernelExited, KernelStatus, Unanswered
 from kernels.warm import WarmMachine
 from vm_runtime.states import RunState
 from vm_runtime.wire.stream import Stream
@@ -29,6 +29,8 @@ RELEASE_TIMEOUT_S = 2.0
 CATCH_UP_S = 2.0
 # A kernel ends once, and the one after it when that was started: what comes beyond that is made up by the guest.
 MAX_EXITS = 8
+# Of a kernel that cannot be told to keep its output, but for want of subscribers: until its last has arrived here.
+QUIET_S = 0.1
 # From a cell's reply to its end.
 ENDING_S = 0.1
 # Between the wire's end and the VMM process's own end when both come from the same death.
@@ -64,7 +66,7 @@ class LiveSandbox:
     `await run()` supervises. endpoints: the sandbox's own, which outlive the machine; attached by `start`.
     cell: the number of the last cell that ended, None while that is unknown. kernel_started_at: when this kernel took
     the place of another one in this machine, None where it did not. next_waits: whether the kernel waits with
-    the next one for `release_cells`.
+    the next one for `release_cells`. is_let_go: its clients wait (`let_go`); unanswered: what it had not answered then.
     restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead. is_dead: it was
     before; only `restart` changes that.
     """
@@ -85,6 +87,8 @@ class LiveSandbox:
         self.cell: int | None = None
         self.kernel_started_at: datetime | None = None
         self.next_waits = False
+        self.is_let_go = False
+        self.unanswered: Unanswered | None = None
         self._cell_ended = asyncio.Event()
         self._endpoints = endpoints
         self._identity = warm.identity
@@ -103,14 +107,54 @@ class LiveSandbox:
 
     def start(self) -> None:
         """From now on clients reach this machine's kernel."""
+        self.is_let_go = False
         greeted, self._greeted = self._greeted, {}
         self._endpoints.attach(self._open_channel, greeted)
 
-    async def let_go(self) -> None:
-        """Before the machine sleeps: its clients wait from now on, and nothing that it said to them is lost. `start`
-        takes that back."""
-        await self._endpoints.quiesce()
-        await self._endpoints.detach()
+    @property
+    def asked_at(self) -> float:
+        """When a client last asked something (event loop time)."""
+        return self._endpoints.asked_at
+
+    async def has_unanswered(self) -> bool:
+        """Whether the kernel says that it has not answered something."""
+        try:
+            unanswered = await self.session.quiesce(quiet=False)
+            if unanswered is None:
+                return not (await self.session.hold_cells(limit_s=0.0)).held
+        except MachineFailedError:
+            return False
+        return unanswered.count > 0
+
+    async def let_go(self) -> Unanswered | None:
+        """Before the machine stands still: its clients wait from now on, and nothing that is under way between them and
+        its kernel is lost. What the kernel has not answered, None if it does not say; also in `unanswered`."""
+        self.is_let_go, self.unanswered = True, None
+        try:
+            self.unanswered = await self._endpoints.quiesce(self._quiet)
+        except MachineFailedError as error:
+            log.info("A kernel does not say what it has not answered: %s", error)
+        finally:
+            await self._endpoints.detach()
+        return self.unanswered
+
+    async def _quiet(self) -> Unanswered:
+        unanswered = await self.session.quiesce(quiet=True)
+        if unanswered is None:
+            await self._endpoints.unsubscribe()
+            await asyncio.sleep(QUIET_S)
+            last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
+            unanswered = Unanswered(count=len(last.unanswered) or int(not last.held), cells=last.unanswered)
+        return unanswered
+
+    async def take_back(self) -> None:
+        """Ends what `let_go` began: clients reach the kernel again, each as soon as all that were there are back."""
+        self.start()
+        await self._endpoints.rejoined()
+        try:
+            await self.session.quiesce(quiet=False)
+        except MachineFailedError as error:
+            log.info("A kernel was not told that its clients are back: %s", error)
 
     async def configure(self, *, env: Mapping[str, str], cwd: str | None, identity: Mapping[str, str]) -> None:
         """Gives a kernel that runs already its environment, directory and identity, as far as it has them not yet."""
@@ -139,32 +183,33 @@ class LiveSandbox:
             log.info("A kernel was not told that its next cell may begin: %s", error)
 
     async def go_on(self) -> None:
-        """Resumes the machine whose state was saved to stop it, and its cells."""
-        await self.saved.machine.resume()
-        await self.release_cells(waits=self.next_waits)
+        """Resumes the machine, if it was stopped to save its state, its cells, and its clients' way to it."""
+        if self.saved.machine.is_dead:
+            return
+        if self.saved.machine.state is RunState.PAUSED:
+            await self.saved.machine.resume()
+            await self.release_cells(waits=self.next_waits)
+        await self.take_back()
 
-    async def catch_up(self, *, inside: bool) -> Sequence[Mapping[str, Any]]:
+    async def catch_up(self, *, inside: bool) -> None:
         """Waits until the guest's word of the last cell that has ended by now has come: clients may hear of its end
-        before we do. What follows from it has begun then. Answers the requests that wait for an answer.
+        before we do. What follows from it has begun then.
 
         inside: it is a cell that asks for this. Else one that runs may be about to end: a reply comes before that.
         """
-        unanswered: Sequence[Mapping[str, Any]] = ()
         try:
             async with asyncio.timeout(CATCH_UP_S):
                 self._cell_ended.clear()
-                last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
+                last = await self.session.hold_cells(limit_s=0.0)
                 if not last.held and not inside:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._cell_ended.wait(), ENDING_S)
-                    last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
-                unanswered = last.unanswered
+                    last = await self.session.hold_cells(limit_s=0.0)
                 while last.held and last.cell != self.cell:
                     self._cell_ended.clear()
                     await self._cell_ended.wait()
         except (TimeoutError, MachineFailedError) as error:
             log.info("A kernel does not say which cell ended last: %s", error or "timed out")
-        return unanswered
 
     @property
     def execution_state(self) -> str:
@@ -322,7 +367,7 @@ class LiveSandbox:
 
     async def detach(self) -> None:
         """Lets go of the session and leaves the machine running, for the next gateway to adopt."""
-        await self._endpoints.detach()
+        await self.let_go()
         await self.session.close("stopping")
         await self.saved.detach()
 

@@ -42,6 +42,7 @@ class EventKind(StrEnum):
     KERNEL_RESTARTING = "kernel_restarting"
     KERNEL_RESTARTED = "kernel_restarted"
     KERNEL_DEAD = "kernel_dead"
+    WAKE_FAILED = "wake_failed"
     DELETED = "deleted"
     CHECKPOINT = "checkpoint"
     CHECKPOINT_PROBLEM = "checkpoint_problem"
@@ -90,6 +91,7 @@ class Sandbox:
     index: which of its siblings it is, for a child of a fork, else 0. snapshot_id: what it wakes from, or its newest
     checkpoint. checkpoint_problem: why its last one could not be taken, or why they are rarer than cells; None if
     neither is so. released: its Jupyter client has deleted it; it is kept asleep for the next who opens `notebook`.
+    crashes: how often its kernel has lost its state without being asked to, and has come back.
     """
 
     id: str
@@ -117,6 +119,7 @@ class Sandbox:
     checkpoint_problem: str | None = None
     on_timeout: OnTimeout = "delete"
     tags: Mapping[str, str] = field(default_factory=dict)
+    crashes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Sequence
 
 from kernels.core import Core
-from kernels.errors import CapacityError, CheckpointLimitError, KernelsError, MachineFailedError, SandboxStateError
-from kernels.models import Sandbox, SandboxState
+from kernels.errors import (
+    CapacityError,
+    CheckpointLimitError,
+    KernelsError,
+    MachineFailedError,
+    SandboxStateError,
+    UnknownSandboxError,
+)
+from kernels.live import LiveSandbox
+from kernels.models import EventKind, Sandbox, SandboxState
 from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
@@ -22,6 +31,10 @@ log = logging.getLogger(__name__)
 
 # How often idle times and life times are looked at: limits are minutes, so a second late is on time.
 WATCH_INTERVAL_S = 1.0
+# Who puts a sandbox to sleep in the moment in which another asks something of it wants the answer to be given first;
+# what takes longer sleeps and goes on later.
+PATIENCE_S = 2.0
+LOOK_INTERVAL_S = 0.05
 # At a clean stop: snapshots taken at the same time. They are bound by CPU and disk, of which two saturate a small host.
 PARALLEL_SLEEPS = 4
 
@@ -31,6 +44,7 @@ class Naps:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._waking: set[str] = set()  # a wake on request waits for its turn
 
     async def sleep(self, sandbox_id: str) -> Sandbox:
         """Puts a sandbox to sleep; one that sleeps already stays so. A cell that runs goes on after the wake.
@@ -39,29 +53,61 @@ class Naps:
         it runs on.
         """
         self._core.get(sandbox_id)
+        asked_at = asyncio.get_running_loop().time()
         async with self._core.lock(sandbox_id):
-            return await self._sleep(sandbox_id)
+            live = self._core.live.get(sandbox_id)
+            busy = live is not None and await self._let_go(live, patience_s=PATIENCE_S)
+            sandbox = await self._sleep(sandbox_id)
+            # Else who asks now waits for an answer that nobody brings about.
+            if live is not None and busy and live.asked_at >= asked_at:
+                self.on_request(sandbox_id)
+            return sandbox
 
-    async def _sleep(self, sandbox_id: str) -> Sandbox:
+    @staticmethod
+    async def _let_go(live: LiveSandbox, *, patience_s: float = 0.0) -> bool:
+        """`LiveSandbox.let_go`, when what was asked in the last moments is answered, if it is soon. Whether something
+        is not, or the kernel does not even say so."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience_s
+        while live.saved.machine.state is RunState.RUNNING:  # a paused one was let go before
+
+            def is_patient() -> bool:
+                return loop.time() < until and live.asked_at > loop.time() - patience_s
+
+            while is_patient() and await live.has_unanswered():  # noqa: ASYNC110 - a guest tells when it is asked
+                await asyncio.sleep(LOOK_INTERVAL_S)
+            unanswered = await live.let_go()
+            if unanswered is None or unanswered.count == 0:
+                return unanswered is None
+            if not is_patient():
+                return True
+            await live.take_back()
+        return False
+
+    async def _sleep(self, sandbox_id: str, *, resumes: bool = False) -> Sandbox:
+        """resumes: the next gateway wakes it."""
         core = self._core
         if core.get(sandbox_id).state is SandboxState.ASLEEP:
             return core.get(sandbox_id)
         live = core.running(sandbox_id)
-        # Before the snapshot: what clients and kernel say to each other during it would be lost with the machine.
-        await live.let_go()
         was_running = live.saved.machine.state is RunState.RUNNING
+        if was_running and not live.is_let_go:
+            await live.let_go()
         try:
             await core.take(sandbox_id, then=Then.STOP)
         except Exception as error:
             # Also where the snapshot is there but could not be noted down (a full disk): what runs must not be lost.
-            if was_running and live.saved.machine.state is RunState.PAUSED:
+            if was_running:
                 await live.go_on()
-            live.start()
             if isinstance(error, CheckpointLimitError):
                 raise
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
         await core.take_down(sandbox_id, "asleep")
-        return core.registry.move(sandbox_id, SandboxState.ASLEEP)
+        core.registry.update(sandbox_id, resumes=resumes)
+        sandbox = core.registry.move(sandbox_id, SandboxState.ASLEEP)
+        if core.has_request(sandbox_id):
+            self.on_request(sandbox_id)
+        return sandbox
 
     async def wake(self, sandbox_id: str) -> Sandbox:
         """Wakes a sandbox; one that runs already goes on.
@@ -102,9 +148,12 @@ class Naps:
             live = core.running(sandbox_id)
             if core.get(sandbox_id).state is SandboxState.PAUSED:
                 return core.get(sandbox_id)
+            # What is under way to a machine that stands still would be lost if it were put to sleep then.
+            await live.let_go()
             try:
                 await live.saved.machine.pause()
             except VmRuntimeError as error:
+                await live.take_back()
                 raise MachineFailedError(f"The sandbox could not be paused: {error}") from error
             live.session.deadlines.pause()
             return core.registry.move(sandbox_id, SandboxState.PAUSED)
@@ -123,18 +172,26 @@ class Naps:
             live.session.deadlines.resume()
             await live.session.correct_clock(math.inf)  # it stood still with the CPUs
             core.registry.touch(sandbox_id)
-            return core.registry.move(sandbox_id, SandboxState.RUNNING)
+            sandbox = core.registry.move(sandbox_id, SandboxState.RUNNING)
+            await live.take_back()
+            return sandbox
 
     def on_request(self, sandbox_id: str) -> None:
         """A client asks something of a sandbox that has no machine, or is losing it just now."""
-        if sandbox_id in self._core.registry and self._core.get(sandbox_id).state is not SandboxState.FAILED:
+        known = sandbox_id in self._core.registry and self._core.get(sandbox_id).state is not SandboxState.FAILED
+        if known and sandbox_id not in self._waking and not self._core.is_stopping:
+            self._waking.add(sandbox_id)
             self._core.spawn(self._wake_on_request(sandbox_id))
 
     async def _wake_on_request(self, sandbox_id: str) -> None:
         try:
-            await self.wake(sandbox_id)
+            async with self._core.lock(sandbox_id):
+                self._waking.discard(sandbox_id)
+                await self._wake(sandbox_id)
         except KernelsError as error:
             log.warning("Sandbox %s was asked something and cannot wake: %s", sandbox_id, error)
+            no_room = isinstance(error, CapacityError)
+            self._core.registry.notify(sandbox_id, EventKind.WAKE_FAILED, str(error), no_room=no_room)
 
     def on_machine_lost(self, sandbox_id: str, reason: str) -> None:
         """The machine died. With a checkpoint the sandbox sleeps on it; without one it has failed."""
@@ -164,13 +221,20 @@ class Naps:
                     self._core.spawn(self._sleep_if_idle(sandbox.id))
 
     async def _sleep_if_idle(self, sandbox_id: str) -> None:
-        async with self._core.lock(sandbox_id):
-            if sandbox_id in self._core.registry and self._is_idle(self._core.get(sandbox_id)):
-                try:
-                    await self._sleep(sandbox_id)
-                except KernelsError as error:
-                    log.warning("Sandbox %s is idle but cannot sleep: %s", sandbox_id, error)
-                    self._core.registry.touch(sandbox_id)  # else it would be tried again at once
+        core = self._core
+        async with core.lock(sandbox_id):
+            live = core.live.get(sandbox_id)
+            if live is None or not self._is_idle(core.get(sandbox_id)):
+                return
+            if await self._let_go(live) or core.has_request(sandbox_id):
+                await live.take_back()
+                core.registry.touch(sandbox_id)  # else it would be tried again at once
+                return
+            try:
+                await self._sleep(sandbox_id)
+            except KernelsError as error:
+                log.warning("Sandbox %s is idle but cannot sleep: %s", sandbox_id, error)
+                core.registry.touch(sandbox_id)
 
     async def _sleep_at_end(self, sandbox_id: str) -> None:
         """Its life time is over with this, whether it could sleep or not: it may be woken."""
@@ -185,7 +249,7 @@ class Naps:
                     log.warning("The time of sandbox %s is up, but it cannot sleep: %s", sandbox_id, error)
 
     async def sleep_all(self, *, limit_s: float, progress: Progress) -> list[str]:
-        """Puts everything to sleep, several at a time; answers the ids of those that could not be in time."""
+        """For a stop: puts everything to sleep, several at a time. The ids of those that could not be in time."""
         gate = asyncio.Semaphore(PARALLEL_SLEEPS)
         left = [sandbox_id for sandbox_id in self._core.live]
         total = len(left)
@@ -195,7 +259,7 @@ class Naps:
         async def one(sandbox_id: str) -> None:
             async with gate:
                 try:
-                    await self.sleep(sandbox_id)
+                    await self._sleep_for_stop(sandbox_id)
                     left.remove(sandbox_id)
                     progress(f"Asleep: {total - len(left)} of {total}.")
                 except KernelsError as error:
@@ -208,6 +272,25 @@ class Naps:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         return list(left)
+
+    async def _sleep_for_stop(self, sandbox_id: str) -> None:
+        core = self._core
+        async with core.lock(sandbox_id):
+            live = core.live.get(sandbox_id)
+            if live is not None:
+                busy = await self._let_go(live) or core.get(sandbox_id).execution_state == "busy"
+                runs = core.get(sandbox_id).state is SandboxState.RUNNING
+                await self._sleep(sandbox_id, resumes=runs and busy)
+
+    async def resume_all(self, sandbox_ids: Sequence[str]) -> None:
+        """Wakes what an earlier gateway put to sleep in the middle of something when it stopped."""
+        for sandbox_id in sandbox_ids:
+            try:
+                await self.wake(sandbox_id)
+            except UnknownSandboxError:
+                continue
+            except KernelsError as error:
+                log.warning("Sandbox %s does not go on where it was when the gateway stopped: %s", sandbox_id, error)
 
     def _is_idle(self, sandbox: Sandbox) -> bool:
         may_sleep = sandbox.state is SandboxState.RUNNING and sandbox.execution_state in ("idle", "dead")

@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 PARALLEL_GREETINGS = 8
 
 
-async def find_again(core: Core, naps: Naps) -> None:
-    """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's."""
+async def find_again(core: Core, naps: Naps) -> list[str]:
+    """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's. The ids of sandboxes that were
+    put to sleep in the middle of something because the gateway stopped."""
     settings = core.settings
     records = core.registry.records()
     for record in records:
@@ -41,6 +42,8 @@ async def find_again(core: Core, naps: Naps) -> None:
     alive = {live.saved.machine.id for live in core.live.values()}
     await core.launcher.saver.remove_leftovers(settings.state_dir / "machines", keep=alive)
     await core.drop_snapshots_of_strangers()
+    records = core.registry.records()
+    return [each.sandbox.id for each in records if each.resumes and each.sandbox.state is SandboxState.ASLEEP]
 
 
 async def _end_stray(core: Core, machine_id: str) -> None:
@@ -81,7 +84,7 @@ async def _find(core: Core, naps: Naps, record: SandboxRecord) -> None:
     greeting = Greeting(marker=record.marker, identity=core.identity(record), key=record.key, restored=False)
     try:
         warm = await core.launcher.adopt(place, greeting)
-        await core.go_live(sandbox.id, warm, configure=False)
+        await core.go_live(sandbox.id, warm)
     except (KernelsError, VmRuntimeError, SnapshotError) as error:
         naps.on_machine_lost(sandbox.id, str(error))
         return

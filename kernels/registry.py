@@ -20,6 +20,9 @@ from kernels.lineage import Lineage
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.states import check
 
+# Activity is a time for people and idle limits: this is exact enough for both, and it comes with each piece of output.
+TOUCH_INTERVAL_S = 0.5
+
 
 class Registry:
     """Records by sandbox id, oldest first. `index` must be open; `load()` reads what an earlier gateway wrote.
@@ -125,10 +128,10 @@ class Registry:
             self.execution_state(sandbox_id, "unknown")
 
     def touch(self, sandbox_id: str) -> None:
-        """A client did something. Not written to disk at once: activity comes with every message."""
-        record = self._records.get(sandbox_id)
-        if record is not None:
-            self._active[sandbox_id] = time.monotonic()
+        """The sandbox is in use. Not written to disk at once: that is so with every message."""
+        record, now = self._records.get(sandbox_id), time.monotonic()
+        if record is not None and now - self._active[sandbox_id] >= TOUCH_INTERVAL_S:
+            self._active[sandbox_id] = now
             self._replace(record, last_activity=datetime.now(UTC))
 
     def age_s(self, sandbox_id: str) -> float:
@@ -147,13 +150,18 @@ class Registry:
 
     def fall_back(self, sandbox_id: str, reason: str) -> None:
         """The sandbox has lost its machine and sleeps on its last checkpoint; clients learn that it was restarted."""
-        self.notify(sandbox_id, EventKind.KERNEL_RESTARTING, reason)
+        self.crash(sandbox_id, reason)
         self.move(sandbox_id, SandboxState.ASLEEP, reason=reason, execution_state="idle")
         self.notify(sandbox_id, EventKind.KERNEL_RESTARTED, reason)
 
-    def notify(self, sandbox_id: str, kind: EventKind, reason: str | None = None) -> None:
+    def crash(self, sandbox_id: str, reason: str) -> None:
+        """Its kernel has lost its state without being asked to, and comes back."""
+        self.change(sandbox_id, crashes=self.record(sandbox_id).sandbox.crashes + 1)
+        self.notify(sandbox_id, EventKind.KERNEL_RESTARTING, reason)
+
+    def notify(self, sandbox_id: str, kind: EventKind, reason: str | None = None, **data: Any) -> None:
         """An event that changes nothing in the record."""
-        self._publish(sandbox_id, kind, {} if reason is None else {"reason": reason})
+        self._publish(sandbox_id, kind, data if reason is None else {"reason": reason, **data})
 
     def checkpoint_problem(self, sandbox_id: str, problem: str | None) -> None:
         """Notes what keeps its checkpoints away or makes them rare, None for nothing; an event if that has changed.

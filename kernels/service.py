@@ -102,9 +102,9 @@ class SandboxService:
             core.registry.load()
             await stack.enter_async_context(core.launcher.running())
             stack.push_async_callback(core.close_endpoints)
-            stack.push_async_callback(self._stop)
-            await find_again(core, naps)
-            stack.push_async_callback(core.end_background)
+            stack.push_async_callback(self.stop)
+            resuming = await find_again(core, naps)
+            core.spawn(naps.resume_all(resuming))
             for watch in (naps.watch(), time_line.watch(), forks.watch()):
                 core.spawn(watch)
             stack.callback(core.bus.close)
@@ -114,18 +114,27 @@ class SandboxService:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
-    async def _stop(self) -> None:
-        """Everything sleeps, or what could not in time ends; then what is left of machines ends, too."""
+    async def stop(self) -> None:
+        """Puts everything to sleep, or ends it; what could not sleep in time runs on. When this returns, clients of
+        endpoints have all that their kernels had sent. Called by who serves such clients, before `__aexit__`, which
+        otherwise does it. Twice is harmless."""
         core = self._core
         core.is_stopping = True
+        await core.end_background()
         if self._settings.stop_means_sleep:
-            for sandbox_id in await self._naps.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._say):
+            awake = await self._naps.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._say)
+            for sandbox_id in awake:
                 self._say(f"Sandbox {sandbox_id} could not be put to sleep; it runs on, and the next start finds it.")
-                await core.detach(sandbox_id)
+            await asyncio.gather(*(core.detach(sandbox_id) for sandbox_id in awake))
             core.registry.flush()
+            await core.until_clients_have_all()
         else:
             ids = [record.sandbox.id for record in core.registry.records()]
             await asyncio.gather(*(core.forget(sandbox_id) for sandbox_id in ids), return_exceptions=True)
+
+    async def until_clients_have_all(self) -> None:
+        """Until the clients of endpoints have read what their kernels have sent, those that read at all."""
+        await self._core.until_clients_have_all()
 
     # Templates
 
@@ -277,7 +286,11 @@ class SandboxService:
             await asyncio.gather(*(self._core.end(each) for each in left))
 
     async def interrupt(self, sandbox_id: str) -> None:
-        """Interrupts the cell that runs. Errors: UnknownSandboxError, SandboxStateError, MachineFailedError."""
+        """Interrupts the cell that runs; where none does, also for want of a machine, nothing happens. Errors:
+        UnknownSandboxError, SandboxStateError, MachineFailedError."""
+        sandbox = self.get(sandbox_id)
+        if sandbox.state is SandboxState.ASLEEP and sandbox.execution_state != "busy":
+            return
         await self._ready_to_answer(sandbox_id)
         await self._core.running(sandbox_id).interrupt()
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,6 +39,8 @@ CLOCK_TRIES = 5
 CLOCK_TIMEOUT_S = 10.0
 # Of requests that another state is told of: with the rest of its HELLO it has 32 KiB. A guest names 16 KiB of them.
 MAX_UNANSWERED_BYTES = 20 << 10
+# A kernel that is asked to be quiet answers within milliseconds, unless its threads get no turn.
+QUIESCE_TIMEOUT_S = 2.0
 # One line of the guest's event stream; ours are under 200 bytes.
 MAX_EVENT_BYTES = 4096
 # A cell has two events, and a kernel runs up to some hundred cells a second. A guest that sends more is read no faster;
@@ -66,6 +68,20 @@ class LastCell:
     held: bool
     cell: int | None
     unanswered: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unanswered:
+    """What a kernel has not answered. count: requests of all kinds. cells: those for cells, as far as it names them
+    ({"idents": [base64], "header": {...}})."""
+
+    count: int
+    cells: tuple[Mapping[str, Any], ...] = ()
+
+    def cells_but(self, others: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any]]:
+        """Those for cells that are none of these."""
+        known = {_message_id(each) for each in others}
+        return [each for each in self.cells if _message_id(each) not in known]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +217,22 @@ class GuestSession:
         """Asks the kernel to let no cell begin until `kernel.release`, at most for `limit_s` (0: it is only asked what
         it does). Errors: as `call`."""
         answer = await self.call("kernel.hold", {"limit_s": limit_s, "unanswered": unanswered}, timeout_s=timeout_s)
-        requests = answer.get("unanswered")
-        known = [each for each in requests if isinstance(each, dict)] if isinstance(requests, list) else []
-        if len(json.dumps(known)) > MAX_UNANSWERED_BYTES:
-            known = []
-        return LastCell(held=answer.get("held") is True, cell=_cell(answer), unanswered=tuple(known))
+        cells = _requests(answer.get("unanswered"))
+        return LastCell(held=answer.get("held") is True, cell=_cell(answer), unanswered=cells)
+
+    async def quiesce(self, *, quiet: bool) -> Unanswered | None:
+        """What the kernel has and has not answered, now that it has looked at all that its sockets have. None from an
+        agent that is older than this question: nothing is done.
+
+        quiet: it keeps what it has for its clients until it is asked again without, or greeted. Errors: as `call`.
+        """
+        if not self.knows("kernel.quiesce"):
+            return None
+        if self.kernel_exited is not None:
+            return Unanswered(count=0)
+        answer = await self.call("kernel.quiesce", {"quiet": quiet}, timeout_s=QUIESCE_TIMEOUT_S)
+        count = answer.get("unanswered")
+        return Unanswered(count=count if isinstance(count, int) else 0, cells=_requests(answer.get("cells")))
 
     async def usage(self) -> GuestUsage | None:
         """What the guest uses of its machine; None from one that does not answer, or is older than this question."""
@@ -331,6 +358,20 @@ def _event_in(value: Any) -> GuestEvent | None:
             return KernelExited(pid=pid, reason=reason)
         case _:
             return None
+
+
+def _message_id(request: Mapping[str, Any] | None) -> str:
+    """As far as what a guest says is what it should be."""
+    match request:
+        case {"header": {"msg_id": str(message_id)}}:
+            return message_id
+        case _:
+            return ""
+
+
+def _requests(value: Any) -> tuple[Mapping[str, Any], ...]:
+    requests = tuple(each for each in value if isinstance(each, dict)) if isinstance(value, list) else ()
+    return requests if len(json.dumps(requests)) <= MAX_UNANSWERED_BYTES else ()
 
 
 def _cell(value: Mapping[str, Any]) -> int | None:

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import statistics
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -213,27 +212,25 @@ class TimeLine:
 
         reply_to: the cell that asked for it from inside (docs/sandbox_calls.md). RequestError, MachineFailedError.
         """
-        unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
+        await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
             with store_errors():
                 entry = await asyncio.to_thread(self._find, sandbox_id, target)
-            return await self._goto(sandbox_id, entry, reply_to, unanswered)
+            return await self._goto(sandbox_id, entry, reply_to)
 
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
-        unanswered = await self._catch_up(sandbox_id, inside=reply_to is not None)
+        await self._catch_up(sandbox_id, inside=reply_to is not None)
         async with self._core.lock(sandbox_id):
             with store_errors():
                 entry = await asyncio.to_thread(self._before, sandbox_id)
-            return await self._goto(sandbox_id, entry, reply_to, unanswered)
+            return await self._goto(sandbox_id, entry, reply_to)
 
-    async def _catch_up(self, sandbox_id: str, *, inside: bool) -> Sequence[Mapping[str, Any]]:
-        """Has the checkpoint after a cell whose end its client knows already come before what it asks now. Answers the
-        requests of cells that run or wait."""
+    async def _catch_up(self, sandbox_id: str, *, inside: bool) -> None:
+        """Has the checkpoint after a cell whose end its client knows already come before what it asks now."""
         sandbox, live = self._core.get(sandbox_id), self._core.live.get(sandbox_id)
         if live is not None and sandbox.state is SandboxState.RUNNING:
-            return await live.catch_up(inside=inside)
-        return ()
+            await live.catch_up(inside=inside)
 
     def _before(self, sandbox_id: str) -> SnapshotEntry:
         """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
@@ -252,26 +249,17 @@ class TimeLine:
             found = by_id.get(found.parent or "")
         raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
 
-    async def _goto(
-        self,
-        sandbox_id: str,
-        entry: SnapshotEntry,
-        reply_to: dict[str, Any] | None,
-        unanswered: Sequence[Mapping[str, Any]],
-    ) -> Sandbox:
-        """unanswered: requests of the state that is left; whoever sent them is told that they are not run."""
+    async def _goto(self, sandbox_id: str, entry: SnapshotEntry, reply_to: dict[str, Any] | None) -> Sandbox:
+        """The state that is left is stored, while the other one starts; until both are there, nothing is given up."""
         core = self._core
         try:
             manifest = await asyncio.to_thread(core.store.get, entry.id)
         except SnapshotError as error:
             raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
-        when = f"{entry.created_at:%Y-%m-%d %H:%M:%S} UTC"
-        cell = _cell_of(entry)
-        text = f"Went back to the checkpoint of {when}" + (f", after cell {cell}." if cell is not None else ".")
-        extra: dict[str, Any] = {"aborted": [each for each in unanswered if not _is_same(each, reply_to)]}
-        if reply_to is not None:
-            extra["answer"] = {"reply_to": reply_to, "text": text}
-        # It starts while the state that is left is saved; until both are there, nothing is given up.
+        state = core.get(sandbox_id).state
+        live = None if state is SandboxState.ASLEEP else core.running(sandbox_id)
+        if live is not None and state is SandboxState.RUNNING:
+            await live.let_go()  # what is asked from now on is asked of the other state
         running = asyncio.Event()
         restoring = asyncio.create_task(
             core.restore_beside(
@@ -279,48 +267,35 @@ class TimeLine:
                 manifest,
                 keep_random=True,
                 drop_requests=True,
-                extra=extra,
+                extra=_answers(entry, reply_to, live),
                 on_running=lambda _: running.set(),
             )
         )
         restoring.add_done_callback(lambda _: running.set())
         try:
-            # Storing can wait for the start, and the greeting keeps the guest busy, not us.
-            async with self._leaving(sandbox_id, before_resume=running.wait):
-                try:
-                    warm = await restoring
-                except (SnapshotError, VmRuntimeError, KernelsError) as error:
-                    raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
-                await core.keep(sandbox_id, manifest)
+            if live is not None:
+                # To the millisecond: one goes back and forth more than once in a second.
+                name = f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
+                # Storing can wait for the start, and the greeting keeps the guest busy, not us.
+                await self._take(sandbox_id, name=name, then=Then.STOP, before_resume=running.wait)
+            try:
+                warm = await restoring
+            except (SnapshotError, VmRuntimeError, KernelsError) as error:
+                raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
+            await core.keep(sandbox_id, manifest)
         except BaseException:
             restoring.cancel()
             (found,) = await asyncio.gather(restoring, return_exceptions=True)
             if not isinstance(found, BaseException):
                 await found.close()
-            raise
-        await core.go_live(sandbox_id, warm, configure=False, snapshot=manifest)
-        return core.get(sandbox_id)
-
-    @asynccontextmanager
-    async def _leaving(self, sandbox_id: str, *, before_resume: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
-        """Stores the state of a sandbox and stops it; takes its machine down if the block succeeds, else it goes on."""
-        core = self._core
-        state = core.get(sandbox_id).state
-        if state is SandboxState.ASLEEP:
-            yield
-            return
-        live = core.running(sandbox_id)
-        # To the millisecond: one goes back and forth more than once in a second.
-        name = f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
-        await self._take(sandbox_id, name=name, then=Then.STOP, before_resume=before_resume)
-        try:
-            yield
-        except BaseException:
-            if state is not SandboxState.PAUSED and not live.saved.machine.is_dead:
+            if live is not None and state is SandboxState.RUNNING:
                 await live.go_on()
             raise
-        await core.take_down(sandbox_id, "elsewhere")
-        core.registry.move(sandbox_id, SandboxState.ASLEEP)
+        if live is not None:
+            await core.take_down(sandbox_id, "elsewhere")
+            core.registry.move(sandbox_id, SandboxState.ASLEEP)
+        await core.go_live(sandbox_id, warm, quiet=True, snapshot=manifest)
+        return core.get(sandbox_id)
 
     def _find(self, sandbox_id: str, target: str) -> SnapshotEntry:
         entries = self._core.store.ls(sandbox_id=sandbox_id)
@@ -346,13 +321,19 @@ def timer_minutes(policy: str) -> int | None:
     return int(minutes)
 
 
-def _is_same(request: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    """Whether both are the same request, as far as what a guest says is what it should be."""
-    match request, other:
-        case {"header": {"msg_id": one}}, {"header": {"msg_id": two}}:
-            return bool(one == two)
-        case _:
-            return False
+def _answers(entry: SnapshotEntry, reply_to: Mapping[str, Any] | None, live: LiveSandbox | None) -> dict[str, Any]:
+    """What the state that is gone to tells the clients of the one that is left (docs/sandbox_calls.md): that what they
+    had asked for is not run, and the cell that asked for this, that it is done."""
+    left = live.unanswered if live is not None else None
+    answers: dict[str, Any] = {"aborted": left.cells_but([reply_to]) if left is not None else []}
+    if reply_to is not None:
+        cell = _cell_of(entry)
+        text = f"Went back to the checkpoint of {entry.created_at:%Y-%m-%d %H:%M:%S} UTC"
+        answers["answer"] = {
+            "reply_to": reply_to,
+            "text": text + (f", after cell {cell}." if cell is not None else "."),
+        }
+    return answers
 
 
 def too_many(freed: Sequence[int], *, loose: int, budget_bytes: int) -> int:

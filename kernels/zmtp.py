@@ -1,8 +1,8 @@
-"""A client's ZMTP handshake, answered on behalf of a kernel that sleeps, and repeated to the kernel when it is awake.
+"""What an endpoint must know of ZMTP: the handshake, where messages end, and the commands it sends itself.
 
-libzmq sends nothing of a message before the handshake is done. So that a request (and only a request) can wake a
-sleeping kernel, its endpoint answers the handshake itself, keeps what the client said, waits for the first message, and
-later says all of it to the real socket, whose own side of the handshake it drops. Pure functions of bytes.
+libzmq sends nothing of a message before the handshake is done. So that a client's connection can outlive a kernel's
+machine, its endpoint answers the handshake itself and repeats the client's part to the socket of each machine, whose
+own part it drops. Pure functions of bytes.
 Source: ZMTP 3.1 (rfc.zeromq.org/spec/37), NULL mechanism; libzmq speaks 3.0 or 3.1 to us.
 """
 
@@ -16,8 +16,11 @@ GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0")
 # READY carries the socket's type and identity; libzmq's has under 100 bytes.
 MAX_COMMAND_BYTES = 1024
 
-# All parts of one message from a kernel: what libzmq has of an unfinished message it keeps in the gateway's memory,
-# beyond every other limit. A widget's buffers or a large image are far below it.
+# Takes back the subscription to everything, which is what Jupyter's clients have.
+UNSUBSCRIBE = b"\x00\x01\x00"
+
+# All parts of one message: what libzmq has of an unfinished message it keeps in the gateway's memory, beyond every
+# other limit. A widget's buffers or a large image are far below it.
 MAX_MESSAGE_BYTES = 512 << 20
 
 # What libzmq keeps per part beside its bytes (zmq::msg_t).
@@ -26,6 +29,7 @@ PART_OVERHEAD_BYTES = 64
 _FLAG_MORE = 0x01
 _FLAG_LONG = 0x02
 _FLAG_COMMAND = 0x04
+_PONG = b"\x04PONG"
 
 
 class MessageTooLongError(Exception):
@@ -40,6 +44,13 @@ def ready(socket_type: bytes) -> bytes:
     """The READY command of a socket of this type (b"ROUTER", b"XPUB", ...)."""
     body = b"\x05READY" + b"\x0bSocket-Type" + len(socket_type).to_bytes(4, "big") + socket_type
     body += b"\x08Identity" + bytes(4)
+    return bytes([_FLAG_COMMAND, len(body)]) + body
+
+
+def ping(context: bytes) -> bytes:
+    """The PING command. The peer's socket (libzmq's I/O thread, whatever its owner does) answers it with a PONG of the
+    same context (at most 16 bytes), once it has taken in all that was sent before."""
+    body = b"\x04PING" + bytes(2) + context  # 2 bytes: a time to live of none
     return bytes([_FLAG_COMMAND, len(body)]) + body
 
 
@@ -92,35 +103,68 @@ def _command_end(data: bytearray, start: int) -> int | None:
     return end if len(data) >= end else None
 
 
-class MessageMeter:
-    """Adds up the parts of each message in what a socket says after its handshake."""
+class Frames:
+    """Follows what one side sends after its handshake.
+
+    at_end: all that was fed so far is whole messages and commands. pong: the context of the last PONG.
+    """
 
     def __init__(self) -> None:
+        self.pong = b""
         self._header = bytearray()
         self._body_left = 0
         self._message_bytes = 0
+        self._command: bytearray | None = None
 
-    def feed(self, data: bytes) -> None:
-        """Errors: MessageTooLongError."""
+    @property
+    def at_end(self) -> bool:
+        return not (self._header or self._body_left or self._message_bytes)
+
+    def feed(self, data: bytes | bytearray, *, to_end: bool = False) -> int:
+        """How many bytes were taken: all, or with `to_end` those up to the first end of a message or command.
+
+        Errors: MessageTooLongError.
+        """
         position = 0
         while position < len(data):
             if self._body_left:
                 step = min(self._body_left, len(data) - position)
+                if self._command is not None:
+                    self._command += data[position : position + step]
                 self._body_left -= step
                 position += step
+            elif not self._feed_header(data[position]):
+                position += 1
                 continue
-            self._header.append(data[position])
-            position += 1
-            flags = self._header[0]
-            if len(self._header) < (9 if flags & _FLAG_LONG else 2):
-                continue
-            self._body_left = int.from_bytes(self._header[1:], "big")
-            self._header.clear()
-            if flags & _FLAG_COMMAND:  # between the parts of a message, not one of them
-                continue
-            # What libzmq needs for a part counts, too: empty ones must not be free.
-            self._message_bytes += self._body_left + PART_OVERHEAD_BYTES
-            if self._message_bytes > MAX_MESSAGE_BYTES:
-                raise MessageTooLongError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
-            if not flags & _FLAG_MORE:
+            else:
+                position += 1
+            if self._body_left == 0:
+                self._end_frame()
+                if to_end and self.at_end:
+                    break
+        return position
+
+    def _feed_header(self, byte: int) -> bool:
+        """Whether the header of a frame is complete: `_flags` and `_body_left` are set then."""
+        self._header.append(byte)
+        self._flags = self._header[0]
+        if len(self._header) < (9 if self._flags & _FLAG_LONG else 2):
+            return False
+        self._body_left = int.from_bytes(self._header[1:], "big")
+        self._header.clear()
+        if self._flags & _FLAG_COMMAND:  # between the parts of a message, not one of them
+            self._command = bytearray() if self._body_left <= MAX_COMMAND_BYTES else None
+            return True
+        # What libzmq needs for a part counts, too: empty ones must not be free.
+        self._message_bytes += self._body_left + PART_OVERHEAD_BYTES
+        if self._message_bytes > MAX_MESSAGE_BYTES:
+            raise MessageTooLongError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        return True
+
+    def _end_frame(self) -> None:
+        if not self._flags & _FLAG_COMMAND:
+            if not self._flags & _FLAG_MORE:
                 self._message_bytes = 0
+        elif self._command is not None and self._command.startswith(_PONG):
+            self.pong = bytes(self._command[len(_PONG) :])
+        self._command = None

@@ -120,6 +120,7 @@ class Agent:
                 restored=hello.restored,
                 keep_random=hello.keep_random,
                 drop_requests=hello.extra.get("drop_requests") is True,
+                quiet=hello.extra.get("quiet") is True,
             )
         except KernelError as error:
             problems.append(str(error))

@@ -83,6 +83,11 @@ class LosslessIOPubThread(IOPubThread):
         self.outbox.put(frames)
         self._wake()
 
+    def set_quiet(self, quiet: bool) -> None:
+        """Keep everything from now on, or send it again. From any thread."""
+        self.outbox.set_quiet(quiet)
+        self._wake()
+
     def stop(self) -> None:
         """Stop the thread, then send what is left as far as the subscriber takes it at once."""
         self.outbox.release()
@@ -116,7 +121,7 @@ class LosslessIOPubThread(IOPubThread):
         for _ in range(SENDS_PER_ROUND):
             if self.closed:
                 return
-            self._take_subscriptions()
+            self.take_subscriptions()
             frames = self.outbox.head()
             if frames is None:
                 return
@@ -130,7 +135,7 @@ class LosslessIOPubThread(IOPubThread):
                 raise
             self.outbox.pop()
 
-    def _take_subscriptions(self) -> None:
+    def take_subscriptions(self) -> None:
         """Before each send: a send takes in that a subscriber has left, too, after which nothing wakes whoever reads it
         (ZMQ_FD is edge-triggered, zmq_getsockopt(3)), and all that follows would be sent to nobody."""
         try:

@@ -180,15 +180,27 @@ class KernelKeeper:
         _kill_group(self._running().pid, signal.SIGINT)
 
     async def renew(
-        self, *, key: str | None, restored: bool = False, keep_random: bool = False, drop_requests: bool = False
+        self,
+        *,
+        key: str | None,
+        restored: bool = False,
+        keep_random: bool = False,
+        drop_requests: bool = False,
+        quiet: bool = False,
     ) -> None:
         """With each greeting: a new key for the kernel (None keeps the old one), and cells that were held may begin.
-        After a restore new random numbers in its process. drop_requests: cells that wait in it are aborted."""
+        After a restore new random numbers in its process. drop_requests: cells that wait in it are aborted. quiet: it
+        keeps what it has for clients until `quiesce`."""
         if key is not None:
             self._key = key
         if self._kernel is not None:
             await self._ask_kernel(
-                "renew", key=key, restored=restored, keep_random=keep_random, drop_requests=drop_requests
+                "renew",
+                key=key,
+                restored=restored,
+                keep_random=keep_random,
+                drop_requests=drop_requests,
+                quiet=quiet,
             )
 
     async def hold(self, *, limit_s: float, unanswered: bool) -> dict[str, Any]:
@@ -199,6 +211,11 @@ class KernelKeeper:
     async def release(self, *, waits: bool) -> None:
         """Let cells begin. waits: whether there is to be a pause after each from now on."""
         await self._ask_kernel("release", waits=waits)
+
+    async def quiesce(self, *, quiet: bool) -> dict[str, Any]:
+        """How many requests the kernel has not answered (`unanswered`), after a look at all that its sockets have.
+        quiet: it keeps what it has for clients until it is asked again with false, or greeted."""
+        return await self._ask_kernel("quiesce", quiet=quiet)
 
     async def prepare(self, *, warmup: str, env: Mapping[str, str]) -> int:
         """Run the recipe's warm-up in the zygote, start a kernel if none runs, warm it. Returns its pid. env: the

@@ -17,9 +17,10 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,8 @@ from vm_runtime.wire.payloads import encode_text
 SSL_SEED_BYTES = 48
 # The state of NumPy's global generator; as many as its position says, the next number is drawn from new ones.
 MT19937_WORDS = 624
-
+# A thread that gets no turn for so long is in code that answers nobody; the request that it runs is known.
+LOOK_LIMIT_S = 1.0
 
 # The frames of the request that is being handled.
 _request: ContextVar[Sequence[Any]] = ContextVar("request", default=())
@@ -111,10 +113,20 @@ class HypercellKernel(IPythonKernel):
     async def dispatch_shell(self, msg: Any, /, *args: Any, **kwargs: Any) -> None:
         """A request is handled."""
         token = _request.set(msg)
+        self.unanswered.take_up(msg)
         try:
             await super().dispatch_shell(msg, *args, **kwargs)
         finally:
             _request.reset(token)
+            self.unanswered.remove(msg)
+
+    async def process_control(self, msg: Any) -> None:
+        """A request on the control channel is handled."""
+        self.unanswered.add(msg)
+        self.unanswered.take_up(msg)
+        try:
+            await super().process_control(msg)
+        finally:
             self.unanswered.remove(msg)
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
@@ -370,6 +382,19 @@ def _find_temporary_directory() -> None:
         tempfile.tempdir = "/tmp"
 
 
+def _run_in(loop: Any, function: Callable[[], Any]) -> None:
+    """Run `function` in the thread of a loop, and what it has made to run there at once; at most for a moment."""
+    done = threading.Event()
+
+    async def run() -> None:
+        function()
+        await asyncio.sleep(0)  # handlers that were started begin
+        done.set()
+
+    loop.add_callback(run)
+    done.wait(LOOK_LIMIT_S)
+
+
 def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[str]) -> dict[str, Any]:
     """What the agent may ask for; later hooks (resume, fork) are added here. inherited: modules of the zygote."""
     session: Session = app.session
@@ -377,7 +402,8 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
     initial = set(names)
 
     def renew(request: dict[str, Any]) -> None:
-        """A new HMAC key (None keeps the old one); after a restore new random numbers, and what waited runs or not."""
+        """A new HMAC key (None keeps the old one); after a restore new random numbers, and what waited runs or not.
+        quiet: clients of before are about to be back, so that each misses nothing (`quiesce`)."""
         if request["key"] is not None:
             # One Session signs everything in the process (kernel, displayhook, streams, comms, subshells).
             session.key = request["key"].encode()
@@ -386,6 +412,7 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
             for stream in (app.kernel.shell_stream, app.kernel.control_stream):
                 stream.resign(session.sign)
             _write_connection_file(directory, request["key"])
+        set_quiet(request["quiet"])
         if request["restored"]:
             session.session = new_id()  # part of each message's id, of which no other copy may make the same
             app.kernel.ident = str(uuid.uuid4())
@@ -438,7 +465,28 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
         app.iopub_thread.outbox.release()
         app.kernel.io_loop.add_callback(app.kernel.io_loop.stop)
 
+    def set_quiet(quiet: bool) -> None:
+        for stream in (app.kernel.shell_stream, app.kernel.control_stream):
+            stream.set_quiet(quiet)
+        app.iopub_thread.set_quiet(quiet)
+
+    def quiesce(request: dict[str, Any]) -> dict[str, Any]:
+        """The host is about to leave this machine (`quiet`: what clients are to get is kept), or all of its clients are
+        back. What the sockets have is looked at first, so that no request is missing among the unanswered, and no
+        subscriber among those that output is for."""
+        kernel, thread = app.kernel, app.iopub_thread
+        _run_in(app.shell_channel_thread.io_loop, lambda: kernel.shell_stream.flush(zmq.POLLIN))
+        _run_in(app.control_thread.io_loop, lambda: kernel.control_stream.flush(zmq.POLLIN))
+        cells = kernel.unanswered.list()  # before: better one that is just being answered than none of its kind
+        if request["quiet"]:
+            set_quiet(True)
+        _run_in(thread.io_loop, thread.take_subscriptions)
+        if not request["quiet"]:
+            set_quiet(False)
+        return {"unanswered": len(kernel.unanswered), "cells": cells}
+
     return {
         "renew": renew, "configure": configure, "warm": warm, "answer": answer, "hold": hold, "release": release,
         "shut_down": shut_down,
+        "quiesce": quiesce,
     }  # fmt: skip

@@ -62,11 +62,13 @@ class Outbox:
         self._dropped_bytes = 0
         self._dropped_parent = b"{}"
         self._listening = False
+        self._quiet = False
         self._released = False
 
     @property
     def listening(self) -> bool:
-        return self._listening
+        """Whether what is queued can be sent."""
+        return self._listening and not self._quiet
 
     @property
     def queued_bytes(self) -> int:
@@ -85,11 +87,11 @@ class Outbox:
             else:
                 self._messages.append(message)
             self._bytes += message.byte_count
-            if not self._listening and self._bytes > SPOOL_BYTES_MAX:
+            if not self.listening and self._bytes > SPOOL_BYTES_MAX:
                 self._drop_oldest()
 
     def has_room(self) -> bool:
-        return self._bytes < QUEUE_BYTES_MAX or not self._listening or self._released
+        return self._bytes < QUEUE_BYTES_MAX or not self.listening or self._released
 
     def wait_for_room(self) -> None:
         """Wait until bulk output may be queued. A signal handler that raises (KeyboardInterrupt) ends the wait."""
@@ -102,12 +104,12 @@ class Outbox:
     def wait_sent(self, timeout_s: float) -> None:
         """Wait until all that is queued was sent, or nobody listens, or the time is up."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._messages or not self._listening or self._released, timeout_s)
+            self._changed.wait_for(lambda: not self._messages or not self.listening or self._released, timeout_s)
 
     def head(self) -> tuple[bytes, ...] | None:
         """The oldest message, or None if there is none or nobody listens."""
         with self._changed:
-            return self._messages[0].frames if self._listening and self._messages else None
+            return self._messages[0].frames if self.listening and self._messages else None
 
     def pop(self) -> None:
         """Forget the oldest message: it was sent."""
@@ -119,10 +121,19 @@ class Outbox:
     def set_listening(self, listening: bool) -> None:
         with self._changed:
             self._listening = listening
-            if not listening:
-                if self._bytes > SPOOL_BYTES_MAX:
-                    self._drop_oldest()
-                self._changed.notify_all()
+            self._look_again()
+
+    def set_quiet(self, quiet: bool) -> None:
+        """As if nobody listened, or no longer. From any thread."""
+        with self._changed:
+            self._quiet = quiet
+            self._look_again()
+
+    def _look_again(self) -> None:
+        if not self.listening:
+            if self._bytes > SPOOL_BYTES_MAX:
+                self._drop_oldest()
+            self._changed.notify_all()
 
     def release(self) -> None:
         """Nobody waits any more, for good: the kernel is shutting down."""

@@ -43,6 +43,7 @@ class ReplyStream(ZMQStream):
         self._kept_lock = threading.Lock()
         self._sign: Sign | None = None
         self._resign_until_s = 0.0
+        self._quiet = False
         self._retry_until_s = 0.0
         self._retrying = False
         super().__init__(socket, io_loop)
@@ -70,6 +71,13 @@ class ReplyStream(ZMQStream):
         """`retry` from another thread."""
         self.io_loop.add_callback(self.retry)
 
+    def set_quiet(self, quiet: bool) -> None:
+        """Keep everything from now on, or deliver again. From any thread."""
+        with self._kept_lock:
+            self._quiet = quiet
+        if not quiet:
+            self.retry_later()
+
     def drop(self) -> None:
         """Forget what is kept. From any thread."""
         with self._kept_lock:
@@ -91,6 +99,8 @@ class ReplyStream(ZMQStream):
         if self.closed():
             return
         with self._kept_lock:
+            if self._quiet:
+                return
             waiting: deque[tuple[bytes, ...]] = deque()
             absent: set[bytes] = set()
             for frames in self._kept:

@@ -88,6 +88,10 @@ async def _kernel_release(guest: Guest, incoming: Incoming) -> None:
     await incoming.answer()
 
 
+async def _kernel_quiesce(guest: Guest, incoming: Incoming) -> None:
+    await incoming.answer(await guest.keeper.quiesce(quiet=param(incoming.params, "quiet", bool)))
+
+
 async def _kernel_channel(guest: Guest, incoming: Incoming) -> None:
     port = CHANNEL_PORTS.get(param(incoming.params, "channel", str))
     if port is None:
@@ -151,6 +155,7 @@ HANDLERS: dict[str, Handle] = {
     "kernel.interrupt": _kernel_interrupt,
     "kernel.hold": _kernel_hold,
     "kernel.release": _kernel_release,
+    "kernel.quiesce": _kernel_quiesce,
     "kernel.channel": _kernel_channel,
     "sandbox.identify": _sandbox_identify,
     "template.prepare": _template_prepare,

@@ -1,4 +1,4 @@
-"""The cells that a kernel was asked to run and has not answered: those that wait, and those that run.
+"""The requests that a kernel has and has not answered: those that wait, and those that are handled.
 
 Their clients wait for an answer, also when the machine goes back to a state that knows nothing of them. Knows nothing
 of ipykernel and of what follows.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from vm_runtime.guest.outbox import DELIMITER
 
 # A notebook that is run as a whole; what is beyond is not remembered.
 REQUESTS_MAX = 500
+
+# A kernel that handles nothing takes up what has come within milliseconds. What it has not taken up after this long was
+# no request: badly signed, or sent twice.
+NEVER_TAKEN_UP_S = 60.0
 
 # What `list` answers at most, as JSON: it travels in a HELLO, which has 32 KiB. Some 40 requests.
 LISTED_BYTES_MAX = 16 << 10
@@ -27,6 +32,8 @@ class Unanswered:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: dict[bytes, Sequence[Any]] = {}
+        self._handled: set[bytes] = set()
+        self._last_came_s = 0.0
 
     def add(self, frames: Sequence[Any]) -> None:
         """It has come in."""
@@ -34,15 +41,25 @@ class Unanswered:
         with self._lock:
             if signature and len(self._requests) < REQUESTS_MAX:
                 self._requests[signature] = frames
+                self._last_came_s = time.monotonic()
+
+    def take_up(self, frames: Sequence[Any]) -> None:
+        """It is handled from now on."""
+        with self._lock:
+            self._handled.add(_signature(frames))
 
     def remove(self, frames: Sequence[Any]) -> None:
         """It was answered."""
+        signature = _signature(frames)
         with self._lock:
-            self._requests.pop(_signature(frames), None)
+            self._requests.pop(signature, None)
+            self._handled.discard(signature)
 
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._requests)
+    def __len__(self) -> int:
+        with self._lock:
+            if not self._handled and time.monotonic() - self._last_came_s > NEVER_TAKEN_UP_S:
+                self._requests.clear()
+            return len(self._requests)
 
     def list(self) -> list[dict[str, Any]]:
         """{"idents": [base64], "header": {...}} of each execute request, in the order in which they came."""
@@ -52,8 +69,11 @@ class Unanswered:
         left = LISTED_BYTES_MAX
         for frames in requests:
             at = _delimiter(frames)
-            header = json.loads(frames[at + 2].bytes)
-            if header.get("msg_type") != "execute_request":
+            try:
+                header = json.loads(frames[at + 2].bytes)
+            except ValueError:  # no message of a Jupyter client
+                continue
+            if not isinstance(header, dict) or header.get("msg_type") != "execute_request":
                 continue
             request = {
                 "idents": [base64.b64encode(frame.bytes).decode() for frame in frames[:at]],

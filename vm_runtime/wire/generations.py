@@ -80,6 +80,10 @@ HOST_STREAMS = (
     ),
     _entry("kernel.release", "Cells begin; waits: whether the kernel pauses after each from now on.", takes="waits"),
     _entry(
+        "kernel.quiesce", "What is not answered; quiet: output and replies are kept from now on, else sent again.",
+        since=2, takes="quiet", answers="unanswered, cells",
+    ),
+    _entry(
         "kernel.channel", "To one of the kernel's ZMQ sockets: shell, iopub, stdin, control or hb.",
         takes="channel", answers="; bytes, both ways",
     ),
@@ -152,6 +156,7 @@ CALLS = (
 HELLO_EXTRA = (
     _entry("calls", "Answers to calls that were pending in the snapshot, by call id."),
     _entry("drop_requests", "Cells that wait in the kernel are aborted."),
+    _entry("quiet", "Output and replies are kept until kernel.quiesce.", since=2),
     _entry("answer", "To the cell that asked to go back.", takes="reply_to, text"),
     _entry("aborted", "Requests of the state that was left, which are not run."),
 )

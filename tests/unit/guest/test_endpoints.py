@@ -25,7 +25,8 @@ class Kernel:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.opened: list[str] = []
-        self.endpoints = Endpoints(host.paths.run / "e", lambda: None)
+        self.asked = asyncio.Event()
+        self.endpoints = Endpoints(host.paths.run / "e", self.asked.set)
 
     async def open_channel(self, name: str) -> Stream:
         self.opened.append(name)
@@ -35,6 +36,20 @@ class Kernel:
     async def attach(self) -> None:
         self.endpoints.attach(self.open_channel, await greet_ahead(self.open_channel))
         self.opened.clear()
+
+    async def leave(self) -> int:
+        """As before a sleep: the number of requests that the kernel has not answered."""
+        answer = await self.endpoints.quiesce(lambda: self.host.call("kernel.quiesce", quiet=True))
+        await self.endpoints.detach()
+        unanswered: int = answer["unanswered"]
+        return unanswered
+
+    async def come_back(self) -> None:
+        """As after a wake."""
+        await self.host.hello(extra={"quiet": True})
+        self.endpoints.attach(self.open_channel)
+        await self.endpoints.rejoined()
+        await self.host.call("kernel.quiesce", quiet=False)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -129,6 +144,128 @@ async def test_libzmq_does_not_hang_up_on_who_waits(kernel: Kernel) -> None:
         )
         text, _ = await run(jupyter, code)
         assert text == "[0, 0, 0, 0]"
+
+
+@pytest.mark.parametrize("wait_ms", [0, 1, 3, 10, 30])
+async def test_a_request_in_any_moment_of_leaving_is_answered_once(kernel: Kernel, wait_ms: int) -> None:
+    async with kernel.client() as jupyter:
+        await run(jupyter, "ran = []")
+        for number in range(6):
+            leaving = asyncio.create_task(kernel.leave())
+            await asyncio.sleep(wait_ms / 1000)
+            msg_id = jupyter.execute(f"ran.append({number}); print({number})")
+            await leaving
+            await kernel.come_back()
+            assert await rest_of(jupyter, msg_id) == f"{number}\n"
+        assert (await run(jupyter, "ran"))[0] == "[0, 1, 2, 3, 4, 5]"
+
+
+async def test_a_cell_that_prints_loses_nothing_while_its_host_comes_and_goes(kernel: Kernel) -> None:
+    async with kernel.client() as jupyter, kernel.client() as other:
+        await run(jupyter, "import time")
+        msg_id = jupyter.execute("for i in range(200):\n    print(i, flush=True)\n    time.sleep(0.005)")
+        rounds, text = 0, ""
+        while not text.endswith("199\n"):
+            text += await some_output(jupyter, msg_id)
+            await kernel.leave()
+            await kernel.come_back()
+            rounds += 1
+        assert text == "".join(f"{i}\n" for i in range(200))
+        assert rounds > 2
+        assert await rest_of(jupyter, msg_id) == ""
+        # Nobody is served before all are subscribed again.
+        assert (await run(other, "1"))[0] == "1"
+        msg_id = other.execute("print('for both')")
+        await kernel.leave()
+        await kernel.come_back()
+        assert await output_of(jupyter, msg_id) == await output_of(other, msg_id) == "for both\n"
+
+
+async def test_what_a_client_asks_while_there_is_no_machine_waits_and_asks_for_one(kernel: Kernel) -> None:
+    async with kernel.client() as jupyter:
+        assert await kernel.leave() == 0
+        opened = len(kernel.opened)
+        assert not kernel.asked.is_set()
+        msg_id = jupyter.execute("print('later')")
+        async with asyncio.timeout(20):
+            await kernel.asked.wait()
+        assert kernel.endpoints.has_request
+        assert len(kernel.opened) == opened
+        await kernel.come_back()
+        assert await rest_of(jupyter, msg_id) == "later\n"
+        assert not kernel.endpoints.has_request
+
+
+async def test_a_reply_from_after_the_host_has_left_waits_for_its_client(kernel: Kernel) -> None:
+    async with kernel.client() as jupyter:
+        msg_id = jupyter.execute("import time; time.sleep(0.3); print('done')")
+        await busy(jupyter, msg_id)
+        assert await kernel.leave() == 1
+        await until_unanswered(kernel, 0, quiet=True)
+        await kernel.come_back()
+        assert await rest_of(jupyter, msg_id) == "done\n"
+
+
+async def test_every_request_that_is_not_answered_counts(kernel: Kernel) -> None:
+    async with kernel.client() as jupyter:
+        code = (
+            "import comm, time\n"
+            "comm.get_comm_manager().register_target('slow', lambda c, m: c.on_msg(lambda m: time.sleep(0.5)))"
+        )
+        await run(jupyter, code)
+        await until_unanswered(kernel, 0)
+        jupyter.shell_channel.send(jupyter.session.msg("comm_open", {"comm_id": "c", "target_name": "slow"}))
+        msg = jupyter.session.msg("comm_msg", {"comm_id": "c", "data": {}})
+        jupyter.shell_channel.send(msg)
+        await busy(jupyter, msg["header"]["msg_id"])
+        msg_id = jupyter.execute("1")
+        await until_unanswered(kernel, 2)
+        await rest_of(jupyter, msg_id)
+        await until_unanswered(kernel, 0)
+
+
+async def until_unanswered(kernel: Kernel, count: int, *, quiet: bool = False) -> None:
+    """Waits until the kernel has so many requests that it has not answered."""
+    async with asyncio.timeout(20):
+        while (await kernel.host.call("kernel.quiesce", quiet=quiet))["unanswered"] != count:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # nothing tells
+
+
+async def busy(jupyter: AsyncKernelClient, msg_id: str) -> None:
+    """Waits until the kernel has begun with a request."""
+    async with asyncio.timeout(20):
+        while (message := await jupyter.get_iopub_msg())["parent_header"].get("msg_id") != msg_id:
+            pass
+    assert message["content"]["execution_state"] == "busy"
+
+
+async def rest_of(jupyter: AsyncKernelClient, msg_id: str) -> str:
+    """What a cell still prints, up to its end and its reply."""
+    text = await output_of(jupyter, msg_id)
+    async with asyncio.timeout(20):
+        while (await jupyter.get_shell_msg())["parent_header"]["msg_id"] != msg_id:
+            pass
+    return text
+
+
+async def some_output(jupyter: AsyncKernelClient, msg_id: str) -> str:
+    """The next that a cell prints."""
+    async with asyncio.timeout(60):
+        while True:
+            message = await jupyter.get_iopub_msg()
+            if message["msg_type"] == "stream" and message["parent_header"].get("msg_id") == msg_id:
+                return str(message["content"]["text"])
+
+
+async def output_of(jupyter: AsyncKernelClient, msg_id: str) -> str:
+    text = ""
+    async with asyncio.timeout(60):
+        while True:
+            message: dict[str, Any] = await jupyter.get_iopub_msg()
+            if message["parent_header"].get("msg_id") == msg_id:
+                text += str(message["content"].get("text", ""))
+                if message["content"].get("execution_state") == "idle":
+                    return text
 
 
 async def test_each_subscriber_is_welcomed(kernel: Kernel) -> None:
