@@ -22,7 +22,8 @@ from gateway.frames import V1, decode_legacy, decode_v1
 from gateway.handlers.sandboxes import FORWARDING_HEADERS
 from gateway.liveness import WatchedSocket
 from gateway.local_peer import peer_uid
-from gateway.state import TOUCH_INTERVAL_S, Gateway
+from gateway.state import Gateway
+from gateway.zmq_socket import ZmqSocket
 from kernels.errors import KernelsError, UnknownSandboxError
 from kernels.models import SandboxState
 
@@ -45,7 +46,7 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
         self._legacy = True
         self._kernel_id = ""
         self._session_id = ""
-        self._last_touch = 0.0
+        self._iopub: ZmqSocket | None = None
 
     async def prepare(self) -> None:
         self.check_host()
@@ -105,15 +106,22 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
         except UnknownSandboxError as error:
             raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
         self.gateway.hub.check_room(kernel_id, self._session_id)
-        await super().get(kernel_id)
+        # Before it opens: what others cause from then on must not be missed.
+        self._iopub = await self.gateway.hub.subscribe(kernel_id, self._session_id)
+        try:
+            await super().get(kernel_id)
+        finally:
+            if self._iopub is not None:
+                self._iopub.close()
 
     async def open(self, *args: str, **kwargs: str) -> None:
         # Without this each small answer waits up to 40 ms for the client's delayed ACK.
         self.set_nodelay(True)
         self.begin_watching()
         client = Client(write=self._write, close=self._close_with, legacy=self._legacy)
+        iopub, self._iopub = self._iopub, None
         try:
-            self._connection = self.gateway.hub.attach(self._kernel_id, self._session_id, client)
+            self._connection = self.gateway.hub.attach(self._kernel_id, self._session_id, client, iopub=iopub)
         except KernelsError as error:
             self._close_with(CLOSE_FAILED, str(error))
 
@@ -128,18 +136,11 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
     def _close_with(self, code: int, reason: str) -> None:
         self.close(code, reason.encode()[:MAX_REASON_BYTES].decode("utf-8", "ignore"))
 
-    def is_sending(self) -> bool:
-        return self._connection is not None and self._connection.outgoing.unsent_bytes > 0
-
     async def on_message(self, data: str | bytes) -> None:
         self.heard()
         connection = self._connection
         if connection is None:
             return
-        now = asyncio.get_running_loop().time()
-        if now - self._last_touch >= TOUCH_INTERVAL_S:
-            self._last_touch = now
-            self.gateway.service.touch(self._kernel_id)
         try:
             if self._legacy:
                 message = decode_legacy(data)

@@ -5,11 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 from gateway.frames import KernelMessage
 from gateway.kernel_link import KernelLink, status_message, stderr_message
 from gateway.metrics import Metrics
 from gateway.outgoing import Outgoing, Write
+
+
+class State(Enum):
+    """WAITING: the client's messages wait, for sockets of a kernel that starts, or until no output can be missed.
+    PASSING: both ways, also to a kernel that sleeps. DEAD: the kernel does not come back by itself; each message is
+    answered with that. CLOSED: the client has gone."""
+
+    WAITING = "waiting"
+    PASSING = "passing"
+    DEAD = "dead"
+    CLOSED = "closed"
+
+
+# What may follow what; the same state may always follow itself.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.PASSING, State.DEAD, State.CLOSED}),
+    State.PASSING: frozenset({State.WAITING, State.DEAD, State.CLOSED}),
+    State.DEAD: frozenset({State.WAITING, State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,121 +43,103 @@ class Client:
 
 
 class Connection:
-    """Made by `KernelHub.attach`; ends with `release`. on_waiting: called when a message of the client has to wait.
-    settling: the hub's task that will admit the client's messages; cancelled by `hold`, `unlink` and `release`."""
+    """Made by `KernelHub.attach`; ends with `release`. Each method moves it along TRANSITIONS."""
 
-    def __init__(
-        self, client: Client, session_id: str, metrics: Metrics, *, on_waiting: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, client: Client, session_id: str, metrics: Metrics) -> None:
         self.session_id = session_id
         self.client = client
-        self.settling: asyncio.Task[None] | None = None
-        self._on_waiting = on_waiting
+        self.state = State.WAITING
+        self.link: KernelLink | None = None
+        self._left_waiting = asyncio.Event()
+        self._settling: asyncio.Task[None] | None = None
+        self._death: str | None = None
         self._last_cell: bytes = b"{}"
         self._metrics = metrics
-        self._link: KernelLink | None = None
-        self._linked = asyncio.Event()
-        self._waiting = 0
-        self._closed = False
-        self._has_failed = False
-        self._failure: str | None = None
         self.outgoing = Outgoing(
             client.write, legacy=client.legacy, on_full=self._pause, on_drained=self._resume, metrics=metrics
         )
 
+    def _move(self, state: State) -> None:
+        if state is not self.state and state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"A client's connection is {self.state.value} and cannot be {state.value}")
+        self.state = state
+        settling, self._settling = self._settling, None
+        if settling is not None and settling is not asyncio.current_task():
+            settling.cancel()
+        if state is State.WAITING:
+            self._left_waiting.clear()
+        else:
+            self._left_waiting.set()
+
     def use(self, link: KernelLink, backlog: Iterable[KernelMessage] = ()) -> None:
-        """Begins to pass the kernel's messages, after those of the backlog. The client's wait for `admit`."""
-        self._link = link
+        """Begins to pass the kernel's messages, after those of the backlog. The client's wait until `admit`."""
+        self._move(State.WAITING)
+        self.link = link
         for message in backlog:
             self.outgoing.put(message)
         link.start(self.outgoing.put)
 
-    @property
-    def link(self) -> KernelLink | None:
-        return self._link
-
-    @property
-    def admitted(self) -> bool:
-        """Whether the client's messages pass."""
-        return self._linked.is_set() and not self._has_failed
+    def settle(self, settling: asyncio.Task[None]) -> None:
+        """The task that will `admit` the client's messages; it ends with the state."""
+        self._settling = settling
 
     def admit(self) -> None:
-        """Lets the client's messages pass, now that no answer can be missed."""
-        self._has_failed = False
-        self._linked.set()
-
-    def fail(self, reason: str | None) -> None:
-        """The machine is gone for good: to each message the client hears that again, until `admit`."""
-        self._stop_settling()
-        if self._link is not None:
-            self._link.expect_subscription()
-        self._has_failed, self._failure = True, reason
-        self._linked.set()
+        """Lets the client's messages pass."""
+        self._move(State.PASSING)
 
     def hold(self) -> None:
-        """The kernel sleeps: messages from the client wait for `admit`; the sockets stay and connect again."""
-        self._stop_settling()
-        if self._link is not None:
-            self._link.expect_subscription()
-        if not self._closed:
-            self._linked.clear()
-        if self._waiting:
-            self._on_waiting()  # it fell asleep again before they could pass
+        """The gateway stops: what the client sends from now on, it has not sent."""
+        if self.state is not State.DEAD:
+            self._move(State.WAITING)
 
-    def _stop_settling(self) -> None:
-        settling, self.settling = self.settling, None
-        if settling is not None:
-            settling.cancel()
-
-    async def from_client(self, message: KernelMessage) -> None:
-        """Passes one message to the kernel. Waits while the kernel sleeps, restarts or takes no more."""
-        if not self._linked.is_set():
-            self._waiting += 1
-            try:
-                self._on_waiting()
-                await self._linked.wait()
-            finally:
-                self._waiting -= 1
-        if message.channel == "shell" and b'"execute_request"' in bytes(message.header[:1024]):
-            self._last_cell = bytes(message.header)
-        if self._has_failed:
-            self.announce("dead", self._failure)
-        if self._link is None or self._has_failed:
-            return
-        self._metrics.count_message("to_kernel", message.channel, message.size)
-        await self._link.send(message)
-
-    def announce(self, state: str, reason: str | None) -> None:
-        """Tells the client that the kernel is `restarting` or `dead`, after all that the kernel still said. The reason
-        appears in the output of its last cell, too, if that has not ended."""
-        if self._link is not None:
-            self._link.drain_iopub()
-        if reason is not None:
-            self.outgoing.put(stderr_message(f"[{reason}]\n", self._last_cell))
-        self.outgoing.put(status_message(state, reason))
+    def die(self, reason: str | None) -> None:
+        """The kernel does not come back by itself."""
+        self._move(State.DEAD)
+        self._death = reason
 
     def unlink(self) -> None:
-        """The old kernel is gone: ends its sockets; messages from the client wait for `admit`."""
-        self._stop_settling()
-        if not self._closed:
-            self._linked.clear()
-        link, self._link = self._link, None
+        """The old kernel is gone: ends its sockets; messages from the client wait for those of the next."""
+        self._move(State.WAITING)
+        link, self.link = self.link, None
         if link is not None:
             link.drain_iopub()
             link.close()
 
     def release(self) -> tuple[KernelLink | None, list[KernelMessage]]:
         """Ends the connection: its link, for someone to take over or close, and what its client has not been sent."""
-        self._closed = True
-        self._stop_settling()
-        link, self._link = self._link, None
-        self._linked.set()
+        self._move(State.CLOSED)
+        link, self.link = self.link, None
         return link, self.outgoing.close()
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether the kernel has sent something that has not been read here."""
+        return self.link is not None and self.link.has_unread
+
+    async def from_client(self, message: KernelMessage) -> None:
+        """Passes one message to the kernel. Waits while the kernel restarts or takes no more."""
+        await self._left_waiting.wait()
+        if message.channel == "shell" and b'"execute_request"' in bytes(message.header[:1024]):
+            self._last_cell = bytes(message.header)
+        if self.state is State.DEAD:
+            self.announce("dead", self._death)
+        elif self.link is not None:
+            self._metrics.count_message("to_kernel", message.channel, message.size)
+            await self.link.send(message)
+
+    def announce(self, state: str, reason: str | None) -> None:
+        """Sends the client that the kernel is `restarting` or `dead`, after all that the kernel still sent. The reason
+        appears in the output of its last cell, too, if that has not ended."""
+        if self.link is not None:
+            self.link.drain_iopub()
+        if reason is not None:
+            self.outgoing.put(stderr_message(f"[{reason}]\n", self._last_cell))
+        self.outgoing.put(status_message(state, reason))
+
     def _pause(self) -> None:
-        if self._link is not None:
-            self._link.pause()
+        if self.link is not None:
+            self.link.pause()
 
     def _resume(self) -> None:
-        if self._link is not None:
-            self._link.resume()
+        if self.link is not None:
+            self.link.resume()

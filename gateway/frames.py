@@ -28,6 +28,8 @@ from gateway.errors import FrameError
 V1 = "v1.kernel.websocket.jupyter.org"
 DELIMITER = b"<IDS|MSG>"
 CHANNELS = ("shell", "control", "stdin", "iopub")
+# Those that a client sends on.
+CLIENT_CHANNELS = ("shell", "control", "stdin")
 # Channel, four parts and the end. Neither form limits the buffers, of which widgets with many arrays have thousands; as
 # each is a frame in ZMQ, this many take it some ten milliseconds.
 MIN_OFFSETS = 6
@@ -111,8 +113,8 @@ def encode_v1(message: KernelMessage) -> bytes:
     return b"".join([struct.pack(f"<{count + 1}Q", count, *offsets), *pieces])
 
 
-def decode_v1(data: bytes) -> KernelMessage:
-    """The reverse of `encode_v1`. Errors: FrameError."""
+def decode_v1(data: bytes, *, channels: Sequence[str] = CLIENT_CHANNELS) -> KernelMessage:
+    """The reverse of `encode_v1`. channels: those that it may be for. Errors: FrameError."""
     if len(data) < 8:
         raise FrameError("A v1 message starts with the number of its offsets; this one is shorter than that.")
     (count,) = struct.unpack_from("<Q", data)
@@ -126,7 +128,8 @@ def decode_v1(data: bytes) -> KernelMessage:
         raise FrameError("The offsets of a v1 message must rise and end within it.")
     pieces = [data[start:end] for start, end in zip(offsets, ends, strict=False)]
     channel, header, parent, metadata, content, *buffers = pieces
-    return KernelMessage(_channel(channel.decode("ascii", "replace")), header, parent, metadata, content, buffers)
+    name = _channel(channel.decode("ascii", "replace"), channels)
+    return KernelMessage(name, header, parent, metadata, content, buffers)
 
 
 def encode_legacy(message: KernelMessage) -> tuple[bytes, bool]:
@@ -211,7 +214,7 @@ def _dump(part: Any) -> bytes:
     return json.dumps(part, separators=(",", ":")).encode()
 
 
-def _channel(name: Any) -> str:
-    if name not in CHANNELS or name == "iopub":
+def _channel(name: Any, channels: Sequence[str] = CLIENT_CHANNELS) -> str:
+    if name not in channels:
         raise FrameError(f"A client sends on shell, control or stdin, not on {str(name)[:40]!r}.")
     return str(name)

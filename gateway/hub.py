@@ -1,4 +1,4 @@
-"""All clients of all kernels: who is connected, what is kept for those who left, and who is told when a kernel dies.
+"""All clients of all kernels: who is connected, what is kept for those who left, and what they get when a kernel dies.
 
 Follows jupyter_server's rules: one connection per session, the last one out leaves its sockets behind. Knows nothing of
 HTTP.
@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 
 import zmq
 
+from gateway import kept_messages
 from gateway.connection import Client, Connection
-from gateway.errors import ApiError
+from gateway.errors import ApiError, FrameError
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, iopub_socket, status_message, stderr_message
+from gateway.kernel_link import KernelLink, iopub_socket, status_message, stderr_message, wait_subscribed
 from gateway.metrics import Metrics
 from gateway.parking import BufferBudget, Parked
 from gateway.settings import GatewaySettings
 from gateway.zmq_socket import ZmqSocket
-from kernels.errors import CapacityError, KernelsError, UnknownSandboxError
+from kernels.errors import KernelsError, UnknownSandboxError
 from kernels.events import EventQueue
 from kernels.models import EventKind, SandboxEvent, SandboxState
 from kernels.service import SandboxService
@@ -33,19 +34,22 @@ log = logging.getLogger(__name__)
 CLOSE_NORMAL = 1000
 CLOSE_GOING_AWAY = 1001
 CLOSE_FAILED = 1011
+# At a stop: for a client to take what has arrived for it, and to answer the end of its WebSocket. What a slower one has
+# not taken then is kept for it.
+LAST_WORDS_S = 5.0
+CLOSING_S = 2.0
+LOOK_INTERVAL_S = 0.01
 # Clients open their WebSocket right after they have made a kernel; others (jupyter_client's) never do.
 PREPARED_S = 10.0
 
 
 @dataclass
 class _Clients:
-    """The clients of one kernel, by session, and what the last one left behind. iopub: a socket for the first one.
-    told: the sessions that know that the machine was lost, until it runs again."""
+    """The clients of one kernel, by session, and what the last one left behind. iopub: a socket for the first one."""
 
     connections: dict[str, Connection] = field(default_factory=dict)
     parked: Parked | None = None
     iopub: ZmqSocket | None = None
-    told: set[str] = field(default_factory=set)
 
 
 class KernelHub:
@@ -60,22 +64,90 @@ class KernelHub:
         self._context.set(zmq.MAX_SOCKETS, 8 * settings.max_connections + 64)
         self._budget = BufferBudget(settings.buffer_total_mib * 1024 * 1024)
         self._kernels: dict[str, _Clients] = {}
+        self._kept = settings.state_dir / "kept"
+        self._stopping = False
         self._tasks: asyncio.TaskGroup | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[KernelHub]:
-        """Ends every connection and socket at the end."""
+        """Ends every connection and socket at the end; what is left for clients is kept for the next gateway."""
+        for kept in self._kept.glob("*"):
+            with suppress(UnknownSandboxError):
+                self._service.get(kept.name)
+                continue
+            kept.unlink()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 try:
                     yield self
                 finally:
-                    for kernel_id in list(self._kernels):
-                        self._drop(kernel_id, CLOSE_GOING_AWAY, "the gateway is shutting down")
+                    await self._end()
         finally:
             # Not before the last task has closed its sockets: it would wait for them, and the event loop with it.
             self._context.term()
+
+    def hold(self) -> None:
+        """The gateway stops: from now on clients only receive."""
+        self._stopping = True
+        for kernel_id in self._kernels:
+            for connection in self._connections(kernel_id):
+                connection.hold()
+
+    async def _end(self) -> None:
+        """Lets clients take what has arrived for them, and go."""
+        self.hold()
+        await _until(lambda: not any(map(self._has_unsent, self._kernels)), limit_s=LAST_WORDS_S)
+        for kernel_id in self._kernels:
+            self.close_clients(kernel_id, CLOSE_GOING_AWAY, "the gateway is shutting down")
+        await _until(lambda: not self.total_connections(), limit_s=CLOSING_S)
+        for kernel_id in self._kernels:
+            for connection in self._connections(kernel_id):
+                self.detach(kernel_id, connection)
+        # What waited for slow clients can come now.
+        await self._service.until_clients_have_all()
+        await _until(lambda: not any(map(self._has_unsent, self._kernels)), limit_s=CLOSING_S)
+        for kernel_id, clients in self._kernels.items():
+            if clients.parked is not None:
+                clients.parked.unlink()
+                self._save(kernel_id, clients.parked)
+            self._forget_parked(kernel_id)
+
+    def _has_unsent(self, kernel_id: str) -> bool:
+        """Whether something has come from a kernel that is neither with its clients nor kept for them."""
+        clients = self._kernels[kernel_id]
+        waits = any(each.outgoing.unsent_bytes or each.has_unread for each in clients.connections.values())
+        return waits or (clients.parked is not None and clients.parked.has_unread)
+
+    def _save(self, kernel_id: str, parked: Parked) -> None:
+        messages = parked.release(for_session=parked.session_id)
+        try:
+            if messages:
+                kept_messages.save(self._kept / kernel_id, parked.session_id, messages)
+        except OSError as error:
+            log.warning("What was kept for a client of kernel %s is lost: %s", kernel_id, error)
+
+    def _load(self, kernel_id: str) -> None:
+        """What an earlier gateway kept."""
+        try:
+            kept = kept_messages.take(self._kept / kernel_id)
+        except (OSError, FrameError) as error:
+            log.warning("What was kept for a client of kernel %s is lost: %s", kernel_id, error)
+            return
+        if kept is not None:
+            session_id, messages = kept
+            parked = self._kernels[kernel_id].parked = self._park(session_id, None)
+            for message in messages:
+                parked.keep(message)
+
+    def _park(self, session_id: str, link: KernelLink | None) -> Parked:
+        return Parked(session_id, link, max_bytes=self._settings.buffer_mib * 1024 * 1024, budget=self._budget)
+
+    def _clients(self, kernel_id: str) -> _Clients:
+        if kernel_id not in self._kernels:
+            self._kernels[kernel_id] = _Clients()
+            self._load(kernel_id)
+        return self._kernels[kernel_id]
 
     async def follow(self, events: EventQueue) -> None:
         """Acts on the service's events until they end."""
@@ -109,11 +181,37 @@ class KernelHub:
                 f"The gateway has {settings.max_connections} connections, the most it may have (max_connections).",
             )
 
-    def attach(self, kernel_id: str, session_id: str, client: Client) -> Connection:
-        """Connects a client; what was kept for it is sent first. Errors: those of `connection_info`."""
+    async def subscribe(self, kernel_id: str, session_id: str) -> ZmqSocket | None:
+        """For a client that is about to connect: a socket that misses nothing of what a kernel that is awake sends, for
+        `attach`; whoever does not come so far closes it. None for one that will take over another's. Errors: those of
+        `connection_info`."""
+        clients = self._clients(kernel_id)
+        sandbox = self._service.get(kernel_id)
+        has_link = clients.parked is not None and clients.parked.link is not None
+        taken_over = session_id in clients.connections or has_link
+        if taken_over or sandbox.state is not SandboxState.RUNNING or sandbox.execution_state == "dead":
+            return None
         info = self._service.connection_info(kernel_id)
-        clients = self._kernels.setdefault(kernel_id, _Clients())
-        connection = Connection(client, session_id, self._metrics, on_waiting=lambda: self._on_waiting(kernel_id))
+        iopub, clients.iopub = clients.iopub, None
+        iopub = iopub or iopub_socket(self._context, info)
+        try:
+            await wait_subscribed(self._context, info, iopub.wait_readable, lambda: self._service.get(kernel_id))
+        except BaseException:
+            iopub.close()
+            raise
+        return iopub
+
+    def attach(self, kernel_id: str, session_id: str, client: Client, *, iopub: ZmqSocket | None = None) -> Connection:
+        """Connects a client; what was kept for it is sent first. iopub: from `subscribe`, owned by this from the call
+        on. Errors: those of `connection_info`."""
+        try:
+            info = self._service.connection_info(kernel_id)
+        except KernelsError:
+            if iopub is not None:
+                iopub.close()
+            raise
+        clients = self._clients(kernel_id)
+        connection = Connection(client, session_id, self._metrics)
         backlog: list[KernelMessage] = []
         stale = clients.connections.pop(session_id, None)
         parked, clients.parked = clients.parked, None
@@ -132,19 +230,20 @@ class KernelHub:
         clients.connections[session_id] = connection
         self._metrics.connections.inc()
         if link is None:
-            iopub, clients.iopub = clients.iopub, None
-            link = KernelLink(self._context, info, session_id, iopub=iopub)
+            link = KernelLink(self._context, info, session_id, iopub=iopub, subscribed=iopub is not None)
+        elif iopub is not None:
+            iopub.close()
         link.resume()  # the client it was paused for is gone
         connection.use(link, backlog)
         if stale is None and parked is None:
-            self._tell_of_loss(kernel_id, connection)
+            self._announce_loss(kernel_id, connection)
         self._settle(kernel_id, connection)
         return connection
 
     def prepare(self, kernel_id: str) -> None:
         """Subscribes to a new kernel, whose first client is about to come and must not wait for that. If none comes, it
         is let go. Errors: those of `connection_info`."""
-        clients = self._kernels.setdefault(kernel_id, _Clients())
+        clients = self._clients(kernel_id)
         if clients.connections or clients.parked is not None or clients.iopub is not None:
             return
         iopub = clients.iopub = iopub_socket(self._context, self._service.connection_info(kernel_id))
@@ -156,50 +255,30 @@ class KernelHub:
             clients.iopub = None
             iopub.close()
 
-    def _tell_of_loss(self, kernel_id: str, connection: Connection) -> None:
-        """A sandbox that sleeps for a reason has lost its machine: who was not there then is told when it comes."""
-        sandbox, clients = self._service.get(kernel_id), self._kernels[kernel_id]
-        lost = sandbox.state is SandboxState.ASLEEP and sandbox.reason is not None
-        if lost and connection.session_id not in clients.told:
-            clients.told.add(connection.session_id)
+    def _announce_loss(self, kernel_id: str, connection: Connection) -> None:
+        """A sandbox that sleeps for a reason has lost its machine: who was not connected then learns it now."""
+        sandbox = self._service.get(kernel_id)
+        if sandbox.state is SandboxState.ASLEEP and sandbox.reason is not None:
             connection.announce("restarting", sandbox.reason)
 
     def _settle(self, kernel_id: str, connection: Connection) -> None:
         """Sees to it that the client's messages pass, as soon as no answer can be missed."""
-        link = connection.link
-        if link is None or not self._is_attached(kernel_id, connection):
+        link, sandbox = connection.link, self._service.get(kernel_id)
+        assert link is not None
+        if self._stopping:
             return
-        sandbox = self._service.get(kernel_id)
-        if sandbox.state is SandboxState.FAILED:
-            connection.fail(sandbox.reason)
-        elif link.subscribed:
-            connection.admit()
-        elif connection.settling is None or connection.settling.done():
-            connection.settling = self._spawn(lambda: self._admit(kernel_id, connection, link))
+        if sandbox.execution_state == "dead":
+            connection.die(sandbox.reason)
+        elif link.subscribed or sandbox.state is not SandboxState.RUNNING:
+            connection.admit()  # also to a machine that stands: its endpoints subscribe before they pass requests on
+        else:
 
-    async def _admit(self, kernel_id: str, connection: Connection, link: KernelLink) -> None:
-        sandbox = self._service.get(kernel_id)
-        if sandbox.state is SandboxState.ASLEEP:
-            return  # it is left to sleep until the client asks something: `_on_waiting`
-        await link.wait_subscribed(busy=sandbox.execution_state == "busy")
-        connection.admit()
+            async def admit() -> None:
+                with suppress(UnknownSandboxError):
+                    await link.wait_subscribed(lambda: self._service.get(kernel_id))
+                    connection.admit()
 
-    def _on_waiting(self, kernel_id: str) -> None:
-        with suppress(UnknownSandboxError):
-            if self._service.get(kernel_id).state is SandboxState.ASLEEP:
-                self._spawn(lambda: self._wake(kernel_id))
-
-    async def _wake(self, kernel_id: str) -> None:
-        try:
-            await self._service.ready(kernel_id)
-        except UnknownSandboxError:
-            return
-        except KernelsError as error:
-            log.warning("Kernel %s was asked something and cannot wake: %s", kernel_id, error)
-            # Closed, so that clients try again: a host without room may have some then. Else the kernel is lost.
-            if not isinstance(error, CapacityError):
-                self._announce(kernel_id, "dead", str(error))
-            self.close_clients(kernel_id, CLOSE_FAILED, str(error))
+            connection.settle(self._spawn(admit))
 
     def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         assert self._tasks is not None
@@ -222,63 +301,48 @@ class KernelHub:
         del clients.connections[connection.session_id]
         self._metrics.connections.dec()
         link, unsent = connection.release()
-        if link is None:
-            return
         if clients.connections:
-            link.close()
+            if link is not None:
+                link.close()
             return
-        parked = Parked(link, max_bytes=self._settings.buffer_mib * 1024 * 1024, budget=self._budget)
-        clients.parked = parked
+        parked = clients.parked = self._park(connection.session_id, link)
         for message in unsent:
             parked.keep(message)
         parked.start()
 
     def _on_event(self, event: SandboxEvent) -> None:
         kernel_id, reason = event.sandbox_id, event.data.get("reason")
+        connections = self._connections(kernel_id)
         match event.kind:
             case EventKind.KERNEL_RESTARTING:
                 self._announce(kernel_id, "restarting", reason)
-                for connection in self._connections(kernel_id):
+                for connection in connections:
                     connection.unlink()
             case EventKind.KERNEL_RESTARTED:
-                for connection in self._connections(kernel_id):
+                for connection in connections:
                     self._reconnect(kernel_id, connection)
                 self._relink_parked(kernel_id)
             case EventKind.KERNEL_DEAD:
                 self._announce(kernel_id, "dead", reason)
+                for connection in connections:
+                    connection.die(reason)
+            case EventKind.WAKE_FAILED:
+                # Closed, so that clients try again: a host without room may have some then. Else the kernel is lost.
+                if not event.data["no_room"]:
+                    self._announce(kernel_id, "dead", reason)
+                self.close_clients(kernel_id, CLOSE_FAILED, str(reason))
             case EventKind.STATE:
-                self._on_state(kernel_id, event.data.get("state"), reason)
-            case EventKind.DELETED:
-                self._drop(kernel_id, CLOSE_NORMAL, "the kernel was deleted")
-
-    def _on_state(self, kernel_id: str, state: str | None, reason: str | None) -> None:
-        clients = self._kernels.get(kernel_id)
-        if clients is None:
-            return
-        match state:
-            case SandboxState.FAILED:
-                self._announce(kernel_id, "dead", reason)
-                for connection in clients.connections.values():
-                    connection.fail(reason)
-            case SandboxState.ASLEEP:
-                for connection in clients.connections.values():
-                    connection.hold()
-                if clients.parked is not None:
+                clients = self._kernels.get(kernel_id)
+                if event.data.get("state") == SandboxState.ASLEEP and clients is not None and clients.parked:
                     clients.parked.unlink()
-            case SandboxState.RUNNING:
-                clients.told.clear()
-                for connection in clients.connections.values():
-                    if not connection.admitted:
-                        self._settle(kernel_id, connection)
+            case EventKind.DELETED:
+                self._drop(kernel_id)
 
     def _announce(self, kernel_id: str, state: str, reason: str | None) -> None:
-        clients = self._kernels.get(kernel_id)
-        if clients is None:
-            return
-        for connection in clients.connections.values():
+        for connection in self._connections(kernel_id):
             connection.announce(state, reason)
-            clients.told.add(connection.session_id)
-        if clients.parked is not None:
+        clients = self._kernels.get(kernel_id)
+        if clients is not None and clients.parked is not None:
             if reason is not None:
                 clients.parked.keep(stderr_message(f"[{reason}]\n"))
             clients.parked.keep(status_message(state, reason))
@@ -324,17 +388,25 @@ class KernelHub:
             clients.iopub.close()
             clients.iopub = None
 
-    def _drop(self, kernel_id: str, code: int, reason: str) -> None:
+    def _drop(self, kernel_id: str) -> None:
+        """The kernel is no more."""
+        (self._kept / kernel_id).unlink(missing_ok=True)
         self._forget_parked(kernel_id)
-        clients = self._kernels.pop(kernel_id, None)
-        if clients is None:
-            return
-        for connection in clients.connections.values():
+        for connection in self._connections(kernel_id):
             self._metrics.connections.dec()
             link, _ = connection.release()
             if link is not None:
                 link.close()
-            connection.client.close(code, reason)
+            connection.client.close(CLOSE_NORMAL, "the kernel was deleted")
+        self._kernels.pop(kernel_id, None)
+
+
+async def _until(holds: Callable[[], bool], *, limit_s: float) -> None:
+    """Until something holds, or the time is up."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while not holds():  # noqa: ASYNC110 - nothing tells how far ZMQ and the sockets are
+                await asyncio.sleep(LOOK_INTERVAL_S)
 
 
 async def _logged(work: Callable[[], Awaitable[None]]) -> None:

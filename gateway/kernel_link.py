@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -19,8 +19,10 @@ import zmq
 
 from gateway.frames import KernelMessage, Part, Signer, from_zmq, to_zmq
 from gateway.zmq_socket import ZmqSocket
+from kernels.models import Sandbox, SandboxState
 
-DEALERS = ("shell", "control", "stdin")
+# In the order in which they connect: a cell may ask for input at once.
+DEALERS = ("stdin", "control", "shell")
 # Our kernels greet each new subscriber at once. Others are asked for kernel_info, whose status messages prove the
 # subscription: first when a greeting would have come even where ten emulated kernels start at once (to ask is work for
 # them, too), then at jupyter_server's interval.
@@ -65,8 +67,39 @@ def stderr_message(text: str, parent: Part = b"{}") -> KernelMessage:
 
 
 def iopub_socket(context: zmq.Context[zmq.Socket[bytes]], info: Mapping[str, Any]) -> ZmqSocket:
-    """Subscribed to all that the kernel says; for a link."""
+    """Subscribed to all that the kernel sends; for a link."""
     return ZmqSocket(context, zmq.SUB, _address(info, "iopub"))
+
+
+async def wait_subscribed(
+    context: zmq.Context[zmq.Socket[bytes]],
+    info: Mapping[str, Any],
+    delivered: Callable[[], Awaitable[object]],
+    look: Callable[[], Sandbox],
+) -> None:
+    """Waits until a socket of `iopub_socket` has `delivered` something: from then on it misses nothing. Gives up after
+    a limit, and where the sandbox that `look` gives does not run any more. Errors: those of `look`."""
+    signer = signer_of(info)
+    busy = look().execution_state == "busy"
+    with suppress(TimeoutError):
+        async with asyncio.timeout(BUSY_SUBSCRIBE_TIMEOUT_S if busy else SUBSCRIBE_TIMEOUT_S):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(delivered(), FIRST_NUDGE_S)
+                return
+            # A socket of its own: the reply must not reach the client.
+            nudge = ZmqSocket(context, zmq.DEALER, _address(info, "control"))
+            try:
+                while look().state is SandboxState.RUNNING:
+                    await nudge.send(to_zmq(make_message("control", "kernel_info_request", {}), signer))
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(delivered(), NUDGE_INTERVAL_S)
+                        return
+            finally:
+                nudge.close()
+
+
+def signer_of(info: Mapping[str, Any]) -> Signer:
+    return Signer(str(info["key"]).encode(), str(info["signature_scheme"]))
 
 
 def _address(info: Mapping[str, Any], channel: str) -> str:
@@ -92,18 +125,15 @@ class KernelLink:
         self.session_id = session_id
         self._context = context
         self._info = info
-        self._signer = Signer(str(info["key"]).encode(), str(info["signature_scheme"]))
+        self._signer = signer_of(info)
         self._subscribed = asyncio.Event()
         if subscribed:
             self._subscribed.set()
         identity = session_id.encode()
         self._iopub = iopub or iopub_socket(context, info)
         self._dealers = {
-            name: ZmqSocket(context, zmq.DEALER, self._address(name), identity=identity) for name in DEALERS
+            name: ZmqSocket(context, zmq.DEALER, _address(info, name), identity=identity) for name in DEALERS
         }
-
-    def _address(self, channel: str) -> str:
-        return _address(self._info, channel)
 
     def start(self, receive: Receiver) -> None:
         """Delivers messages to `receive` from now on, instead of to an earlier receiver."""
@@ -130,39 +160,16 @@ class KernelLink:
 
     @property
     def subscribed(self) -> bool:
-        """Whether iopub has delivered something on the kernel's present sockets."""
+        """Whether iopub has delivered something."""
         return self._subscribed.is_set()
-
-    def expect_subscription(self) -> None:
-        """The kernel's sockets are gone and will come back: these here connect again by themselves."""
-        self._iopub.drain()
-        self._subscribed.clear()
 
     async def send(self, message: KernelMessage) -> None:
         """To the kernel; waits while it takes no more."""
         await self._dealers[message.channel].send(to_zmq(message, self._signer))
 
-    async def wait_subscribed(self, *, busy: bool) -> None:
-        """Waits until iopub has delivered something: from then on no output is missed. Gives up after a limit."""
-        limit_s = BUSY_SUBSCRIBE_TIMEOUT_S if busy else SUBSCRIBE_TIMEOUT_S
-        with suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                if await self._greeted_within(FIRST_NUDGE_S):
-                    return
-                # A socket of its own: the reply must not reach the client.
-                nudge = ZmqSocket(self._context, zmq.DEALER, self._address("control"))
-                try:
-                    while not self._subscribed.is_set():
-                        request = make_message("control", "kernel_info_request", {})
-                        await nudge.send(to_zmq(request, self._signer))
-                        await self._greeted_within(NUDGE_INTERVAL_S)
-                finally:
-                    nudge.close()
-
-    async def _greeted_within(self, seconds: float) -> bool:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._subscribed.wait(), seconds)
-        return self._subscribed.is_set()
+    async def wait_subscribed(self, look: Callable[[], Sandbox]) -> None:
+        """As the function of this name, once `start` was called."""
+        await wait_subscribed(self._context, self._info, self._subscribed.wait, look)
 
     def pause(self) -> None:
         """No messages until `resume`: the kernel is made to wait."""
@@ -172,6 +179,11 @@ class KernelLink:
     def resume(self) -> None:
         for socket in self._sockets().values():
             socket.resume()
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a message has arrived that was not delivered yet."""
+        return any(socket.has_unread for socket in self._sockets().values())
 
     def drain_iopub(self) -> None:
         """Delivers the output that has arrived already."""

@@ -17,6 +17,8 @@ from gateway.state import Gateway
 
 log = logging.getLogger(__name__)
 
+# A ping without content, unmasked (RFC 6455, section 5.2).
+PING_BYTES = 2
 # `tcpi_bytes_acked` in linux/tcp.h's struct tcp_info (since Linux 4.1).
 _BYTES_ACKED = struct.Struct("@Q")
 _BYTES_ACKED_OFFSET = 120
@@ -34,10 +36,6 @@ class WatchedSocket(WebSocketHandler):
     @property
     def ping_interval(self) -> None:
         """Tornado's own pings are off: it takes a client that is busy receiving for a dead one."""
-
-    def is_sending(self) -> bool:
-        """Whether something is on its way to the client: then what arrives there counts, since a pong waits behind."""
-        raise NotImplementedError
 
     def begin_watching(self) -> None:
         self._silent_since = asyncio.get_running_loop().time()
@@ -62,10 +60,12 @@ class WatchedSocket(WebSocketHandler):
         loop = asyncio.get_running_loop()
         settings = self.gateway.settings
         acked = self._bytes_acked()
-        if self._heard or (self.is_sending() and acked != self._acked):
+        # What arrives there counts, since a pong waits behind it until the client's program reads; but for our pings.
+        if self._heard or acked > self._acked + PING_BYTES:
             self._silent_since = loop.time()
         self._heard, self._acked = False, acked
-        if loop.time() - self._silent_since > settings.client_timeout_s:
+        left_s = self._silent_since + settings.client_timeout_s - loop.time()
+        if left_s <= 0:
             log.info("A client of %s was disconnected: nothing from it for a while", self.request.path)
             # A close frame would wait behind all that the client does not take.
             self._abort()
@@ -74,7 +74,7 @@ class WatchedSocket(WebSocketHandler):
             self.ping(b"")
         except WebSocketClosedError:
             return
-        self._timer = loop.call_later(settings.ping_interval_s, self._watch)
+        self._timer = loop.call_later(min(settings.ping_interval_s, left_s), self._watch)
 
     def _bytes_acked(self) -> int:
         stream: Any = getattr(self.ws_connection, "stream", None)

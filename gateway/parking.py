@@ -28,9 +28,9 @@ class Parked:
     max_bytes: for this kernel; `budget` bounds all of them together.
     """
 
-    def __init__(self, link: KernelLink, *, max_bytes: int, budget: BufferBudget) -> None:
-        self.link: KernelLink | None = link
-        self.session_id = link.session_id
+    def __init__(self, session_id: str, link: KernelLink | None, *, max_bytes: int, budget: BufferBudget) -> None:
+        self.link = link
+        self.session_id = session_id
         self._max_bytes = max_bytes
         self._budget = budget
         self._messages: deque[KernelMessage] = deque()
@@ -44,6 +44,11 @@ class Parked:
         if self.link is not None:
             self.link.start(self.keep)
             self.link.resume()
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the link has something that was not delivered yet."""
+        return self.link is not None and self.link.has_unread
 
     def unlink(self) -> None:
         """The kernel sleeps or is gone: ends the sockets. When it wakes it keeps by itself what nobody listens to."""

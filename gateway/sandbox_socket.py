@@ -47,7 +47,6 @@ class SandboxSocket(JsonHandler, WatchedSocket):
         self.gateway = gateway
         self.sandbox_id = ""
         self._serving: asyncio.Task[None] | None = None
-        self._sending = 0
 
     def prepare(self) -> None:
         self.check_host()
@@ -66,9 +65,6 @@ class SandboxSocket(JsonHandler, WatchedSocket):
 
     def get_compression_options(self) -> None:
         """None: it costs more than the network it is meant for."""
-
-    def is_sending(self) -> bool:
-        return self._sending > 0
 
     @property
     def max_message_size(self) -> int:
@@ -116,16 +112,11 @@ class SandboxSocket(JsonHandler, WatchedSocket):
         """Binary for bytes, JSON text for the rest. Waits until it has left this process, so that a slow client holds
         the sender. Errors: WebSocketClosedError."""
         self.gateway.service.touch(self.sandbox_id)
-        self._sending += 1
-        try:
-            if isinstance(message, bytes):
-                await self.write_message(message, binary=True)
-            else:
-                await self.write_message(
-                    message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message)
-                )
-        finally:
-            self._sending -= 1
+        if isinstance(message, bytes):
+            await self.write_message(message, binary=True)
+        else:
+            text = message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message)
+            await self.write_message(text)
 
     def on_close(self) -> None:
         self.end_watching()

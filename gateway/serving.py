@@ -64,6 +64,9 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
             yield Serving(url=listener.url, token=token, gateway=gateway)
         finally:
             listener.application, listener.doing = None, "stopping"
+            # Kernels sleep while their clients still receive: all that they have sent arrives.
+            hub.hold()
+            await service.stop()
 
 
 async def _keep_following(

@@ -52,12 +52,18 @@ class ZmqSocket:
         self._turn: asyncio.Handle | None = None
         self._paused = False
         self._writable: asyncio.Event | None = None
+        self._readable = asyncio.Event()
         self.on_message: Callable[[Sequence[Part]], None] | None = None
         self._loop.add_reader(self._fd, self._on_readable)
 
     @property
     def closed(self) -> bool:
         return bool(self._socket.closed)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a message has arrived that was not delivered yet."""
+        return not self._socket.closed and bool(self._events() & zmq.POLLIN)
 
     def pause(self) -> None:
         """No more messages until `resume`; zmq, the wire and in the end the kernel wait."""
@@ -73,6 +79,11 @@ class ZmqSocket:
         """Sets the receiver (replacing the one before) and begins to read."""
         self.on_message = on_message
         self._soon()
+
+    async def wait_readable(self) -> None:
+        """Until a message is there, before `start`; or the socket is closed."""
+        self._soon()
+        await self._readable.wait()
 
     async def send(self, frames: Sequence[Part]) -> None:
         """Sends one message; waits while the kernel takes none. On a closed socket the message is dropped."""
@@ -101,6 +112,7 @@ class ZmqSocket:
         if self._turn is not None:
             self._turn.cancel()
         self._socket.close()
+        self._readable.set()
         if self._writable is not None:
             self._writable.set()
 
@@ -118,12 +130,18 @@ class ZmqSocket:
         self._receive(limit=MESSAGES_PER_TURN)
         if self._socket.closed:
             return
-        events = self._socket.getsockopt(zmq.EVENTS)
-        assert isinstance(events, int)
+        events = self._events()
         if self._writable is not None and events & zmq.POLLOUT:
             self._writable.set()
-        if events & zmq.POLLIN and self.on_message is not None and not self._paused:
-            self._soon()
+        if events & zmq.POLLIN:
+            self._readable.set()
+            if self.on_message is not None and not self._paused:
+                self._soon()
+
+    def _events(self) -> int:
+        events = self._socket.getsockopt(zmq.EVENTS)
+        assert isinstance(events, int)
+        return events
 
     def _receive(self, *, limit: int) -> None:
         with suppress(zmq.Again):

@@ -24,6 +24,15 @@ async def kernel_id(gateway: RunningGateway) -> AsyncIterator[str]:
     await request(gateway, "DELETE", f"/api/kernels/{kernel_id}")
 
 
+async def until_idle(gateway: RunningGateway, kernel_id: str) -> None:
+    """Waits until the kernel's cell has ended."""
+    state = ""
+    async with asyncio.timeout(60):
+        while state != "idle":
+            await asyncio.sleep(0.05)
+            state = json.loads((await request(gateway, "GET", f"/api/kernels/{kernel_id}")).body)["execution_state"]
+
+
 @pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
 async def test_a_cell_in_both_forms(gateway: RunningGateway, kernel_id: str, v1: bool) -> None:
     client = await KernelClient.connect(gateway, kernel_id, v1=v1)
@@ -77,7 +86,7 @@ async def test_input_is_answered(gateway: RunningGateway, kernel_id: str) -> Non
     await client.execute("print('hello', input('name? '))")
     await client.until("input_request", prompt="name? ")
     await client.send("input_reply", {"value": "Ada"}, channel="stdin")
-    assert stream_text(await client.until("execute_reply") + await client.rest(0.5)) == "hello Ada\n"
+    assert stream_text(await client.until("status", execution_state="idle")) == "hello Ada\n"
     await client.close()
 
 
@@ -96,11 +105,24 @@ async def test_the_same_session_misses_nothing(gateway: RunningGateway, kernel_i
     await first.execute("import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(0.5)")
     seen = stream_text(await first.until("stream"))
     await first.close()
-    await asyncio.sleep(2)
+    await until_idle(gateway, kernel_id)
     again = await KernelClient.connect(gateway, kernel_id, session_id=first.session_id)
     seen += stream_text(await again.until("status", execution_state="idle"))
     assert seen == "".join(f"{i}\n" for i in range(8))
     await again.close()
+
+
+async def test_from_the_moment_of_its_opening_a_listener_misses_nothing(
+    gateway: RunningGateway, kernel_id: str
+) -> None:
+    client = await KernelClient.connect(gateway, kernel_id)
+    for number in range(5):
+        listener = await KernelClient.connect(gateway, kernel_id)
+        await client.execute(f"print({number})")
+        assert stream_text(await listener.until("status", execution_state="idle")) == f"{number}\n"
+        await client.until("status", execution_state="idle")
+        await listener.close()
+    await client.close()
 
 
 async def test_what_a_session_sends_again_after_a_break_runs_once(gateway: RunningGateway, kernel_id: str) -> None:
@@ -123,7 +145,7 @@ async def test_another_session_gets_the_output_but_no_replies(gateway: RunningGa
     await first.execute("import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.5)")
     await first.until("stream")
     await first.close()
-    await asyncio.sleep(5)
+    await until_idle(gateway, kernel_id)
     other = await KernelClient.connect(gateway, kernel_id)
     messages = await other.until("status", execution_state="idle")
     assert stream_text(messages).endswith("2\n")

@@ -39,7 +39,7 @@ async def link(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> Kerne
 
 
 async def test_the_same_session_gets_all_and_another_the_output(link: KernelLink) -> None:
-    parked = Parked(link, max_bytes=10_000, budget=BufferBudget(10_000))
+    parked = Parked(link.session_id, link, max_bytes=10_000, budget=BufferBudget(10_000))
     kept = [_output("1"), _output("2", "shell"), _output("3")]
     for message in kept:
         parked.keep(message)
@@ -52,7 +52,7 @@ async def test_the_same_session_gets_all_and_another_the_output(link: KernelLink
 
 async def test_the_oldest_goes_and_the_client_is_told(link: KernelLink) -> None:
     budget = BufferBudget(10_000)
-    parked = Parked(link, max_bytes=200, budget=budget)
+    parked = Parked(link.session_id, link, max_bytes=200, budget=budget)
     for number in range(10):
         parked.keep(_output(f"{number}" * 40))
     assert budget.used <= 200
@@ -66,7 +66,7 @@ async def test_the_oldest_goes_and_the_client_is_told(link: KernelLink) -> None:
 
 async def test_all_parked_kernels_share_a_budget(link: KernelLink) -> None:
     budget = BufferBudget(100)
-    parked = Parked(link, max_bytes=10_000, budget=budget)
+    parked = Parked(link.session_id, link, max_bytes=10_000, budget=budget)
     for _ in range(10):
         parked.keep(_output("x" * 20))
     assert budget.used <= 100
