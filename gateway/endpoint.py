@@ -34,6 +34,8 @@ DRAINED_BODIES = 64
 CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control, Range, X-Content-Crc32"
 CORS_MAX_AGE_S = 600
+# As jupyter_server's API says it (base/handlers.py, APIHandler).
+CONTENT_SECURITY_POLICY = "frame-ancestors 'self'; report-uri /api/security/csp-report; default-src 'none'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """name: the operationId. body: model of the request (empty counts as `{}` unless the model has required fields).
+    """name: the operationId. body: model of the request (nothing, and null, count as `{}`).
 
     reply: model of a success (a type pydantic understands) or None for no body. errors: statuses that may be answered
     beside those every operation has. public: needs no token. media: what a success is made of. query: model of the
@@ -101,6 +103,7 @@ class JsonHandler(web.RequestHandler):
     def set_default_headers(self) -> None:
         self.clear_header("Server")
         self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
         self.set_header("Cache-Control", "no-store")
         origin = self.request.headers.get("Origin")
         cors_origins = self.settings["gateway"].settings.cors_origins
@@ -306,8 +309,9 @@ class EndpointHandler(JsonHandler):
     def _parse(self, operation: Operation) -> Any:
         if operation.body is None:
             return None
+        text = bytes(self._body).strip()
         try:
-            return operation.body.model_validate_json(bytes(self._body) if self._body.strip() else b"{}")
+            return operation.body.model_validate_json(b"{}" if text in (b"", b"null") else text)
         except ValidationError as error:
             raise invalid_request(error) from error
 

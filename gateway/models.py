@@ -6,6 +6,7 @@ Jupyter's own requests may carry fields that are not known here (its clients dif
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -106,6 +107,13 @@ class ErrorAnswer(Answer):
     code: str
 
 
+def _texts(value: Any) -> Any:
+    """jupyter_server looks at no variable's value: what is no text becomes the text that JSON has for it."""
+    if isinstance(value, dict):
+        return {name: each if isinstance(each, str) else json.dumps(each) for name, each in value.items()}
+    return {} if value is None else value
+
+
 def check_env(env: dict[str, str]) -> dict[str, str]:
     size = sum(len(name.encode()) + len(value.encode()) for name, value in env.items())
     if size > MAX_ENV_BYTES:
@@ -135,7 +143,9 @@ class CreateKernel(JupyterRequest):
     JPY_SESSION_NAME is the notebook's path."""
 
     name: Name | None = None
-    env: dict[EnvName, EnvValue] = Field(default_factory=dict, max_length=MAX_ENV_VARIABLES)
+    env: Annotated[dict[EnvName, EnvValue], BeforeValidator(_texts)] = Field(
+        default_factory=dict, max_length=MAX_ENV_VARIABLES
+    )
     path: PathText | None = None
     kernel_id: KernelId | None = None
     resources: Resources | None = None
@@ -158,7 +168,8 @@ class CreateKernel(JupyterRequest):
 
 
 class KernelAnswer(Answer):
-    """Jupyter's kernel model. reason: why the kernel is dead, else null."""
+    """Jupyter's kernel model. reason: why the kernel is dead, or has gone back to its last checkpoint, else null.
+    crashes: how often it has lost its state without being asked to, and has come back."""
 
     id: str
     name: str
@@ -166,6 +177,7 @@ class KernelAnswer(Answer):
     execution_state: str
     connections: int
     reason: str | None = None
+    crashes: int = 0
 
     @classmethod
     def of_sandbox(cls, sandbox: Sandbox, connections: int) -> KernelAnswer:
@@ -183,6 +195,7 @@ class KernelAnswer(Answer):
             execution_state=state,
             connections=connections,
             reason=reason,
+            crashes=sandbox.crashes,
         )
 
 

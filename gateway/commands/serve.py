@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pydantic.fields import FieldInfo
 
@@ -95,9 +97,11 @@ async def _until_signal(settings: GatewaySettings) -> None:
         loop.add_signal_handler(number, stop)
     try:
         async with running(settings) as gateway:
-            say(f"Hypercell serves at {gateway.url}/?token={gateway.token}")
+            # As a URL, and as a shell reads it.
+            say(f"Hypercell serves at {gateway.url}/?token={quote(gateway.token, safe='')}")
             say(
-                f"  jupyter lab --gateway-url={gateway.url} --GatewayClient.auth_token={gateway.token} "
+                f"  jupyter lab --gateway-url={gateway.url} "
+                f"{shlex.quote(f'--GatewayClient.auth_token={gateway.token}')} "
                 "--GatewayClient.allowed_envs=JPY_SESSION_NAME"
             )
             say("  hypercell lab")

@@ -21,7 +21,7 @@ from gateway.models import (
 from gateway.sessions import Session
 from gateway.state import Gateway
 from kernels.errors import UnknownSandboxError
-from kernels.models import CreateSandbox
+from kernels.models import CreateSandbox, SandboxState
 
 SESSION_ID = {"session_id": "The session's id."}
 
@@ -57,7 +57,9 @@ async def _kernel_for(gateway: Gateway, wanted: SessionKernel | None, *, path: s
     wanted = wanted or SessionKernel()
     if wanted.id is not None:
         with suppress(UnknownSandboxError):
-            return gateway.kernel_sandbox(wanted.id).id
+            sandbox = gateway.kernel_sandbox(wanted.id)
+            if sandbox.state is not SandboxState.CREATING:  # else the id is taken, which `create` refuses
+                return sandbox.id
     request = CreateSandbox(
         template=wanted.name or gateway.default_template(),
         kernel_id=wanted.id if wanted.id and KERNEL_ID.match(wanted.id) else None,
@@ -146,6 +148,7 @@ ENDPOINTS = (
                 body=CreateSession,
                 reply=SessionAnswer,
                 status=201,
+                ends_with_client=True,
                 errors=CREATE_ERRORS,
                 headers={"Location": "The session's path."},
             ),

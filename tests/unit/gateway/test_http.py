@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 from tornado import web
+from tornado.httpclient import HTTPResponse
 
 from gateway.endpoint import Call, Endpoint, EndpointHandler, Operation, Reply
 from gateway.listener import listening
@@ -63,6 +64,34 @@ async def test_sessions_by_jupyter_servers_rules(gateway: RunningGateway) -> Non
     assert (await request(gateway, "DELETE", f"/api/sessions/{session['id']}")).code == 204
     assert (await request(gateway, "GET", f"/api/kernels/{new_kernel_id}")).code == 404
     assert (await request(gateway, "GET", f"/api/sessions/{session['id']}")).code == 404
+
+
+async def test_a_session_takes_the_id_that_its_client_gives_a_kernel(gateway: RunningGateway) -> None:
+    kernel_id = str(uuid.uuid4())
+
+    async def create(**kernel: str) -> HTTPResponse:
+        body = {"path": f"{uuid.uuid4()}.ipynb", "type": "notebook", "kernel": kernel}
+        return await request(gateway, "POST", "/api/sessions", body)
+
+    answers = sorted(await asyncio.gather(create(id=kernel_id), create(id=kernel_id)), key=lambda answer: answer.code)
+    assert [answer.code for answer in answers] == [201, 409]
+    assert json.loads(answers[0].body)["kernel"]["id"] == kernel_id
+    assert json.loads(answers[1].body)["code"] == "sandbox_exists"
+    # One that is there is the session's.
+    again = await create(id=kernel_id)
+    assert (again.code, json.loads(again.body)["kernel"]["id"]) == (201, kernel_id)
+    refused = await create(name="bad")
+    assert (refused.code, json.loads(refused.body)["code"]) == (404, "kernelspec_not_found")
+    sessions = json.loads((await request(gateway, "GET", "/api/sessions")).body)
+    assert [session["kernel"]["id"] for session in sessions if session["kernel"]["id"] == kernel_id] == [kernel_id] * 2
+
+
+async def test_a_body_may_be_null_as_in_jupyter_server(gateway: RunningGateway) -> None:
+    created = await request(gateway, "POST", "/api/kernels", b"null")
+    assert created.code == 201, created.body
+    policy = "frame-ancestors 'self'; report-uri /api/security/csp-report; default-src 'none'"
+    assert created.headers["Content-Security-Policy"] == policy
+    assert (await request(gateway, "POST", "/api/sessions", b"null")).code == 400
 
 
 async def test_kernelspecs_and_their_logos(gateway: RunningGateway) -> None:
