@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import pytest
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import AsyncKernelManager, KernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
+from nbformat.v4 import new_code_cell, new_notebook
 
 from hypercell.errors import NoGatewayError, UnsupportedError
 from tests.gateways import GatewayAddress
@@ -53,6 +57,13 @@ def reply_to(client: BlockingKernelClient, message_id: str) -> dict[str, Any]:
         reply: dict[str, Any] = client.get_shell_msg(timeout=TIMEOUT_S)
         if reply["parent_header"]["msg_id"] == message_id:
             return reply
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def kernel_ids(gateway: GatewayAddress) -> set[str]:
@@ -140,6 +151,31 @@ def test_a_kernel_deleted_behind_its_back_is_dead_and_a_restart_gives_another(
             assert value_of(client, "6 * 7") == "42"
         finally:
             client.stop_channels()
+
+
+def test_a_kernel_that_ends_is_dead_until_it_is_restarted(kernel_name: str, gateway: GatewayAddress) -> None:
+    with running_kernel(kernel_name) as (manager, client):
+        client.execute("open('/tmp/kept', 'w').write('on disk')", reply=True, timeout=TIMEOUT_S)
+        kernel_id = manager.kernel_id
+        client.execute("import os; os._exit(3)")
+        wait_until(lambda: not manager.is_alive())
+        manager.restart_kernel(now=True)
+        assert manager.is_alive()
+        client.wait_for_ready(timeout=TIMEOUT_S)
+        assert value_of(client, "open('/tmp/kept').read()") == "'on disk'"
+        assert kernel_id in kernel_ids(gateway)
+
+
+def test_nbclient_learns_that_its_kernel_has_died(kernel_name: str) -> None:
+    notebook = new_notebook(cells=[new_code_cell("import os; os._exit(3)"), new_code_cell("1")])
+    with pytest.raises(DeadKernelError):
+        NotebookClient(notebook, kernel_name=kernel_name, timeout=TIMEOUT_S).execute()
+
+
+def test_arguments_that_have_no_effect_are_named(kernel_name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with running_kernel(kernel_name, extra_arguments=["--IPKernelApp.matplotlib=inline"]) as (manager, _):
+        assert manager.is_alive()
+    assert "--IPKernelApp.matplotlib=inline" in caplog.text
 
 
 def test_only_variables_meant_for_the_kernel_enter_the_machine(

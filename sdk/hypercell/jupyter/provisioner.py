@@ -8,7 +8,8 @@ Asks the local gateway for a kernel and hands out its `ipc://` endpoints; messag
     kill, terminate, shutdown           the kernel counts as ended at once
     cleanup(restart=False)              DELETE /api/kernels/{id}, which stops it gracefully
     cleanup(restart=True)               nothing: the machine is kept for the launch that follows
-    poll, every 3 s                     GET /api/kernels/{id}
+    poll, every 3 s                     GET /api/kernels/{id}; a kernel that has crashed is dead, though the gateway
+                                        has started another in its place, until the next launch takes that one
 
 jupyter_client removes a kernel's `ipc` sockets itself when it restarts or ends it. The sockets belong to the gateway,
 so what is handed out is a directory of links to them.
@@ -22,6 +23,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,8 @@ class HypercellProvisioner(KernelProvisionerBase):
         self._gateway: Gateway | None = None
         self._sandbox_id: str | None = None
         self._links: Path | None = None
+        # How many crashes the gateway counted when the kernel was launched.
+        self._crashes: int | None = None
         # None while the kernel runs, then its exit status; has_process stays true until `wait` has collected it.
         self._exit_code: int | None = EXIT_OF_A_STOPPED_KERNEL
         self._collected = True
@@ -72,6 +76,8 @@ class HypercellProvisioner(KernelProvisionerBase):
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Keeps of the environment what was meant for this kernel; the application's own stays outside the machine."""
         launch: dict[str, Any] = await super().pre_launch(**kwargs)
+        if extra_arguments := launch.pop("extra_arguments", None):
+            self.log.warning("The kernel is restored, not started: it takes no arguments (%s)", extra_arguments)
         launch["env"] = _kernel_environment(launch["env"], launch.get("cwd"), self.kernel_spec.env)
         launch.setdefault("cmd", self.kernel_spec.argv)
         return launch
@@ -108,10 +114,17 @@ class HypercellProvisioner(KernelProvisionerBase):
                     self._forget()
                     self._exit_code = EXIT_OF_A_LOST_KERNEL
             else:
-                if model["execution_state"] == "dead":
-                    self.log.error("Kernel %s is dead: %s", self._sandbox_id, model.get("reason") or "no reason given")
+                if model["execution_state"] == "dead" or self._has_crashed(model):
+                    reason = model.get("reason") or "it ended without being asked to"
+                    self.log.error("Kernel %s is dead: %s", self._sandbox_id, reason)
                     self._exit_code = EXIT_OF_A_LOST_KERNEL
         return self._exit_code
+
+    def _has_crashed(self, model: Mapping[str, Any]) -> bool:
+        """Whether the kernel that was launched is not the one that runs."""
+        if self._crashes is None:
+            self._crashes = model.get("crashes")
+        return bool(model.get("crashes") != self._crashes)
 
     async def wait(self) -> int | None:
         """Waits for the kernel's end and collects it. Callers set their own limit."""
@@ -161,12 +174,13 @@ class HypercellProvisioner(KernelProvisionerBase):
     async def get_provisioner_info(self) -> dict[str, Any]:
         """What another process of this user needs to take over the kernel."""
         info: dict[str, Any] = await super().get_provisioner_info()
-        return {**info, "sandbox_id": self._sandbox_id}
+        return {**info, "sandbox_id": self._sandbox_id, "crashes": self._crashes}
 
     async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
         """Takes over a kernel from `get_provisioner_info` of another process."""
         await super().load_provisioner_info(provisioner_info)
         self._sandbox_id = provisioner_info["sandbox_id"]
+        self._crashes = provisioner_info.get("crashes")
         self._gateway = locate()
         if self._sandbox_id is not None:
             self._exit_code, self._collected = None, False
@@ -197,10 +211,15 @@ class HypercellProvisioner(KernelProvisionerBase):
             body["name"] = self.template
         model = await self._ask("POST", "/api/kernels", body=body, timeout_s=START_TIMEOUT_S)
         self._sandbox_id = str(model["id"])
+        self._crashes = model.get("crashes")
 
     async def _restart(self) -> None:
         try:
-            await self._ask("POST", f"{self._path}/restart", body={}, timeout_s=START_TIMEOUT_S)
+            model = await self._ask("GET", self._path)
+            # What has lost its machine and was not used since is in the state of its last checkpoint.
+            if not (self._has_crashed(model) and model.get("reason") and model["execution_state"] != "dead"):
+                model = await self._ask("POST", f"{self._path}/restart", body={}, timeout_s=START_TIMEOUT_S)
+            self._crashes = model.get("crashes")
         except GatewayRefusedError as error:
             # The machine is dead or gone, and its files with it: a new one is all that can be had.
             self.log.warning("Kernel %s gets a new machine: %s", self._sandbox_id, error)
