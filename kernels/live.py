@@ -139,6 +139,8 @@ class LiveSandbox:
         return self.unanswered
 
     async def _quiet(self) -> Unanswered:
+        if self._is_dead:
+            return Unanswered(count=0)
         unanswered = await self.session.quiesce(quiet=True)
         if unanswered is None:
             await self._endpoints.unsubscribe()
@@ -367,7 +369,8 @@ class LiveSandbox:
 
     async def detach(self) -> None:
         """Lets go of the session and leaves the machine running, for the next gateway to adopt."""
-        await self.let_go()
+        if not self.is_let_go:  # a paused machine was let go before, and would answer nothing now
+            await self.let_go()
         await self.session.close("stopping")
         await self.saved.detach()
 
