@@ -14,7 +14,7 @@ from tornado.routing import Rule
 
 from gateway.channels import ChannelsHandler
 from gateway.command_socket import AttachSocket, ExecSocket
-from gateway.endpoint import Call, Endpoint, EndpointHandler, NotFoundHandler, Operation, Reply
+from gateway.endpoint import Call, Endpoint, EndpointHandler, NotFoundHandler, Routes
 from gateway.handlers import events, files, forks, kernels, kernelspecs, sandboxes, server, sessions, time_line
 from gateway.handlers import exec as commands
 from gateway.openapi import openapi_document
@@ -27,36 +27,17 @@ log = logging.getLogger("gateway.access")
 
 def all_endpoints() -> tuple[Endpoint, ...]:
     """Everything that speaks plain HTTP, the description of it included."""
-    described = (
-        *server.ENDPOINTS,
-        *kernelspecs.ENDPOINTS,
-        *kernels.ENDPOINTS,
-        *sessions.ENDPOINTS,
-        *events.ENDPOINTS,
-        *sandboxes.ENDPOINTS,
-        *forks.ENDPOINTS,
-        *time_line.ENDPOINTS,
-        *commands.ENDPOINTS,
-        *files.ENDPOINTS,
-    )
+    modules = (server, kernelspecs, kernels, sessions, events, sandboxes, forks, time_line, commands, files)
+    described = [endpoint for module in modules for endpoint in module.routes]
     document: dict[str, Any] = {}
+    description = Routes()
 
-    async def describe(call: Call) -> Reply:
-        return Reply(body=document)
+    @description("GET /api/openapi.json", public=True)
+    async def get_description(call: Call) -> dict[str, Any]:
+        """This document."""
+        return document
 
-    description = Endpoint(
-        path="/api/openapi.json",
-        operations={
-            "GET": Operation(
-                name="getDescription",
-                summary="This document.",
-                run=describe,
-                reply=dict[str, Any],
-                public=True,
-            )
-        },
-    )
-    endpoints = (*described, description)
+    endpoints = (*described, *description)
     document.update(openapi_document(endpoints))
     return endpoints
 

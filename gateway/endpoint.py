@@ -1,7 +1,7 @@
 """One HTTP operation as data, and the one Tornado handler that runs them all.
 
-An operation is an async function from `Call` to `Reply`, with its models; the same value makes the route, checks the
-request and appears in the OpenAPI document. Host, token, body and errors are dealt with here and nowhere else.
+An operation is an async function (`Routes`); what is known of it makes the route, checks the request and appears in the
+OpenAPI document. Host, token, body and errors are dealt with here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from tornado import httputil, web
@@ -26,6 +27,7 @@ from kernels.errors import KernelsError
 log = logging.getLogger(__name__)
 
 JSON = "application/json"
+OCTETS = "application/octet-stream"
 # How many mistakes of one request are told.
 MAX_PROBLEMS = 5
 # How often the largest body that is taken fits into the largest one that is read before it is refused.
@@ -40,59 +42,84 @@ CONTENT_SECURITY_POLICY = "frame-ancestors 'self'; report-uri /api/security/csp-
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A checked request. body, query: instances of the operation's models, or None."""
+    """A checked request. headers: of the answer, for the operation to set."""
 
     gateway: Gateway
     path: Mapping[str, str]
-    body: Any
-    query: Any
     request: httputil.HTTPServerRequest
+    headers: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """body: a model, a list of them, a JSON value, or bytes of `content_type`."""
-
-    status: int = 200
-    body: Any = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    content_type: str = JSON
+Run = Callable[..., Coroutine[Any, Any, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """name: the operationId. body: model of the request (nothing, and null, count as `{}`).
+    """name: the operationId. run: None where the endpoint's own handler does it.
 
-    reply: model of a success (a type pydantic understands) or None for no body. errors: statuses that may be answered
-    beside those every operation has. public: needs no token. media: what a success is made of. query: model of the
-    query's parameters. run: None where the endpoint's own handler does it. request_media: what the body is made of
-    where it is no JSON. ends_with_client: `run` is cancelled when the client goes.
+    body, query: models of the request (nothing, and null, count as `{}`). reply: type of a success, or None for no body.
+    media: what a success is made of. headers: those of a success, described. errors: statuses that may be answered
+    beside those every operation has. public: needs no token. request_media: what the body is made of where it is no
+    JSON. ends_with_client: `run` is cancelled when the client goes.
     """
 
     name: str
     summary: str
-    run: Callable[[Call], Awaitable[Reply]] | None
+    run: Run | None = None
+    body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
     reply: Any = None
     status: int = 200
-    body: type[BaseModel] | None = None
-    errors: Sequence[int] = ()
-    public: bool = False
     media: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
-    query: type[BaseModel] | None = None
+    errors: Sequence[int] = ()
+    public: bool = False
     request_media: str | None = None
     ends_with_client: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A path with `{names}` in it and what may be done there. parameters: description of each name. handler: an
-    EndpointHandler of its own, for what cannot be answered in one piece."""
+    """A path with `{names}` in it and what may be done there. handler: an EndpointHandler of its own, for what cannot
+    be answered in one piece."""
 
     path: str
-    operations: Mapping[str, Operation]
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    operations: dict[str, Operation] = field(default_factory=dict)
     handler: type[EndpointHandler] | None = None
+
+
+class Routes:
+    """The operations of one module. `@routes("GET /api/kernels/{kernel_id}", errors=(404,))` makes one of a function:
+    its name is the operationId, its docstring the summary, its result the answer. It takes a `Call`, and what it needs
+    of `body` and `query`; their types are the models of the request, that of the result the model of a success.
+    """
+
+    def __init__(self, *endpoints: Endpoint) -> None:
+        self._endpoints = {endpoint.path: endpoint for endpoint in endpoints}
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(self._endpoints.values())
+
+    def __call__(self, route: str, *, status: int | None = None, **options: Any) -> Callable[[Run], Run]:
+        """route: method and path. status: of a success, else 200, or 204 for no body. options: see `Operation`."""
+        method, path = route.split()
+
+        def add(run: Run) -> Run:
+            types = get_type_hints(run)
+            reply = None if types["return"] is type(None) else types["return"]
+            self._endpoints.setdefault(path, Endpoint(path=path)).operations[method] = Operation(
+                name=re.sub(r"_(\w)", lambda found: found[1].upper(), run.__name__),
+                summary=" ".join(str(run.__doc__).split()),
+                run=run,
+                body=types.get("body"),
+                query=types.get("query"),
+                reply=reply,
+                status=status or (204 if reply is None else 200),
+                **options,
+            )
+            return run
+
+        return add
 
 
 class JsonHandler(web.RequestHandler):
@@ -207,7 +234,7 @@ class EndpointHandler(JsonHandler):
         self.endpoint = endpoint
         self._body = bytearray()
         self._body_limit = gateway.settings.max_body_mib * 1024 * 1024
-        self._cancellable: asyncio.Task[Reply] | None = None
+        self._cancellable: asyncio.Task[Any] | None = None
         self._client_gone = False
 
     def prepare(self) -> Awaitable[None] | None:
@@ -261,33 +288,33 @@ class EndpointHandler(JsonHandler):
         operation = self._operation(self.request.method or "")
         if len(self._body) > self._body_limit:
             raise self._too_large()
-        query = self.parse_query(operation.query) if operation.query is not None else None
-        call = Call(gateway=self.gateway, path=path, body=self._parse(operation), query=query, request=self.request)
+        given = {}
+        if operation.query is not None:
+            given["query"] = self.parse_query(operation.query)
+        if operation.body is not None:
+            given["body"] = self._parse(operation.body)
+        call = Call(gateway=self.gateway, path=path, request=self.request)
         assert operation.run is not None
         if operation.ends_with_client:
-            self._cancellable = asyncio.create_task(self._run(operation.run, call))
+            self._cancellable = asyncio.create_task(operation.run(call, **given))
             try:
-                reply = await self._cancellable
+                answer = await self._cancellable
             except asyncio.CancelledError:
                 if self._client_gone:
                     self._auto_finish = False  # nobody is there to be answered
                     return
                 raise
         else:
-            reply = await operation.run(call)
-        self.set_status(reply.status)
-        for name, value in reply.headers.items():
-            self.set_header(name, value)
-        if reply.status == 204:
+            answer = await operation.run(call, **given)
+        self.set_status(operation.status)
+        if operation.reply is None:
             self.clear_header("Content-Type")
             await self.finish()
             return
-        self.set_header("Content-Type", reply.content_type)
-        await self.finish(reply.body if isinstance(reply.body, bytes) else to_json(reply.body))
-
-    @staticmethod
-    async def _run(run: Callable[[Call], Awaitable[Reply]], call: Call) -> Reply:
-        return await run(call)
+        self.set_header("Content-Type", operation.media)
+        for name, value in call.headers.items():
+            self.set_header(name, value)
+        await self.finish(answer if isinstance(answer, bytes) else to_json(answer))
 
     def on_connection_close(self) -> None:
         self._client_gone = True
@@ -306,12 +333,10 @@ class EndpointHandler(JsonHandler):
         self.set_status(204)
         await self.finish()
 
-    def _parse(self, operation: Operation) -> Any:
-        if operation.body is None:
-            return None
+    def _parse(self, model: type[BaseModel]) -> BaseModel:
         text = bytes(self._body).strip()
         try:
-            return operation.body.model_validate_json(b"{}" if text in (b"", b"null") else text)
+            return model.model_validate_json(b"{}" if text in (b"", b"null") else text)
         except ValidationError as error:
             raise invalid_request(error) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tornado.iostream import StreamClosedError
 
-from gateway.endpoint import JSON, Endpoint, EndpointHandler, to_json
+from gateway.endpoint import JSON, OCTETS, Endpoint, EndpointHandler, to_json
 from gateway.errors import ApiError
 from gateway.file_models import PathQuery, WriteQuery, WrittenAnswer, mode_number
 from gateway.state import Gateway
@@ -22,7 +22,6 @@ from kernels.files import FileDownload, FileUpload
 
 log = logging.getLogger(__name__)
 
-OCTETS = "application/octet-stream"
 # Content in chunks with a running checksum (vm_runtime/wire/chunks.py), which pass through the gateway as they are.
 CHUNKS = "application/vnd.hypercell.chunks"
 # A client may say beforehand what the content's CRC-32 is; otherwise it compares the one that is answered.

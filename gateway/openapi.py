@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ from gateway.version import VERSION
 
 EVENT_STREAM = "text/event-stream"
 REF = "#/components/schemas/{model}"
+# Names in paths.
+PARAMETERS = {
+    "command_id": "The command's id.",
+    "file": "The file's name, as `resources` has it.",
+    "kernel_id": "The kernel's id.",
+    "name": "The kernelspec's name.",
+    "sandbox_id": "The sandbox's id.",
+    "session_id": "The session's id.",
+    "snapshot_id": "The snapshot's id.",
+}
 
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
@@ -31,16 +42,16 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         item: dict[str, Any] = {}
-        if endpoint.parameters:
+        if names := re.findall(r"{(\w+)}", endpoint.path):
             item["parameters"] = [
                 {
                     "name": name,
                     "in": "path",
                     "required": True,
-                    "description": text,
+                    "description": PARAMETERS[name],
                     "schema": {"type": "string", "minLength": 1},
                 }
-                for name, text in endpoint.parameters.items()
+                for name in names
             ]
         for method, operation in endpoint.operations.items():
             # An answer without an end is nothing that OpenAPI 3.1 can describe, and programs that try all operations

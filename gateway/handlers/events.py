@@ -10,8 +10,7 @@ import asyncio
 
 from tornado.iostream import StreamClosedError
 
-from gateway.endpoint import Endpoint, EndpointHandler, Operation
-from gateway.handlers.sandboxes import SANDBOX_ID
+from gateway.endpoint import Endpoint, EndpointHandler, Operation, Routes
 from gateway.openapi import EVENT_STREAM
 from gateway.sandbox_models import EventAnswer
 from gateway.state import Gateway
@@ -91,21 +90,17 @@ class EventsHandler(EndpointHandler):
             self._following.cancel()
 
 
-def _stream(name: str, summary: str, errors: tuple[int, ...]) -> dict[str, Operation]:
-    # `EventsHandler` does it.
-    return {"GET": Operation(name=name, summary=summary, run=None, reply=str, media=EVENT_STREAM, errors=errors)}
+def _endpoint(path: str, name: str, summary: str, *errors: int) -> Endpoint:
+    operation = Operation(name=name, summary=summary, reply=str, media=EVENT_STREAM, errors=errors)
+    return Endpoint(path=path, operations={"GET": operation}, handler=EventsHandler)
 
 
-ENDPOINTS = (
-    Endpoint(
-        path="/api/sandboxes/events",
-        operations=_stream("followSandboxes", "Every change of every sandbox from now on.", ()),
-        handler=EventsHandler,
-    ),
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/events",
-        parameters=SANDBOX_ID,
-        operations=_stream("followSandbox", "Every change of a sandbox from now on, until it is deleted.", (404,)),
-        handler=EventsHandler,
+routes = Routes(
+    _endpoint("/api/sandboxes/events", "followSandboxes", "Every change of every sandbox from now on."),
+    _endpoint(
+        "/api/sandboxes/{sandbox_id}/events",
+        "followSandbox",
+        "Every change of a sandbox from now on, until it is deleted.",
+        404,
     ),
 )

@@ -5,19 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from gateway.command_models import (
-    BackgroundRequest,
-    CommandAnswer,
-    ExecAnswer,
-    ExecRequest,
-    SignalRequest,
-)
-from gateway.endpoint import Call, Endpoint, Operation, Reply
-from gateway.handlers.sandboxes import SANDBOX_ID
+from gateway.command_models import BackgroundRequest, CommandAnswer, ExecAnswer, ExecRequest, SignalRequest
+from gateway.endpoint import Call, Routes
 from kernels.errors import KernelsError
 from kernels.exec import AttachedCommand, CommandExited, CommandOutput
 
-COMMAND_ID = {**SANDBOX_ID, "command_id": "The command's id."}
+routes = Routes()
+
 # What the guest or its machine may answer (gateway/errors.py).
 COMMAND_ERRORS = (400, 404, 409, 413, 429, 501, 502, 503, 504)
 
@@ -39,14 +33,15 @@ class _Kept:
         return self.data.decode("utf-8", "replace")
 
 
-async def run_command(call: Call) -> Reply:
-    """Cancelled (the client has gone), the command is ended."""
-    request: ExecRequest = call.body
+@routes("POST /api/sandboxes/{sandbox_id}/exec", errors=COMMAND_ERRORS, ends_with_client=True)
+async def run_command(call: Call, body: ExecRequest) -> ExecAnswer:
+    """Runs a command to its end. It is ended when the client goes. The same path as a WebSocket streams its output and
+    takes input (docs/exec_and_files.md)."""
     commands = await call.gateway.service.commands(call.path["sandbox_id"])
-    kept = {name: _Kept(request.max_output_bytes) for name in ("stdout", "stderr")}
+    kept = {name: _Kept(body.max_output_bytes) for name in ("stdout", "stderr")}
     in_use = call.gateway.in_use(call.path["sandbox_id"])
-    async with in_use, await commands.start(request.to_command()) as command:
-        feeding = None if request.stdin is None else asyncio.create_task(_feed(command, request.stdin.encode()))
+    async with in_use, await commands.start(body.to_command()) as command:
+        feeding = None if body.stdin is None else asyncio.create_task(_feed(command, body.stdin.encode()))
         try:
             while not isinstance(event := await command.next(), CommandExited):
                 if isinstance(event, CommandOutput):
@@ -56,7 +51,7 @@ async def run_command(call: Call) -> Reply:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
     call.gateway.service.touch(call.path["sandbox_id"])
-    answer = ExecAnswer(
+    return ExecAnswer(
         command_id=command.command_id,
         stdout=kept["stdout"].text(),
         stderr=kept["stderr"].text(),
@@ -67,7 +62,6 @@ async def run_command(call: Call) -> Reply:
         timed_out=event.timed_out,
         out_of_memory=event.out_of_memory,
     )
-    return Reply(body=answer)
 
 
 async def _feed(command: AttachedCommand, data: bytes) -> None:
@@ -78,105 +72,44 @@ async def _feed(command: AttachedCommand, data: bytes) -> None:
         return  # the command ended without reading it; `next` tells how
 
 
-async def list_commands(call: Call) -> Reply:
+@routes("GET /api/sandboxes/{sandbox_id}/commands", errors=COMMAND_ERRORS)
+async def list_commands(call: Call) -> list[CommandAnswer]:
+    """Commands that run, and the last background ones that have ended."""
     commands = await call.gateway.service.commands(call.path["sandbox_id"])
-    return Reply(body=[CommandAnswer.of(info) for info in await commands.list()])
+    return [CommandAnswer.of(info) for info in await commands.list()]
 
 
-async def start_command(call: Call) -> Reply:
-    request: BackgroundRequest = call.body
-    commands = await call.gateway.service.commands(call.path["sandbox_id"])
-    async with await commands.start(request.to_command()) as command:
-        info = await commands.get(command.command_id)
-    location = f"/api/sandboxes/{call.path['sandbox_id']}/commands/{info.command_id}"
-    return Reply(status=201, body=CommandAnswer.of(info), headers={"Location": location})
-
-
-async def get_command(call: Call) -> Reply:
-    commands = await call.gateway.service.commands(call.path["sandbox_id"])
-    return Reply(body=CommandAnswer.of(await commands.get(call.path["command_id"])))
-
-
-async def kill_command(call: Call) -> Reply:
-    commands = await call.gateway.service.commands(call.path["sandbox_id"])
-    return Reply(body=CommandAnswer.of(await commands.kill(call.path["command_id"])))
-
-
-async def signal_command(call: Call) -> Reply:
-    request: SignalRequest = call.body
-    commands = await call.gateway.service.commands(call.path["sandbox_id"])
-    await commands.signal(call.path["command_id"], request.number)
-    return Reply(status=204)
-
-
-ENDPOINTS = (
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/exec",
-        parameters=SANDBOX_ID,
-        operations={
-            "POST": Operation(
-                name="runCommand",
-                summary="Runs a command to its end. It is ended when the client goes. "
-                "The same path as a WebSocket streams its output and takes input (docs/exec_and_files.md).",
-                run=run_command,
-                body=ExecRequest,
-                reply=ExecAnswer,
-                errors=COMMAND_ERRORS,
-                ends_with_client=True,
-            )
-        },
-    ),
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/commands",
-        parameters=SANDBOX_ID,
-        operations={
-            "GET": Operation(
-                name="listCommands",
-                summary="Commands that run, and the last background ones that have ended.",
-                run=list_commands,
-                reply=list[CommandAnswer],
-                errors=COMMAND_ERRORS,
-            ),
-            "POST": Operation(
-                name="startCommand",
-                summary="Starts a command in the background. The WebSocket `attach` below it follows its output.",
-                run=start_command,
-                body=BackgroundRequest,
-                reply=CommandAnswer,
-                status=201,
-                errors=COMMAND_ERRORS,
-                headers={"Location": "The command's path."},
-            ),
-        },
-    ),
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/commands/{command_id}",
-        parameters=COMMAND_ID,
-        operations={
-            "GET": Operation(
-                name="getCommand", summary="One command.", run=get_command, reply=CommandAnswer, errors=COMMAND_ERRORS
-            ),
-            "DELETE": Operation(
-                name="killCommand",
-                summary="Kills a command and all in its session, answers how it ended, and forgets it.",
-                run=kill_command,
-                reply=CommandAnswer,
-                errors=COMMAND_ERRORS,
-            ),
-        },
-    ),
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/commands/{command_id}/signal",
-        parameters=COMMAND_ID,
-        operations={
-            "POST": Operation(
-                name="signalCommand",
-                summary="Sends a command a signal.",
-                run=signal_command,
-                body=SignalRequest,
-                status=204,
-                errors=COMMAND_ERRORS,
-            )
-        },
-    ),
+@routes(
+    "POST /api/sandboxes/{sandbox_id}/commands",
+    status=201,
+    errors=COMMAND_ERRORS,
+    headers={"Location": "The command's path."},
 )
+async def start_command(call: Call, body: BackgroundRequest) -> CommandAnswer:
+    """Starts a command in the background. The WebSocket `attach` below it follows its output."""
+    commands = await call.gateway.service.commands(call.path["sandbox_id"])
+    async with await commands.start(body.to_command()) as command:
+        info = await commands.get(command.command_id)
+    call.headers["Location"] = f"/api/sandboxes/{call.path['sandbox_id']}/commands/{info.command_id}"
+    return CommandAnswer.of(info)
+
+
+@routes("GET /api/sandboxes/{sandbox_id}/commands/{command_id}", errors=COMMAND_ERRORS)
+async def get_command(call: Call) -> CommandAnswer:
+    """One command."""
+    commands = await call.gateway.service.commands(call.path["sandbox_id"])
+    return CommandAnswer.of(await commands.get(call.path["command_id"]))
+
+
+@routes("DELETE /api/sandboxes/{sandbox_id}/commands/{command_id}", errors=COMMAND_ERRORS)
+async def kill_command(call: Call) -> CommandAnswer:
+    """Kills a command and all in its session, answers how it ended, and forgets it."""
+    commands = await call.gateway.service.commands(call.path["sandbox_id"])
+    return CommandAnswer.of(await commands.kill(call.path["command_id"]))
+
+
+@routes("POST /api/sandboxes/{sandbox_id}/commands/{command_id}/signal", errors=COMMAND_ERRORS)
+async def signal_command(call: Call, body: SignalRequest) -> None:
+    """Sends a command a signal."""
+    commands = await call.gateway.service.commands(call.path["sandbox_id"])
+    await commands.signal(call.path["command_id"], body.number)

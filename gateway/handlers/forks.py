@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-from gateway.endpoint import Call, Endpoint, Operation, Reply
-from gateway.handlers.sandboxes import SANDBOX_ID
+from gateway.endpoint import Call, Routes
 from gateway.sandbox_models import ForkAnswer, ForkRequest, SandboxAnswer, TreeAnswer, child_answer
 
+routes = Routes()
 
-async def fork_sandbox(call: Call) -> Reply:
-    request: ForkRequest = call.body
+
+@routes(
+    "POST /api/sandboxes/{sandbox_id}/fork",
+    status=201,
+    errors=(400, 403, 404, 409, 413, 502, 503, 504),
+    ends_with_client=True,
+)
+async def fork_sandbox(call: Call, body: ForkRequest) -> ForkAnswer:
+    """Children in the state that the sandbox is in, each with a machine of its own. One that fails is told in its place
+    and harms no other."""
     children = await call.gateway.service.fork(
         call.path["sandbox_id"],
-        count=request.count,
-        name=request.name,
-        same_random=request.same_random,
-        mid_cell=request.mid_cell,
+        count=body.count,
+        name=body.name,
+        same_random=body.same_random,
+        mid_cell=body.mid_cell,
     )
-    return Reply(status=201, body=ForkAnswer(children=[child_answer(child) for child in children]))
+    return ForkAnswer(children=[child_answer(child) for child in children])
 
 
-async def get_tree(call: Call) -> Reply:
+@routes("GET /api/sandboxes/{sandbox_id}/tree", errors=(404,))
+async def get_tree(call: Call) -> TreeAnswer:
+    """All relatives by fork that are still there."""
     family = call.gateway.service.tree(call.path["sandbox_id"])
-    return Reply(body=TreeAnswer(root=family[0].id, nodes=[SandboxAnswer.of(sandbox) for sandbox in family]))
-
-
-ENDPOINTS = (
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/fork",
-        parameters=SANDBOX_ID,
-        operations={
-            "POST": Operation(
-                name="forkSandbox",
-                summary="Children in the state that the sandbox is in, each with a machine of its own. "
-                "One that fails is told in its place and harms no other.",
-                run=fork_sandbox,
-                ends_with_client=True,
-                body=ForkRequest,
-                reply=ForkAnswer,
-                status=201,
-                errors=(400, 403, 404, 409, 413, 502, 503, 504),
-            )
-        },
-    ),
-    Endpoint(
-        path="/api/sandboxes/{sandbox_id}/tree",
-        parameters=SANDBOX_ID,
-        operations={
-            "GET": Operation(
-                name="getTree",
-                summary="All relatives by fork that are still there.",
-                run=get_tree,
-                reply=TreeAnswer,
-                errors=(404,),
-            )
-        },
-    ),
-)
+    return TreeAnswer(root=family[0].id, nodes=[SandboxAnswer.of(sandbox) for sandbox in family])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from gateway.endpoint import Call, Endpoint, Operation, Reply
+from gateway.endpoint import Call, Routes
 from gateway.errors import ApiError
 from gateway.models import CreateKernel, KernelAnswer
 from kernels.errors import UnknownSandboxError
 from kernels.models import CreateSandbox, Sandbox
 
-KERNEL_ID = {"kernel_id": "The kernel's id."}
+routes = Routes()
+
 # What `SandboxService.create` may end with (gateway/errors.py).
 CREATE_ERRORS = (400, 403, 404, 409, 413, 500, 502, 503, 504)
 
@@ -30,96 +31,50 @@ def find(call: Call) -> Sandbox:
         raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
 
 
-async def list_kernels(call: Call) -> Reply:
-    return Reply(body=[call.gateway.kernel(sandbox) for sandbox in call.gateway.kernels()])
+@routes("GET /api/kernels")
+async def list_kernels(call: Call) -> list[KernelAnswer]:
+    """All kernels."""
+    return [call.gateway.kernel(sandbox) for sandbox in call.gateway.kernels()]
 
 
-async def create_kernel(call: Call) -> Reply:
-    request = create_request(call.body, call.gateway.default_template())
+@routes(
+    "POST /api/kernels",
+    status=201,
+    errors=CREATE_ERRORS,
+    headers={"Location": "The kernel's path."},
+    ends_with_client=True,
+)
+async def create_kernel(call: Call, body: CreateKernel) -> KernelAnswer:
+    """A new kernel in a sandbox of its own, or the one that was left behind with this notebook."""
+    request = create_request(body, call.gateway.default_template())
     sandbox = await call.gateway.create(request)
     call.gateway.hub.prepare(sandbox.id)
-    return Reply(status=201, body=call.gateway.kernel(sandbox), headers={"Location": f"/api/kernels/{sandbox.id}"})
+    call.headers["Location"] = f"/api/kernels/{sandbox.id}"
+    return call.gateway.kernel(sandbox)
 
 
-async def get_kernel(call: Call) -> Reply:
-    return Reply(body=call.gateway.kernel(find(call)))
+@routes("GET /api/kernels/{kernel_id}", errors=(404,))
+async def get_kernel(call: Call) -> KernelAnswer:
+    """One kernel."""
+    return call.gateway.kernel(find(call))
 
 
-async def delete_kernel(call: Call) -> Reply:
+@routes("DELETE /api/kernels/{kernel_id}", errors=(404,))
+async def delete_kernel(call: Call) -> None:
+    """Ends a kernel. That of a notebook is kept asleep for the next who opens it (delete_means_sleep); DELETE
+    /api/sandboxes/{id} ends it for good."""
     await call.gateway.release(find(call).id)
-    return Reply(status=204)
 
 
-async def interrupt_kernel(call: Call) -> Reply:
+@routes("POST /api/kernels/{kernel_id}/interrupt", errors=(404, 409, 413, 502, 504))
+async def interrupt_kernel(call: Call) -> None:
+    """Interrupts the cell that runs."""
     await call.gateway.service.interrupt(find(call).id)
-    return Reply(status=204)
 
 
-async def restart_kernel(call: Call) -> Reply:
+@routes("POST /api/kernels/{kernel_id}/restart", errors=(404, 409, 413, 502, 504))
+async def restart_kernel(call: Call) -> KernelAnswer:
+    """A new kernel in the same sandbox: files stay, variables go."""
     kernel_id = find(call).id
     await call.gateway.service.restart(kernel_id)
-    return Reply(body=call.gateway.kernel(call.gateway.service.get(kernel_id)))
-
-
-ENDPOINTS = (
-    Endpoint(
-        path="/api/kernels",
-        operations={
-            "GET": Operation(name="listKernels", summary="All kernels.", run=list_kernels, reply=list[KernelAnswer]),
-            "POST": Operation(
-                name="createKernel",
-                summary="A new kernel in a sandbox of its own, or the one that was left behind with this notebook.",
-                run=create_kernel,
-                ends_with_client=True,
-                body=CreateKernel,
-                reply=KernelAnswer,
-                status=201,
-                errors=CREATE_ERRORS,
-                headers={"Location": "The kernel's path."},
-            ),
-        },
-    ),
-    Endpoint(
-        path="/api/kernels/{kernel_id}",
-        parameters=KERNEL_ID,
-        operations={
-            "GET": Operation(
-                name="getKernel", summary="One kernel.", run=get_kernel, reply=KernelAnswer, errors=(404,)
-            ),
-            "DELETE": Operation(
-                name="deleteKernel",
-                summary="Ends a kernel. That of a notebook is kept asleep for the next who opens it "
-                "(delete_means_sleep); DELETE /api/sandboxes/{id} ends it for good.",
-                run=delete_kernel,
-                status=204,
-                errors=(404,),
-            ),
-        },
-    ),
-    Endpoint(
-        path="/api/kernels/{kernel_id}/interrupt",
-        parameters=KERNEL_ID,
-        operations={
-            "POST": Operation(
-                name="interruptKernel",
-                summary="Interrupts the cell that runs.",
-                run=interrupt_kernel,
-                status=204,
-                errors=(404, 409, 413, 502, 504),
-            )
-        },
-    ),
-    Endpoint(
-        path="/api/kernels/{kernel_id}/restart",
-        parameters=KERNEL_ID,
-        operations={
-            "POST": Operation(
-                name="restartKernel",
-                summary="A new kernel in the same sandbox: files stay, variables go.",
-                run=restart_kernel,
-                reply=KernelAnswer,
-                errors=(404, 409, 413, 502, 504),
-            )
-        },
-    ),
-)
+    return call.gateway.kernel(call.gateway.service.get(kernel_id))

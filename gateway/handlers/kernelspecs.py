@@ -6,10 +6,12 @@ import asyncio
 import mimetypes
 from pathlib import Path
 
-from gateway.endpoint import Call, Endpoint, Operation, Reply
+from gateway.endpoint import OCTETS, Call, Routes
 from gateway.errors import ApiError
 from gateway.models import KernelspecAnswer, KernelspecsAnswer
 from kernels.models import Kernelspec
+
+routes = Routes()
 
 
 def _files(directory: Path) -> list[str]:
@@ -28,18 +30,24 @@ def _find(call: Call) -> Kernelspec:
     return kernelspec
 
 
-async def list_kernelspecs(call: Call) -> Reply:
+@routes("GET /api/kernelspecs")
+async def list_kernelspecs(call: Call) -> KernelspecsAnswer:
+    """All kernelspecs and the default one."""
     kernelspecs = call.gateway.service.kernelspecs()
     answers = {name: await _answer(kernelspec) for name, kernelspec in kernelspecs.items()}
     default = call.gateway.default_template() if kernelspecs else "python3"
-    return Reply(body=KernelspecsAnswer(default=default, kernelspecs=answers))
+    return KernelspecsAnswer(default=default, kernelspecs=answers)
 
 
-async def get_kernelspec(call: Call) -> Reply:
-    return Reply(body=await _answer(_find(call)))
+@routes("GET /api/kernelspecs/{name}", errors=(404,))
+async def get_kernelspec(call: Call) -> KernelspecAnswer:
+    """One kernelspec."""
+    return await _answer(_find(call))
 
 
-async def get_resource(call: Call) -> Reply:
+@routes("GET /kernelspecs/{name}/{file}", media="image/*", errors=(404,))
+async def get_kernelspec_resource(call: Call) -> bytes:
+    """A logo."""
     directory, file = _find(call).resource_dir, call.path["file"]
     # Only names that the listing shows: nothing outside the directory can be among them.
     if file not in await asyncio.to_thread(_files, directory):
@@ -47,47 +55,5 @@ async def get_resource(call: Call) -> Reply:
     content = await asyncio.to_thread((directory / file).read_bytes)
     media, _ = mimetypes.guess_type(file)
     # Logos change with the server's version only; browsers ask for them on every page.
-    headers = {"Cache-Control": "private, max-age=86400"}
-    return Reply(body=content, content_type=media or "application/octet-stream", headers=headers)
-
-
-ENDPOINTS = (
-    Endpoint(
-        path="/api/kernelspecs",
-        operations={
-            "GET": Operation(
-                name="listKernelspecs",
-                summary="All kernelspecs and the default one.",
-                run=list_kernelspecs,
-                reply=KernelspecsAnswer,
-            )
-        },
-    ),
-    Endpoint(
-        path="/api/kernelspecs/{name}",
-        parameters={"name": "The kernelspec's name."},
-        operations={
-            "GET": Operation(
-                name="getKernelspec",
-                summary="One kernelspec.",
-                run=get_kernelspec,
-                reply=KernelspecAnswer,
-                errors=(404,),
-            )
-        },
-    ),
-    Endpoint(
-        path="/kernelspecs/{name}/{file}",
-        parameters={"name": "The kernelspec's name.", "file": "The file's name, as `resources` has it."},
-        operations={
-            "GET": Operation(
-                name="getKernelspecResource",
-                summary="A logo.",
-                run=get_resource,
-                reply=bytes,
-                media="image/*",
-                errors=(404,),
-            )
-        },
-    ),
-)
+    call.headers.update({"Content-Type": media or OCTETS, "Cache-Control": "private, max-age=86400"})
+    return content

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 
-from gateway.endpoint import Call, Endpoint, Operation, Reply
+from gateway.endpoint import Call, Routes
 from gateway.errors import ApiError
 from gateway.handlers.kernels import CREATE_ERRORS
 from gateway.models import (
@@ -23,7 +23,7 @@ from gateway.state import Gateway
 from kernels.errors import UnknownSandboxError
 from kernels.models import CreateSandbox, SandboxState
 
-SESSION_ID = {"session_id": "The session's id."}
+routes = Routes()
 
 
 def _answer(gateway: Gateway, session: Session) -> SessionAnswer | None:
@@ -74,13 +74,23 @@ def _notebook(session: Session) -> str | None:
     return notebook_of(session.path) if session.type == "notebook" else None
 
 
-async def list_sessions(call: Call) -> Reply:
+@routes("GET /api/sessions")
+async def list_sessions(call: Call) -> list[SessionAnswer]:
+    """All sessions."""
     answers = (_answer(call.gateway, session) for session in call.gateway.sessions.all())
-    return Reply(body=[answer for answer in answers if answer is not None])
+    return [answer for answer in answers if answer is not None]
 
 
-async def create_session(call: Call) -> Reply:
-    gateway, body = call.gateway, call.body
+@routes(
+    "POST /api/sessions",
+    status=201,
+    errors=CREATE_ERRORS,
+    headers={"Location": "The session's path."},
+    ends_with_client=True,
+)
+async def create_session(call: Call, body: CreateSession) -> SessionAnswer:
+    """A session for a document, with a new kernel or a given one; or the session it has."""
+    gateway = call.gateway
     # Two windows that open one notebook at the same moment must get one session.
     async with gateway.session_locks.setdefault(body.path, asyncio.Lock()):
         session = gateway.sessions.by_path(body.path)
@@ -92,15 +102,20 @@ async def create_session(call: Call) -> Reply:
             answer = _answer(gateway, session)
     if answer is None:
         raise ApiError(502, "machine_failed", "The session's kernel was gone before the session was there.")
-    return Reply(status=201, body=answer, headers={"Location": f"/api/sessions/{answer.id}"})
+    call.headers["Location"] = f"/api/sessions/{answer.id}"
+    return answer
 
 
-async def get_session(call: Call) -> Reply:
-    return Reply(body=_find(call)[1])
+@routes("GET /api/sessions/{session_id}", errors=(404,))
+async def get_session(call: Call) -> SessionAnswer:
+    """One session."""
+    return _find(call)[1]
 
 
-async def patch_session(call: Call) -> Reply:
-    gateway, body = call.gateway, call.body
+@routes("PATCH /api/sessions/{session_id}", errors=CREATE_ERRORS)
+async def patch_session(call: Call, body: PatchSession) -> SessionAnswer:
+    """Renames a session or changes its kernel; the old kernel ends."""
+    gateway = call.gateway
     before, _ = _find(call)
     after = replace(
         before,
@@ -123,59 +138,13 @@ async def patch_session(call: Call) -> Reply:
         # For good, also where a delete means sleep: who chose another kernel does not want this one back.
         with suppress(UnknownSandboxError):
             await gateway.service.delete(before.kernel_id)
-    return Reply(body=_find(call)[1])
+    return _find(call)[1]
 
 
-async def delete_session(call: Call) -> Reply:
+@routes("DELETE /api/sessions/{session_id}", errors=(404,))
+async def delete_session(call: Call) -> None:
+    """Ends a session and its kernel, as deleting the kernel does."""
     session, _ = _find(call)
     call.gateway.sessions.remove(session.id)
     with suppress(UnknownSandboxError):  # someone else was faster
         await call.gateway.release(session.kernel_id)
-    return Reply(status=204)
-
-
-ENDPOINTS = (
-    Endpoint(
-        path="/api/sessions",
-        operations={
-            "GET": Operation(
-                name="listSessions", summary="All sessions.", run=list_sessions, reply=list[SessionAnswer]
-            ),
-            "POST": Operation(
-                name="createSession",
-                summary="A session for a document, with a new kernel or a given one; or the session it has.",
-                run=create_session,
-                body=CreateSession,
-                reply=SessionAnswer,
-                status=201,
-                ends_with_client=True,
-                errors=CREATE_ERRORS,
-                headers={"Location": "The session's path."},
-            ),
-        },
-    ),
-    Endpoint(
-        path="/api/sessions/{session_id}",
-        parameters=SESSION_ID,
-        operations={
-            "GET": Operation(
-                name="getSession", summary="One session.", run=get_session, reply=SessionAnswer, errors=(404,)
-            ),
-            "PATCH": Operation(
-                name="patchSession",
-                summary="Renames a session or changes its kernel; the old kernel ends.",
-                run=patch_session,
-                body=PatchSession,
-                reply=SessionAnswer,
-                errors=CREATE_ERRORS,
-            ),
-            "DELETE": Operation(
-                name="deleteSession",
-                summary="Ends a session and its kernel, as deleting the kernel does.",
-                run=delete_session,
-                status=204,
-                errors=(404,),
-            ),
-        },
-    ),
-)

@@ -13,7 +13,7 @@ import pytest
 from tornado import web
 from tornado.httpclient import HTTPResponse
 
-from gateway.endpoint import Call, Endpoint, EndpointHandler, Operation, Reply
+from gateway.endpoint import Call, EndpointHandler, Routes
 from gateway.listener import listening
 from gateway.metrics import Metrics
 from gateway.settings import GatewaySettings
@@ -168,10 +168,14 @@ async def test_what_is_open_and_what_is_counted(gateway: RunningGateway) -> None
 async def test_a_client_that_leaves_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked, left, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def slow(call: Call) -> Reply:
+    routes = Routes()
+
+    @routes("GET /slow", public=True)
+    async def slow(call: Call) -> dict[str, str]:
+        """Slow."""
         asked.set()
         await left.wait()
-        return Reply(body={})
+        return {}
 
     class Handler(EndpointHandler):
         def on_connection_close(self) -> None:
@@ -190,11 +194,9 @@ async def test_a_client_that_leaves_is_no_error(tmp_path: Path, caplog: pytest.L
         hub=cast(Any, None),
         metrics=Metrics(states=list, pool_ready=int),
     )
-    operation = Operation(name="slow", summary="Slow.", run=slow, public=True)
-    endpoint = Endpoint(path="/slow", operations={"GET": operation})
     async with listening(host="127.0.0.1", port=0) as listener:
         listener.application = web.Application(
-            [("/slow", Handler, {"gateway": gateway, "endpoint": endpoint})], gateway=gateway
+            [("/slow", Handler, {"gateway": gateway, "endpoint": next(iter(routes))})], gateway=gateway
         )
         _, writer = await asyncio.open_connection(*listener.url.removeprefix("http://").split(":"))
         writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
