@@ -37,7 +37,7 @@ class Bases:
     def __init__(self, store: SnapshotStore, *, seal: bool) -> None:
         self._store = store
         self._seal = seal
-        self._cache = BaseCache(seal=True)
+        self._cache = BaseCache()
         self._kept: OrderedDict[str, BaseMemory] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -66,7 +66,7 @@ class Bases:
         path = self._store.part_path(PartKind.BASE, part.digest)
         if not self._is_sealed(path):
             self._store.checked_path(PartKind.BASE, part)
-            return BaseMemory.open_file(path, digest=part.digest, size_bytes=part.size_bytes, check=False)
+            return BaseMemory.open_file(path, digest=part.digest, size_bytes=part.size_bytes)
         base = self._cache.acquire(path, digest=part.digest, size_bytes=part.size_bytes)
         self._keep(part)
         return base

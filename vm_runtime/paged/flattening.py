@@ -305,7 +305,7 @@ class Flattener:
         with ExitStack() as stack:
             path = self._store.checked_path(PartKind.BASE, ground.base)
             base = stack.enter_context(
-                BaseMemory.open_file(path, digest=ground.base.digest, size_bytes=ground.memory_bytes, check=False)
+                BaseMemory.open_file(path, digest=ground.base.digest, size_bytes=ground.memory_bytes)
             )
             layers = self._store.open_layers(ground.layers, memory_bytes=ground.memory_bytes)
             for layer in layers:

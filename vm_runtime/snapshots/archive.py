@@ -156,7 +156,7 @@ def _import_stream(store: SnapshotStore, source: _Source, has_image: Callable[[s
 
 
 def _write_base(sink: zstandard.ZstdCompressionWriter, path: Path, part: Part) -> None:
-    with BaseMemory.open_file(path, digest=part.digest, size_bytes=part.size_bytes, check=False) as base:
+    with BaseMemory.open_file(path, digest=part.digest, size_bytes=part.size_bytes) as base:
         runs: list[Run] = []
         for first, content in non_zero_pages(base.fd, base.size_bytes):
             append_run(runs, first, len(content) // PAGE_SIZE)

@@ -53,9 +53,9 @@ _ALL_SEALS = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
 class BaseMemory:
     """An open, immutable base. Close it when the last VMM that should map it has been started.
 
-    fd: pass it to the VMM (`pass_fds=(base.fd,)`) and let it open `vmm_path`. size_bytes: size of guest RAM.
-    digest: hex, see the module. path: where its data came from. sealed: whether it is a sealed memfd, which is safe
-    for a VMM that insists on opening it for writing (QEMU < 9); otherwise the VMM should open it read-only.
+    fd: for the VMM to inherit. size_bytes: size of guest RAM. digest: hex, see the module. path: where its data came
+    from. sealed: whether it is a sealed memfd, which is safe for a VMM that insists on opening it for writing
+    (QEMU < 9); otherwise the VMM should open it read-only.
     """
 
     fd: int
@@ -85,25 +85,15 @@ class BaseMemory:
         return cls(fd=fd, size_bytes=size_bytes, digest=digest, path=path, sealed=True)
 
     @classmethod
-    def open_file(cls, path: Path, *, digest: str, size_bytes: int, check: bool = True) -> Self:
-        """Open a base file itself, read-only; the VMM maps it by opening `vmm_path`, as the file's mode lets it.
-
-        check: read all of its data and compare the digest; leave it out only for a file that was checked otherwise.
-        """
+    def open_file(cls, path: Path, *, digest: str, size_bytes: int) -> Self:
+        """Open a base file itself, read-only. The caller has checked its digest (`SnapshotStore.checked_path`)."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             _check_size(fd, path, size_bytes)
-            if check:
-                _check_digest(_copy_pages(fd, size_bytes=size_bytes, sink=None), digest, path)
         except BaseException:
             os.close(fd)
             raise
         return cls(fd=fd, size_bytes=size_bytes, digest=digest, path=path, sealed=False)
-
-    @property
-    def vmm_path(self) -> str:
-        """The path under which a child process that inherited `fd` opens this base."""
-        return f"/proc/self/fd/{self.fd}"
 
     def close(self) -> None:
         """Give the descriptor back; closing twice is harmless. Machines that map the base keep its pages alive."""
@@ -131,24 +121,18 @@ class _Shared:
 
 
 class BaseCache:
-    """One open base per digest, for all machines of this process; dropped when its last user closes it.
+    """One open sealed base per digest, for all machines of this process; dropped when its last user closes it.
 
-    seal: sealed memfds (for QEMU < 9) or the files themselves. Safe to use from several threads: two users who ask for
-    the same base at the same time load it once.
+    Safe to use from several threads: two users who ask for the same base at the same time load it once.
     """
 
-    def __init__(self, *, seal: bool) -> None:
-        self._seal = seal
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._shared: dict[str, _Shared] = {}
 
     def acquire(self, path: Path, *, digest: str, size_bytes: int) -> BaseMemory:
         """A base of one's own to close; loads it only if nobody holds it. Errors as of `BaseMemory.load_sealed`."""
-
-        def load() -> BaseMemory:
-            make = BaseMemory.load_sealed if self._seal else BaseMemory.open_file
-            return make(path, digest=digest, size_bytes=size_bytes)
-
+        load = functools.partial(BaseMemory.load_sealed, path, digest=digest, size_bytes=size_bytes)
         return self._share(digest, load)
 
     def adopt(self, pid: int, *, digest: str, path: Path) -> BaseMemory | None:
@@ -160,11 +144,6 @@ class BaseCache:
             with contextlib.suppress(BrokenSnapshotError, FileNotFoundError):
                 return self._share(digest, functools.partial(_adopt_memfd, link, digest=digest, path=path))
         return None
-
-    def digests(self) -> list[str]:
-        """The bases that somebody holds now."""
-        with self._lock:
-            return sorted(digest for digest, shared in self._shared.items() if shared.base is not None)
 
     def _share(self, digest: str, load: Callable[[], BaseMemory]) -> BaseMemory:
         with self._lock:

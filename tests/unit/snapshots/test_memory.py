@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,17 +35,16 @@ def test_a_sealed_base_cannot_be_changed_by_anybody(base: BaseMemory) -> None:
 
 def test_a_sealed_base_may_still_be_opened_for_writing(base: BaseMemory) -> None:
     """QEMU before 9 opens it that way even for a private mapping."""
-    os.close(os.open(base.vmm_path, os.O_RDWR))
+    os.close(os.open(f"/proc/self/fd/{base.fd}", os.O_RDWR))
 
 
-@pytest.mark.parametrize("load", [BaseMemory.load_sealed, BaseMemory.open_file])
-def test_a_changed_base_is_refused(base_file: tuple[Path, str], load: Callable[..., BaseMemory]) -> None:
+def test_a_changed_base_is_refused(base_file: tuple[Path, str]) -> None:
     path, digest = base_file
     with path.open("r+b") as file:
         file.seek(5 * PAGE_SIZE + 7)
         file.write(b"!")
     with pytest.raises(BrokenSnapshotError, match="was changed"):
-        load(path, digest=digest, size_bytes=SIZE_BYTES)
+        BaseMemory.load_sealed(path, digest=digest, size_bytes=SIZE_BYTES)
 
 
 def test_data_written_into_a_hole_is_noticed(base_file: tuple[Path, str]) -> None:
@@ -66,30 +64,30 @@ def test_a_truncated_base_is_refused(base_file: tuple[Path, str]) -> None:
 
 def test_the_cache_loads_once_and_forgets_with_the_last_user(base_file: tuple[Path, str]) -> None:
     path, digest = base_file
-    cache = BaseCache(seal=True)
+    cache = BaseCache()
     first = cache.acquire(path, digest=digest, size_bytes=SIZE_BYTES)
     path.rename(path.with_suffix(".away"))  # so that a second load would fail
     second = cache.acquire(path, digest=digest, size_bytes=SIZE_BYTES)
     assert os.fstat(first.fd).st_ino == os.fstat(second.fd).st_ino
     first.close()
     first.close()
-    assert cache.digests() == [digest]
+    cache.acquire(path, digest=digest, size_bytes=SIZE_BYTES).close()
     second.close()
-    assert cache.digests() == []
+    with pytest.raises(FileNotFoundError):
+        cache.acquire(path, digest=digest, size_bytes=SIZE_BYTES)
 
 
 def test_a_failed_load_leaves_nothing_in_the_cache(base_file: tuple[Path, str]) -> None:
     path, _ = base_file
-    cache = BaseCache(seal=True)
+    cache = BaseCache()
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(BrokenSnapshotError):
         cache.acquire(path, digest="0" * 64, size_bytes=SIZE_BYTES)
-    assert cache.digests() == []
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 def test_a_new_cache_adopts_the_base_of_a_running_process(base: BaseMemory) -> None:
-    cache = BaseCache(seal=True)
+    cache = BaseCache()
     with cache.adopt(os.getpid(), digest=base.digest, path=base.path) or pytest.fail("not found") as adopted:
         assert os.fstat(adopted.fd).st_ino == os.fstat(base.fd).st_ino
 
@@ -99,6 +97,6 @@ def test_a_forged_base_is_not_adopted(tmp_path: Path) -> None:
     fd = os.memfd_create(f"hypercell-base-{digest}", os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, SIZE_BYTES)
-        assert BaseCache(seal=True).adopt(os.getpid(), digest=digest, path=tmp_path) is None
+        assert BaseCache().adopt(os.getpid(), digest=digest, path=tmp_path) is None
     finally:
         os.close(fd)
