@@ -78,7 +78,6 @@ class FakeDriver(Driver):
     def __init__(self, spawner: Spawner, confinement: HostConfinement, *, without: Set[str] = frozenset()) -> None:
         self._spawner = spawner
         self._namespaces = confinement.namespaces & (CLONE_NEWPID | CLONE_NEWUSER)
-        self._user_namespace = confinement.user_namespace
         self._without = without
 
     @classmethod
@@ -177,7 +176,6 @@ class FakeDriver(Driver):
                         uid=None, new_root=False, new_proc=False, read_only=(), devices=(), rlimits=()
                     ),
                     namespaces=self._namespaces,
-                    user_namespace=self._user_namespace,
                     cgroups=(),
                 )
                 process, _ = await self._spawner.spawn(request)

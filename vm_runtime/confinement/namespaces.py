@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +89,9 @@ class Confinement:
     uid: int | None
     new_root: bool
     new_proc: bool
-    read_only: tuple[str, ...]
-    devices: tuple[str, ...]
-    rlimits: tuple[tuple[int, int], ...]
+    read_only: Sequence[str]
+    devices: Sequence[str]
+    rlimits: Sequence[tuple[int, int]]
 
 
 def clone(flags: int) -> int:

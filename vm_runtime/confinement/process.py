@@ -5,7 +5,6 @@ Knows no VMM. One that this process did not start can be watched too; only its e
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import itertools
@@ -44,7 +43,6 @@ class SpawnRequest:
     descriptors: Sequence[int]
     confinement: Confinement
     namespaces: int
-    user_namespace: bool
     cgroups: Sequence[str]
 
 
@@ -141,7 +139,6 @@ class Spawner:
             "env": dict(request.env),
             "confinement": asdict(request.confinement),
             "namespaces": request.namespaces,
-            "user_namespace": request.user_namespace,
             "cgroups": list(request.cgroups),
         }
         asking = asyncio.create_task(self._ask(message, request.descriptors))
@@ -230,12 +227,11 @@ class Spawner:
             raise SpawnError(f"An argument vector of {len(data)} bytes is too long.")
         future: asyncio.Future[tuple[dict[str, Any], list[int]]] = loop.create_future()
         self._answers[request_id] = future
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         channel, helper = self._channel, self._helper
         try:
             try:
                 async with asyncio.timeout(_START_TIMEOUT_S):
-                    await self._send(channel, data, rights)
+                    await self._send(channel, data, descriptors)
                     return await asyncio.shield(future)
             finally:
                 if not future.done():
@@ -249,11 +245,11 @@ class Spawner:
         except OSError as error:
             raise SpawnError(f"The spawner cannot be reached: {error}") from error
 
-    async def _send(self, channel: socket.socket, data: bytes, rights: list[tuple[int, int, Any]]) -> None:
+    async def _send(self, channel: socket.socket, data: bytes, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                channel.sendmsg([data], rights)
+                socket.send_fds(channel, [data], list(descriptors))
                 return
             except BlockingIOError:
                 writable: asyncio.Future[None] = loop.create_future()
@@ -346,13 +342,9 @@ def _end_unwanted(future: asyncio.Future[tuple[dict[str, Any], list[int]]]) -> N
 def _receive(channel: socket.socket) -> tuple[bytes, list[int]] | None:
     """One packet, b"" at the end, None if there is none now."""
     try:
-        data, ancillary, _, _ = channel.recvmsg(MAX_PACKET_BYTES, socket.CMSG_SPACE(4 * 4))
+        data, descriptors, _, _ = socket.recv_fds(channel, MAX_PACKET_BYTES, 4)
     except BlockingIOError:
         return None
     except OSError:
         return b"", []
-    descriptors = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors.frombytes(payload[: len(payload) - len(payload) % 4])
-    return data, descriptors.tolist()
+    return data, descriptors

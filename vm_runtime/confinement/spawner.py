@@ -3,8 +3,8 @@
 Runs as `python -I -S`, standard library only; imports nothing of this project but `namespaces`. It knows no VMM: it
 gets an argument vector. The gateway talks to it over a SOCK_SEQPACKET socket pair, one JSON object per packet:
 
-    -> {"id", "argv", "env", "confinement": {...}, "namespaces", "user_namespace", "cgroups": [files]}   + descriptors:
-       the first becomes stdout and stderr, the others 3, 4, ... of the VMM
+    -> {"id", "argv", "env", "confinement": {...}, "namespaces": CLONE_* flags, "cgroups": [files]}   + descriptors: the
+       first becomes stdout and stderr, the others 3, 4, ... of the VMM
     <- {"id", "pid", "problems": [...]}  + a pidfd     the program has been executed
     <- {"id", "error"}                                 it has not; nothing is left
     -> {"keep": pid}                                   its record is written: it may outlive us from now on
@@ -18,13 +18,13 @@ then, since no later gateway could find them.
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vm_runtime.confinement.namespaces import (
@@ -46,12 +46,11 @@ MAX_DESCRIPTORS = 253
 
 @dataclass
 class _Starting:
-    """A child that has not executed its program yet: `status` is the pipe on which it would tell an error."""
+    """A child that has not executed its program yet."""
 
     request_id: int
     pid: int
     pidfd: int
-    status: int
     problems: list[str]
 
 
@@ -60,7 +59,7 @@ class SpawnerLoop:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
-        self._starting: dict[int, _Starting] = {}
+        self._starting: dict[int, _Starting] = {}  # by the pipe on which it would tell an error
         self._children: set[int] = set()
         self._unkept: set[int] = set()
         self._poll = select.poll()
@@ -91,13 +90,9 @@ class SpawnerLoop:
             self._reap()
 
     def _receive(self) -> bool:
-        data, ancillary, _, _ = self._channel.recvmsg(MAX_PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS))
+        data, descriptors, _, _ = socket.recv_fds(self._channel, MAX_PACKET_BYTES, MAX_DESCRIPTORS)
         if not data:
             return False
-        descriptors = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors.frombytes(payload[: len(payload) - len(payload) % 4])
         request = json.loads(data)
         if "keep" in request:
             self._unkept.discard(request["keep"])
@@ -106,7 +101,7 @@ class SpawnerLoop:
             if request.get("probe"):
                 self._send(_probe(request))
             else:
-                self._spawn(request, descriptors.tolist())
+                self._spawn(request, descriptors)
         except OSError as error:
             self._send({"id": request["id"], "error": str(error)})
         finally:
@@ -115,25 +110,9 @@ class SpawnerLoop:
         return True
 
     def _spawn(self, request: dict, descriptors: list[int]) -> None:  # type: ignore[type-arg]  # parsed JSON
-        confinement = _confinement(request["confinement"])
-        status_read, status_write = os.pipe2(os.O_CLOEXEC)
-        go_read, go_write = os.pipe2(os.O_CLOEXEC)
-        try:
-            pid = clone(request["namespaces"])
-        except OSError:
-            for fd in (status_read, status_write, go_read, go_write):
-                os.close(fd)
-            raise
-        if pid == 0:
-            os.close(go_write)
-            _become(request, confinement, descriptors, status_write, go_read)
-        os.close(status_write)
-        os.close(go_read)
-        problems: list[str] = []
-        if request["user_namespace"]:
-            _map_user(pid)
+        pid, status = _start_child(request["namespaces"], lambda status: _become(request, descriptors, status))
         pidfd = os.pidfd_open(pid)
-        os.close(go_write)
+        problems: list[str] = []
         # While the child confines itself, since moving a process waits for the host's other CPUs (some ms each).
         for path in request["cgroups"]:
             try:
@@ -142,8 +121,8 @@ class SpawnerLoop:
                 problems.append(f"{path}: {error.strerror}")
         self._children.add(pid)
         self._unkept.add(pid)
-        self._starting[status_read] = _Starting(request["id"], pid, pidfd, status_read, problems)
-        self._poll.register(status_read, select.POLLIN)
+        self._starting[status] = _Starting(request["id"], pid, pidfd, problems)
+        self._poll.register(status, select.POLLIN)
 
     def _started(self, fd: int) -> None:
         """A status pipe ended: without a word when exec closed it, with the error's text otherwise."""
@@ -154,7 +133,7 @@ class SpawnerLoop:
         if error:
             self._send({"id": child.request_id, "error": error.decode(errors="replace")})
         else:
-            self._send({"id": child.request_id, "pid": child.pid, "problems": child.problems}, [child.pidfd])
+            self._send({"id": child.request_id, "pid": child.pid, "problems": child.problems}, child.pidfd)
         os.close(child.pidfd)
 
     def _reap(self) -> None:
@@ -178,38 +157,52 @@ class SpawnerLoop:
         for pid in self._unkept:
             os.waitpid(pid, 0)
 
-    def _send(self, message: dict[str, object], descriptors: list[int] | None = None) -> None:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        self._channel.sendmsg([json.dumps(message).encode()], ancillary)
+    def _send(self, message: dict[str, object], *descriptors: int) -> None:
+        socket.send_fds(self._channel, [json.dumps(message).encode()], list(descriptors))
 
 
-def _confinement(values: dict) -> Confinement:  # type: ignore[type-arg]  # parsed JSON
-    return Confinement(
-        uid=values["uid"],
-        new_root=values["new_root"],
-        new_proc=values["new_proc"],
-        read_only=tuple(values["read_only"]),
-        devices=tuple(values["devices"]),
-        rlimits=tuple((int(number), int(limit)) for number, limit in values["rlimits"]),
-    )
+def _start_child(flags: int, run: Callable[[int], None]) -> tuple[int, int]:
+    """A clone with these namespaces that runs `run(status)` and ends; its pid, and what reads from `status`."""
+    read, status = os.pipe2(os.O_CLOEXEC)
+    go_read, go_write = os.pipe2(os.O_CLOEXEC)
+    pid = 0
+    try:
+        pid = clone(flags)
+        if pid == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                os.close(go_write)
+                os.read(go_read, 1)  # ends when the parent has mapped our user
+                run(status)
+            finally:
+                os._exit(127)
+        if flags & CLONE_NEWUSER:
+            _map_user(pid)
+    except OSError:
+        os.close(read)
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise
+    finally:
+        for fd in (status, go_read, go_write):
+            os.close(fd)
+    return pid, read
 
 
-def _become(request: dict, confinement: Confinement, descriptors: list[int], status: int, go: int) -> None:  # type: ignore[type-arg]
+def _become(request: dict, descriptors: list[int], status: int) -> None:  # type: ignore[type-arg]  # parsed JSON
     """The child: never returns."""
     try:
-        signal.set_wakeup_fd(-1)
-        os.read(go, 1)  # ends when the parent has mapped our user
         for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         stdio, *passed = descriptors
-        confine(confinement)
+        confine(Confinement(**request["confinement"]))
         status = arrange_descriptors(passed, status=status, stdio=stdio)
         os.execve(request["argv"][0], request["argv"], request["env"])
     except OSError as error:
         os.write(status, f"{error.strerror or error} ({error.filename or request['argv'][0]})".encode())
     except BaseException as error:
         os.write(status, repr(error).encode())
-    os._exit(127)
 
 
 def _probe(request: dict) -> dict[str, object]:  # type: ignore[type-arg]  # parsed JSON
@@ -235,34 +228,20 @@ def _probe(request: dict) -> dict[str, object]:  # type: ignore[type-arg]  # par
 
 def _try_child(flags: int, confinement: Confinement | None) -> tuple[int, str] | None:
     """(errno, text) of what went wrong in a child with these namespaces, or None."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    go_read, go_write = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = clone(flags)
-    except OSError as error:
-        for fd in (read, write, go_read, go_write):
-            os.close(fd)
-        return error.errno or 1, str(error)
-    if pid == 0:
-        os.close(go_write)
+
+    def run(status: int) -> None:
         try:
-            os.read(go_read, 1)
             if confinement is not None:
                 confine(confinement)
         except OSError as error:
-            os.write(write, f"{error.errno} {error}".encode())
-        os._exit(0)
-    os.close(write)
-    os.close(go_read)
-    failed = b""
+            os.write(status, f"{error.errno} {error}".encode())
+
     try:
-        if flags & CLONE_NEWUSER:
-            _map_user(pid)
+        pid, status = _start_child(flags, run)
     except OSError as error:
-        failed = f"{error.errno} {error}".encode()
-    os.close(go_write)
-    failed = failed or os.read(read, 4096)
-    os.close(read)
+        return error.errno or 1, str(error)
+    failed = os.read(status, 4096)
+    os.close(status)
     os.waitpid(pid, 0)
     if not failed:
         return None

@@ -50,7 +50,6 @@ def spawn(channel: socket.socket, marker: str) -> None:
         "env": {},
         "confinement": asdict(_CONFINEMENT),
         "namespaces": 0,
-        "user_namespace": False,
         "cgroups": [],
     }
     null = os.open(os.devnull, os.O_WRONLY)
@@ -111,7 +110,7 @@ async def test_one_that_hangs_is_replaced_and_what_runs_goes_on(monkeypatch: pyt
     def request(marker: str) -> SpawnRequest:
         return SpawnRequest(
             argv=["/bin/sleep", marker], env={}, descriptors=[null], confinement=_CONFINEMENT, namespaces=0,
-            user_namespace=False, cgroups=[],
+            cgroups=[],
         )  # fmt: skip
 
     spawner, markers = Spawner(), [new_marker(number) for number in range(4)]

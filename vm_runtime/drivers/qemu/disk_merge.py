@@ -96,7 +96,6 @@ async def merge_overlays(overlays: Sequence[Path], target: Path, *, spawner: Spa
                     descriptors=files,
                     confinement=confinement,
                     namespaces=host.namespaces,
-                    user_namespace=host.user_namespace,
                     cgroups=(),
                 )
                 await _run(spawner, request, limit_s=_LIMIT_S + data_bytes / _SLOWEST_BYTES_PER_S)

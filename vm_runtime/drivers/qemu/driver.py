@@ -373,7 +373,6 @@ class QemuDriver(Driver):
                         place.id, read_only=self._shown_directories(), rlimits=_rlimits(spec.shape)
                     ),
                     namespaces=self._confinement.namespaces,
-                    user_namespace=self._confinement.user_namespace,
                     cgroups=cgroup.process_files,
                 )
                 process, _ = await self._spawner.spawn(request)

@@ -11,7 +11,6 @@ is too long, too late or not waited for any more fails its command alone: comman
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import itertools
@@ -130,10 +129,8 @@ class Qmp:
     async def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
         if descriptors:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
             # The socket is empty between commands and a line is far smaller than its buffer: this does not block.
-            sent = self._socket.sendmsg([data], rights)
-            data = data[sent:]
+            data = data[socket.send_fds(self._socket, [data], list(descriptors)) :]
         if data:
             await loop.sock_sendall(self._socket, data)
 
