@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from gateway.version import VERSION
 from kernels.capacity import RESERVE_MIB, START_COST_MIB, available_mib
 from kernels.directories import default_state_dir, run_dir_of
 from kernels.templates import stored_templates
-from vm_runtime.drivers.base import DriverSettings
+from vm_runtime.drivers.base import Check, DriverSettings
 from vm_runtime.drivers.find import DEFAULT_DRIVER, driver_names, find_driver
 from vm_runtime.images.store import ImageStore
 from vm_runtime.paged.chains import MAX_CHAIN, SETTLED_PARTS
@@ -51,20 +52,8 @@ class Problem(_Part):
     """blocking: nothing runs without it. fix: the command that mends it, or None where none does."""
 
     what: str
-    fix: str | None
-    blocking: bool
-
-
-class CheckPart(_Part):
-    """See `vm_runtime.drivers.base.Check`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
-
-    name: str
-    found: str
-    problem: str | None
-    fix: str | None
-    blocking: bool
+    fix: str | None = None
+    blocking: bool = False
 
 
 class DriverPart(_Part):
@@ -72,7 +61,7 @@ class DriverPart(_Part):
 
     name: str
     installed: list[str]
-    checks: list[CheckPart]
+    checks: Sequence[Check]
 
 
 class MemoryPart(_Part):
@@ -164,7 +153,6 @@ async def examine(state_dir: Path, *, driver: str) -> Report:
             Problem(
                 what="User namespaces are switched off, so machines cannot be confined without root.",
                 fix="sudo sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000",
-                blocking=False,
             )
         )
     return Report(
@@ -190,7 +178,7 @@ def _tools(problems: list[Problem]) -> list[ToolPart]:
     for tool, (name, package, purpose) in zip(tools, TOOLS, strict=True):
         if tool.path is None:
             what = f"{name} is not installed; it is needed for {purpose}."
-            problems.append(Problem(what=what, fix=f"sudo apt-get install {package}", blocking=False))
+            problems.append(Problem(what=what, fix=f"sudo apt-get install {package}"))
     return tools
 
 
@@ -201,15 +189,13 @@ def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], 
         for image in store.ls()
     ]
     problems.extend(
-        Problem(what=text, fix=f"hypercelld image build --state-dir {state_dir}", blocking=False)
-        for text in store.problems()
+        Problem(what=text, fix=f"hypercelld image build --state-dir {state_dir}") for text in store.problems()
     )
     if not images:
         problems.append(
             Problem(
                 what="There is no image yet; `serve` builds the default one, which takes some minutes.",
                 fix=f"hypercelld image build --state-dir {state_dir}",
-                blocking=False,
             )
         )
     templates: list[TemplatePart] = []
@@ -220,7 +206,7 @@ def _stored(state_dir: Path, problems: list[Problem]) -> tuple[list[ImagePart], 
             if snapshot is None:
                 what = f"The snapshot of the template {record.digest[:12]} is broken; it will be built anew."
                 fix = f"rm {state_dir / 'templates' / record.digest}.json"
-                problems.append(Problem(what=what, fix=fix, blocking=False))
+                problems.append(Problem(what=what, fix=fix))
                 continue
             templates.append(
                 TemplatePart(
@@ -244,8 +230,6 @@ def _chains(store: SnapshotStore, problems: list[Problem]) -> ChainsPart:
         Problem(
             what=f"{owner} lies on {max(parts)} layers or disks that were not merged: it is slow to restore, beyond "
             f"{MAX_CHAIN} no checkpoints are taken. The gateway tries again; its log has the reason.",
-            fix=None,
-            blocking=False,
         )
         for owner, parts in sorted(lengths.items())
         if max(parts) > SETTLED_PARTS
@@ -258,15 +242,14 @@ def _chains(store: SnapshotStore, problems: list[Problem]) -> ChainsPart:
 
 def _resources(state_dir: Path, problems: list[Problem]) -> tuple[MemoryPart, DiskPart]:
     memory_mib = available_mib()
-    least = RESERVE_MIB + START_COST_MIB
     if memory_mib < COMFORTABLE_MEMORY_MIB:
         what = f"{memory_mib} MiB of memory are available; {COMFORTABLE_MEMORY_MIB} are enough for some kernels."
-        problems.append(Problem(what=what, fix=None, blocking=memory_mib < least))
+        problems.append(Problem(what=what, blocking=memory_mib < RESERVE_MIB + START_COST_MIB))
     existing = next(path for path in (state_dir, *state_dir.parents) if path.exists())
     free_mib = shutil.disk_usage(existing).free >> 20
     if free_mib < COMFORTABLE_DISK_MIB:
         what = f"{existing} has {free_mib} MiB free; an image and its template need {COMFORTABLE_DISK_MIB}."
-        problems.append(Problem(what=what, fix="hypercelld serve --state-dir /a/larger/disk", blocking=False))
+        problems.append(Problem(what=what, fix="hypercelld serve --state-dir /a/larger/disk"))
     return MemoryPart(available_mib=memory_mib), DiskPart(path=str(existing), free_mib=free_mib)
 
 
@@ -279,8 +262,7 @@ async def _driver(name: str, state_dir: Path, problems: list[Problem]) -> Driver
         for check in checks
         if check.problem is not None
     )
-    parts = [CheckPart.model_validate(check) for check in checks]
-    return DriverPart(name=name, installed=driver_names(), checks=parts)
+    return DriverPart(name=name, installed=driver_names(), checks=checks)
 
 
 def _user_namespaces() -> bool:

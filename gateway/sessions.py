@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gateway.errors import StartError
@@ -33,6 +33,7 @@ class SessionStore:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -64,9 +65,9 @@ class SessionStore:
     def put(self, session: Session) -> None:
         """Inserts or replaces it."""
         self._db.execute(
-            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
+            "INSERT INTO sessions VALUES (:id, :path, :name, :type, :kernel_id) ON CONFLICT (id) DO UPDATE "
             "SET path = excluded.path, name = excluded.name, type = excluded.type, kernel_id = excluded.kernel_id",
-            (session.id, session.path, session.name, session.type, session.kernel_id),
+            asdict(session),
         )
 
     def get(self, session_id: str) -> Session | None:
@@ -77,14 +78,13 @@ class SessionStore:
         return self._one("path", path)
 
     def _one(self, column: str, value: str) -> Session | None:
-        query = f"SELECT id, path, name, type, kernel_id FROM sessions WHERE {column} = ? ORDER BY rowid LIMIT 1"
+        query = f"SELECT * FROM sessions WHERE {column} = ? ORDER BY rowid LIMIT 1"
         row = self._db.execute(query, (value,)).fetchone()
-        return _session(row) if row else None
+        return Session(**row) if row else None
 
     def all(self) -> list[Session]:
         """Oldest first."""
-        rows = self._db.execute("SELECT id, path, name, type, kernel_id FROM sessions ORDER BY rowid").fetchall()
-        return [_session(row) for row in rows]
+        return [Session(**row) for row in self._db.execute("SELECT * FROM sessions ORDER BY rowid")]
 
     def remove(self, session_id: str) -> None:
         """Unknown ids are fine."""
@@ -96,7 +96,3 @@ class SessionStore:
 
     def close(self) -> None:
         self._db.close()
-
-
-def _session(row: tuple[str, str, str | None, str, str]) -> Session:
-    return Session(id=row[0], path=row[1], name=row[2], type=row[3], kernel_id=row[4])

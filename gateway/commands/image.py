@@ -26,6 +26,9 @@ from vm_runtime.snapshots.store import SnapshotStore
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+# A command: its answer as a JSON value, and as a text for people.
+_Handler = Callable[[argparse.Namespace], Coroutine[Any, Any, tuple[object, str]]]
+
 # What a shell reports for a program ended by SIGINT.
 EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
@@ -33,20 +36,7 @@ EXIT_FAILED = 1
 
 def register(subparsers: Subparsers) -> None:
     """Adds `image` to the main parser; each of its commands sets `func(arguments) -> exit status`."""
-    image = subparsers.add_parser("image", help="build, list, inspect and remove images")
-    _add_commands(image)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m gateway.commands.image`."""
-    parser = argparse.ArgumentParser(prog="hypercelld image")
-    _add_commands(parser)
-    parsed = parser.parse_args(arguments)
-    status: int = parsed.func(parsed)
-    return status
-
-
-def _add_commands(parser: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser("image", help="build, list, inspect and remove images")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = _command(commands, "build", "build the image of a recipe; does nothing if it has been built", _build)
     build.add_argument(
@@ -62,24 +52,26 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _command(
-    commands: Subparsers, name: str, help_text: str, handler: Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
-) -> argparse.ArgumentParser:
+def _command(commands: Subparsers, name: str, help_text: str, handler: _Handler) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help_text)
     command.add_argument("--state-dir", type=Path, default=default_state_dir(), help="default: %(default)s")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(func=lambda arguments: _run(handler(arguments)))
+    command.set_defaults(func=lambda arguments: _run(handler, arguments))
     return command
 
 
-def _run(work: Coroutine[Any, Any, None]) -> int:
-    """Runs a command; SIGTERM ends it as Ctrl-C does. Returns the exit status."""
+def _run(handler: _Handler, arguments: argparse.Namespace) -> int:
+    """Runs a command and prints what it answers; SIGTERM ends it as Ctrl-C does. Returns the exit status."""
 
     async def interruptible() -> None:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await work
+        value, text = await handler(arguments)
+        if arguments.json:
+            print(json.dumps(value, indent=2))
+        elif text:
+            print(text)
 
     try:
         asyncio.run(interruptible())
@@ -105,7 +97,7 @@ def _store(arguments: argparse.Namespace) -> ImageStore:
     return ImageStore(arguments.state_dir / "images")
 
 
-async def _build(arguments: argparse.Namespace) -> None:
+async def _build(arguments: argparse.Namespace) -> tuple[object, str]:
     recipe = load_recipe(arguments.recipe)
     # Progress goes to stderr, so that stdout has nothing but the answer.
     terminal = sys.stderr.isatty()
@@ -115,65 +107,56 @@ async def _build(arguments: argparse.Namespace) -> None:
         else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
     )
     image = await _store(arguments).build(recipe, progress)
-    if arguments.json:
-        _print_json(_summary(image))
-    else:
-        print(f"{image.manifest.recipe.name} {image.files.digest[:SHORT_DIGEST_LENGTH]} ({image.size_bytes >> 20} MiB)")
+    name, digest = image.manifest.recipe.name, image.files.digest[:SHORT_DIGEST_LENGTH]
+    return _summary(image), f"{name} {digest} ({image.size_bytes >> 20} MiB)"
 
 
-async def _ls(arguments: argparse.Namespace) -> None:
+async def _ls(arguments: argparse.Namespace) -> tuple[object, str]:
     store = _store(arguments)
     images = store.ls()
     for problem in store.problems():
         print(f"hypercelld: {problem}", file=sys.stderr)
-    if arguments.json:
-        _print_json([_summary(image) for image in images])
-        return
-    if images:
-        print(f"{'NAME':<20} {'DIGEST':<{SHORT_DIGEST_LENGTH}} {'SIZE':>9}  CREATED")
+    lines = [f"{'NAME':<20} {'DIGEST':<{SHORT_DIGEST_LENGTH}} {'SIZE':>9}  CREATED"] if images else []
     for image in images:
         manifest = image.manifest
         digest = manifest.digest[:SHORT_DIGEST_LENGTH]
         created = f"{manifest.created_at:%Y-%m-%d %H:%M} UTC"
-        print(f"{manifest.recipe.name:<20} {digest} {image.size_bytes >> 20:>5} MiB  {created}")
+        lines.append(f"{manifest.recipe.name:<20} {digest} {image.size_bytes >> 20:>5} MiB  {created}")
+    return [_summary(image) for image in images], "\n".join(lines)
 
 
-async def _inspect(arguments: argparse.Namespace) -> None:
+async def _inspect(arguments: argparse.Namespace) -> tuple[object, str]:
     store = _store(arguments)
     image = store.get(arguments.image)
     await store.verify(image)
     manifest = image.manifest
-    if arguments.json:
-        _print_json({**manifest.model_dump(mode="json"), "path": str(image.files.rootfs.parent)})
-        return
     recipe = manifest.recipe
-    print(f"name        {recipe.name} ({recipe.display_name})")
-    print(f"digest      {manifest.digest} (all files verified)")
-    print(f"path        {image.files.rootfs.parent}")
-    print(f"created     {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC")
-    print(f"recipe      {manifest.recipe_digest}")
-    print(f"machine     {recipe.memory_mib} MiB memory, {recipe.vcpus} vCPU, {recipe.disk_mib} MiB disk")
-    for name, file in sorted(manifest.files.items()):
-        print(f"file        {name} {file.size_bytes} bytes, sha256 {file.sha256}")
-    for title, packages in (
-        ("kernel", manifest.kernel_packages),
-        ("python", manifest.python_packages),
-        ("debian", manifest.debian_packages),
-    ):
-        for package in packages:
-            print(f"{title:<11} {package}")
+    found = [
+        ("name", f"{recipe.name} ({recipe.display_name})"),
+        ("digest", f"{manifest.digest} (all files verified)"),
+        ("path", str(image.files.rootfs.parent)),
+        ("created", f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ("recipe", manifest.recipe_digest),
+        ("machine", f"{recipe.memory_mib} MiB memory, {recipe.vcpus} vCPU, {recipe.disk_mib} MiB disk"),
+        *(
+            ("file", f"{name} {file.size_bytes} bytes, sha256 {file.sha256}")
+            for name, file in sorted(manifest.files.items())
+        ),
+        *(("kernel", package) for package in manifest.kernel_packages),
+        *(("python", package) for package in manifest.python_packages),
+        *(("debian", package) for package in manifest.debian_packages),
+    ]
+    value = {**manifest.model_dump(mode="json"), "path": str(image.files.rootfs.parent)}
+    return value, "\n".join(f"{title:<11} {text}" for title, text in found)
 
 
-async def _rm(arguments: argparse.Namespace) -> None:
+async def _rm(arguments: argparse.Namespace) -> tuple[object, str]:
     def used_by(digest: str) -> list[str]:
         return users_of(arguments.state_dir, digest)
 
     image = await _store(arguments).rm(arguments.image, used_by=used_by)
     await asyncio.to_thread(_remove_templates, arguments.state_dir, image.files.digest)
-    if arguments.json:
-        _print_json(_summary(image))
-    else:
-        print(f"removed {image.manifest.recipe.name} {image.files.digest[:SHORT_DIGEST_LENGTH]}")
+    return _summary(image), f"removed {image.manifest.recipe.name} {image.files.digest[:SHORT_DIGEST_LENGTH]}"
 
 
 def users_of(state_dir: Path, image_digest: str) -> list[str]:
@@ -211,11 +194,3 @@ def _summary(image: Image) -> dict[str, object]:
         "size_bytes": image.size_bytes,
         "created_at": manifest.created_at.isoformat(),
     }
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

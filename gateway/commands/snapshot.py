@@ -9,15 +9,25 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kernels.directories import default_state_dir
 from vm_runtime.snapshots.archive import export_snapshot, import_snapshot
 from vm_runtime.snapshots.errors import SnapshotError
-from vm_runtime.snapshots.store import Collected, SnapshotStore
+from vm_runtime.snapshots.store import SnapshotStore
 
-_Command = Callable[[SnapshotStore, argparse.Namespace], int]
+
+@dataclass(frozen=True)
+class Output:
+    """What a command prints: a JSON value, or a text for people."""
+
+    value: object
+    text: str
+    exit_code: int = 0
+
+
+_Command = Callable[[SnapshotStore, argparse.Namespace], Output]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     def add(name: str, command: _Command, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
-        added.add_argument("--state-dir", type=Path, default=None, help="where the gateway keeps its state")
+        added.add_argument("--state-dir", type=Path, default=default_state_dir(), help="default: %(default)s")
         added.add_argument("--json", action="store_true", help="print JSON")
         added.set_defaults(func=lambda arguments: _run(command, arguments))
         return added
@@ -49,104 +59,78 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(command: _Command, arguments: argparse.Namespace) -> int:
-    state = arguments.state_dir or default_state_dir()
     try:
-        with SnapshotStore(state / "snapshots") as store:
-            return command(store, arguments)
+        with SnapshotStore(arguments.state_dir / "snapshots") as store:
+            answer = command(store, arguments)
     except (SnapshotError, OSError) as error:
-        if arguments.json:
-            _print_json({"error": str(error)})
-        else:
+        answer = Output({"error": str(error)}, "", exit_code=1)
+        if not arguments.json:
             print(f"hypercelld snapshot: {error}", file=sys.stderr)
-        return 1
+    if arguments.json:
+        print(json.dumps(answer.value, sort_keys=True))
+    elif answer.text:
+        print(answer.text)
+    return answer.exit_code
 
 
-def _ls(store: SnapshotStore, arguments: argparse.Namespace) -> int:
+def _ls(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
     entries = store.ls(sandbox_id=arguments.sandbox, owner=arguments.owner)
     pinned: dict[str, list[str]] = {}
     for user, pin in store.pins().items():
         for snapshot_id in pin.snapshots:
             pinned.setdefault(snapshot_id, []).append(user)
-    if arguments.json:
-        _print_json(
-            [
-                asdict(entry) | {"created_at": entry.created_at.isoformat(), "needed_by": pinned.get(entry.id, [])}
-                for entry in entries
-            ]
-        )
-        return 0
-    print(f"{'ID':12}  {'CREATED':19}  {'MIB':>8}  {'LAYERS':>6}  {'TEMPLATE':14}  {'NAME':20}  NEEDED BY")
+    lines = [f"{'ID':12}  {'CREATED':19}  {'MIB':>8}  {'LAYERS':>6}  {'TEMPLATE':14}  {'NAME':20}  NEEDED BY"]
+    values = []
     for entry in entries:
-        created = entry.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        print(
-            f"{entry.id[:12]}  {created}  {entry.added_bytes / (1 << 20):8.1f}  {entry.layers:6}  "
-            f"{entry.template:14.14}  {entry.name or '':20.20}  {', '.join(pinned.get(entry.id, []))}"
+        needed_by = pinned.get(entry.id, [])
+        values.append(asdict(entry) | {"created_at": entry.created_at.isoformat(), "needed_by": needed_by})
+        lines.append(
+            f"{entry.id[:12]}  {entry.created_at.astimezone():%Y-%m-%d %H:%M:%S}  {_mib(entry.added_bytes):8.1f}  "
+            f"{entry.layers:6}  {entry.template:14.14}  {entry.name or '':20.20}  {', '.join(needed_by)}"
         )
-    return 0
+    return Output(values, "\n".join(lines))
 
 
-def _inspect(store: SnapshotStore, arguments: argparse.Namespace) -> int:
-    manifest = store.get(store.resolve(arguments.snapshot))
-    print(json.dumps(manifest.model_dump(mode="json"), indent=None if arguments.json else 2, sort_keys=True))
-    return 0
+def _inspect(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
+    value = store.get(store.resolve(arguments.snapshot)).model_dump(mode="json")
+    return Output(value, json.dumps(value, indent=2, sort_keys=True))
 
 
-def _verify(store: SnapshotStore, arguments: argparse.Namespace) -> int:
+def _verify(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
     ids = [store.resolve(reference) for reference in arguments.snapshot] or sorted(store.ids())
     problems = {snapshot_id: store.verify(snapshot_id) for snapshot_id in ids}
-    if arguments.json:
-        _print_json(problems)
-    else:
-        for snapshot_id, found in problems.items():
-            print(f"{snapshot_id}  {'ok' if not found else 'BROKEN'}", *found, sep="\n    ")
-    return 1 if any(problems.values()) else 0
+    lines = [
+        "\n    ".join([f"{snapshot_id}  {'ok' if not found else 'BROKEN'}", *found])
+        for snapshot_id, found in problems.items()
+    ]
+    return Output(problems, "\n".join(lines), exit_code=1 if any(problems.values()) else 0)
 
 
-def _rm(store: SnapshotStore, arguments: argparse.Namespace) -> int:
-    removed = []
-    for snapshot_id in [store.resolve(reference) for reference in arguments.snapshot]:
-        removed.append((snapshot_id, store.rm(snapshot_id)))
-    if arguments.json:
-        _print_json({snapshot_id: _collected_json(collected) for snapshot_id, collected in removed})
-    else:
-        for snapshot_id, collected in removed:
-            print(f"{snapshot_id}  removed, {collected.freed_bytes / (1 << 20):.1f} MiB freed")
-    return 0
+def _rm(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
+    ids = [store.resolve(reference) for reference in arguments.snapshot]
+    removed = {snapshot_id: store.rm(snapshot_id) for snapshot_id in ids}
+    lines = [f"{id_}  removed, {_mib(collected.freed_bytes):.1f} MiB freed" for id_, collected in removed.items()]
+    return Output({id_: asdict(collected) for id_, collected in removed.items()}, "\n".join(lines))
 
 
-def _gc(store: SnapshotStore, arguments: argparse.Namespace) -> int:
+def _gc(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
     collected = store.gc()
-    if arguments.json:
-        _print_json(_collected_json(collected))
-    else:
-        print(f"{collected.parts} parts and {collected.drafts} unfinished snapshots removed,", end=" ")
-        print(f"{collected.freed_bytes / (1 << 20):.1f} MiB freed")
-    return 0
+    text = f"{collected.parts} parts and {collected.drafts} unfinished snapshots removed"
+    return Output(asdict(collected), f"{text}, {_mib(collected.freed_bytes):.1f} MiB freed")
 
 
-def _export(store: SnapshotStore, arguments: argparse.Namespace) -> int:
+def _export(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
     snapshot_id = store.resolve(arguments.snapshot)
     size_bytes = export_snapshot(store, snapshot_id, arguments.file)
-    if arguments.json:
-        _print_json({"id": snapshot_id, "file": str(arguments.file), "size_bytes": size_bytes})
-    else:
-        print(f"{snapshot_id}  written to {arguments.file}, {size_bytes / (1 << 20):.1f} MiB")
-    return 0
+    value = {"id": snapshot_id, "file": str(arguments.file), "size_bytes": size_bytes}
+    return Output(value, f"{snapshot_id}  written to {arguments.file}, {_mib(size_bytes):.1f} MiB")
 
 
-def _import(store: SnapshotStore, arguments: argparse.Namespace) -> int:
-    images = (arguments.state_dir or default_state_dir()) / "images"
+def _import(store: SnapshotStore, arguments: argparse.Namespace) -> Output:
+    images = arguments.state_dir / "images"
     manifest = import_snapshot(store, arguments.file, has_image=lambda digest: (images / digest).is_dir())
-    if arguments.json:
-        _print_json(manifest.model_dump(mode="json"))
-    else:
-        print(f"{manifest.id}  imported")
-    return 0
+    return Output(manifest.model_dump(mode="json"), f"{manifest.id}  imported")
 
 
-def _collected_json(collected: Collected) -> dict[str, int]:
-    return {"parts": collected.parts, "drafts": collected.drafts, "freed_bytes": collected.freed_bytes}
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, sort_keys=True))
+def _mib(size_bytes: int) -> float:
+    return size_bytes / (1 << 20)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.commands.image import main, users_of
+from gateway.cli import main
+from gateway.commands.image import users_of
 from vm_runtime.images.build import builder_version
 from vm_runtime.images.errors import BrokenImageError, ImageInUseError, UnknownImageError
 from vm_runtime.images.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, file_digest, image_digest
@@ -159,13 +160,13 @@ async def test_a_cancelled_build_leaves_nothing_and_a_killed_one_is_cleaned_up(t
 def test_commands_print_json_and_one_sentence_for_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = make_image(tmp_path / "images")
     place = ["--state-dir", str(tmp_path)]
-    assert main(["ls", "--json", *place]) == 0
+    assert main(["image", "ls", "--json", *place]) == 0
     assert json.loads(capsys.readouterr().out)[0]["digest"] == manifest.digest
-    assert main(["inspect", "--json", *place, "python3"]) == 0
+    assert main(["image", "inspect", "--json", *place, "python3"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"]["name"] == "python3"
-    assert main(["rm", *place, "nothing"]) == 1
+    assert main(["image", "rm", *place, "nothing"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "There is no image 'nothing'" in error
-    assert main(["build", *place, os.devnull]) == 1
+    assert main(["image", "build", *place, os.devnull]) == 1
     assert "'name' is missing" in capsys.readouterr().err
