@@ -9,13 +9,12 @@ import shutil
 import signal
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from tests.fake_driver import tree
 from vm_runtime.confinement.process import Process
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Death, Machine, MemoryUsage
+from vm_runtime.records import Record
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
 from vm_runtime.states import RunState, advance, require
 from vm_runtime.wire.carriers import SocketCarrier
@@ -26,13 +25,12 @@ CONSOLE_FILE = "console"
 GUEST_DIRECTORY = "g"
 HOME_DIRECTORY = "home"
 CONSOLE_TAIL_BYTES = 16384
-_RECORD_FILE = "machine.json"
 
 
-class FakeRecord(BaseModel):
+class FakeRecord(Record):
     """pid with start_time (ticks since boot) and boot_id name the process."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    file_name = "machine.json"
 
     pid: int
     start_time: int
@@ -53,19 +51,6 @@ class FakeRecord(BaseModel):
                 digest=self.image_digest, vmlinux=self.vmlinux, initramfs=self.initramfs, rootfs=self.rootfs
             ),
         )
-
-    def write(self, run_dir: Path) -> None:
-        temporary = run_dir / f".{_RECORD_FILE}"
-        temporary.write_text(self.model_dump_json())
-        temporary.replace(run_dir / _RECORD_FILE)
-
-    @classmethod
-    def read(cls, run_dir: Path) -> FakeRecord | None:
-        """The record, or None if there is none that can be read."""
-        try:
-            return cls.model_validate_json((run_dir / _RECORD_FILE).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
-            return None
 
 
 class FakeMachine(Machine):
@@ -174,7 +159,8 @@ def _kill(pid: int) -> None:
 
 def remove_files(place: MachinePlace) -> None:
     """Everything that a dead machine has left. Twice is harmless. Blocking."""
-    for name in (WIRE_SOCKET, CONSOLE_FILE, _RECORD_FILE, f".{_RECORD_FILE}"):
+    FakeRecord.remove(place.run_dir)
+    for name in (WIRE_SOCKET, CONSOLE_FILE):
         (place.run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(place.run_dir / GUEST_DIRECTORY, ignore_errors=True)
     shutil.rmtree(place.disk_dir / HOME_DIRECTORY, ignore_errors=True)

@@ -9,19 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import model_validator
 
+from vm_runtime.records import Record
 from vm_runtime.snapshots import format1
 from vm_runtime.snapshots.manifest import Manifest, State
 
-FILE_NAME = "saved.json"
 
-
-class SavedRecord(BaseModel):
+class SavedRecord(Record):
     """snapshot: the last one this machine was restored from or that was taken of it, whole, since it may have been
     removed from the store. state: what the next one lies on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    file_name = "saved.json"
 
     format: Literal[2] = 2
     snapshot: Manifest
@@ -35,24 +34,9 @@ class SavedRecord(BaseModel):
         except (KeyError, TypeError) as error:
             raise ValueError(f"it is no record of format 1 ({error!r:.60})") from error
 
-    def write(self, run_dir: Path) -> None:
-        """Replace the record in one step. Blocking."""
-        temporary = run_dir / f".{FILE_NAME}"
-        temporary.write_text(self.model_dump_json())
-        temporary.replace(run_dir / FILE_NAME)
-
-    @classmethod
-    def read(cls, run_dir: Path) -> SavedRecord | None:
-        """The record, or None if there is none that this version understands. Blocking."""
-        try:
-            return cls.model_validate_json((run_dir / FILE_NAME).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
-            return None
-
 
 def remove_record(run_dir: Path) -> None:
     """Twice is harmless. The directory goes too, if nothing else is in it."""
-    for name in (FILE_NAME, f".{FILE_NAME}"):
-        (run_dir / name).unlink(missing_ok=True)
+    SavedRecord.remove(run_dir)
     if run_dir.is_dir() and not any(run_dir.iterdir()):
         run_dir.rmdir()

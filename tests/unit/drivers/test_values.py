@@ -17,7 +17,7 @@ from vm_runtime.confinement.host import FIRST_UID, UID_COUNT, machine_uid
 from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.death import MAX_QUOTE_CHARACTERS, Evidence, printable, reason
 from vm_runtime.drivers.qemu.machine import CONSOLE_TAIL_BYTES, Tail
-from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord
+from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineStateError
 from vm_runtime.states import TRANSITIONS, RunState, advance, require
 
@@ -116,7 +116,6 @@ def test_the_tiny_guest_is_an_elf_with_a_pvh_entry() -> None:
 
 def test_a_record_comes_back_as_it_was_and_others_are_not_believed(tmp_path: Path) -> None:
     record = MachineRecord(
-        format=FORMAT_VERSION,
         id="m1",
         pid=1,
         start_time=2,
@@ -137,7 +136,7 @@ def test_a_record_comes_back_as_it_was_and_others_are_not_believed(tmp_path: Pat
     )
     record.write(tmp_path)
     assert MachineRecord.read(tmp_path) == record
-    record.model_copy(update={"format": FORMAT_VERSION + 1}).write(tmp_path)
+    record.model_copy(update={"format": 2}).write(tmp_path)
     assert MachineRecord.read(tmp_path) is None
     (tmp_path / "machine.json").write_text("{")
     assert MachineRecord.read(tmp_path) is None

@@ -17,14 +17,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import TYPE_CHECKING, Literal
 
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.program import PROGRAM, find_program
 from vm_runtime.errors import DriverUnavailableError, VmRuntimeError
+from vm_runtime.records import Record
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
     Start = Callable[[Accelerator], Awaitable[QemuDriver]]
 
-FILE_NAME = "accelerator.json"
-FORMAT_VERSION = 1
 KVM_DEVICE = Path("/dev/kvm")
 
 # A guest under working KVM starts its first program in about a second; a hanging one never does.
@@ -60,10 +57,12 @@ class Choice:
     decided: bool
 
 
-class _Remembered(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Remembered(Record):
+    """What was found out, and of which host, with which kernel and QEMU."""
 
-    format: int
+    file_name = "accelerator.json"
+
+    format: Literal[1] = 1
     machine: str
     kernel: str
     qemu: str
@@ -140,7 +139,6 @@ async def _boot_under_kvm(image: ImageFiles, qemu: str, start: Start) -> tuple[_
         finally:
             await driver.close()
     remembered = _Remembered(
-        format=FORMAT_VERSION,
         machine=_machine_id(),
         kernel=platform.release(),
         qemu=qemu,
@@ -158,16 +156,11 @@ def _machine_id() -> str:
 
 def _read(state_dir: Path, qemu: str) -> _Remembered | None:
     """What was found out earlier, if host, its kernel and QEMU are still the same."""
-    try:
-        found = _Remembered.model_validate_json((state_dir / FILE_NAME).read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
-    same = (FORMAT_VERSION, _machine_id(), platform.release(), qemu)
-    return found if (found.format, found.machine, found.kernel, found.qemu) == same else None
+    found = _Remembered.read(state_dir)
+    same = (_machine_id(), platform.release(), qemu)
+    return found if found is not None and (found.machine, found.kernel, found.qemu) == same else None
 
 
 def _write(state_dir: Path, remembered: _Remembered) -> None:
     state_dir.mkdir(parents=True, exist_ok=True)
-    temporary = state_dir / f".{FILE_NAME}"
-    temporary.write_text(remembered.model_dump_json(indent=1))
-    temporary.replace(state_dir / FILE_NAME)
+    remembered.write(state_dir)

@@ -61,7 +61,7 @@ from vm_runtime.drivers.qemu.machine import (
 )
 from vm_runtime.drivers.qemu.prepared import RESTORE_TIMEOUT_S, PreparedQemu, ending_on_error
 from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
-from vm_runtime.drivers.qemu.record import FORMAT_VERSION, MachineRecord
+from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineGoneError, MachineStartError, SpawnError
 from vm_runtime.paged.states import PagedStates, remove_frozen_disks
 from vm_runtime.snapshots.manifest import State
@@ -377,7 +377,6 @@ class QemuDriver(Driver):
                 )
                 process, _ = await self._spawner.spawn(request)
                 record = MachineRecord(
-                    format=FORMAT_VERSION,
                     id=place.id,
                     pid=process.pid,
                     start_time=start_time_ticks(process.pid) or 0,

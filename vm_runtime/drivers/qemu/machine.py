@@ -24,7 +24,7 @@ from vm_runtime.drivers.qemu.arguments import DiskFile, lower_node, overlay_node
 from vm_runtime.drivers.qemu.death import Evidence, printable, reason
 from vm_runtime.drivers.qemu.lending import may_lend
 from vm_runtime.drivers.qemu.qmp import Qmp
-from vm_runtime.drivers.qemu.record import FILE_NAME, MachineRecord
+from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineError, MachineGoneError, VmmCommandError, VmmProtocolError
 from vm_runtime.machine import Death, MemoryUsage
 from vm_runtime.paged.machine import MemoryMapping, PagedMachine
@@ -500,8 +500,9 @@ class QemuMachine(PagedMachine):
 
 def remove_runtime_files(place: MachinePlace, cgroup: Cgroup) -> None:
     """What a dead VMM no longer needs: sockets, record, cgroups. Twice is harmless. Blocking."""
-    for name in (QMP_SOCKET, WIRE_SOCKET, SERIAL_SOCKET, FILE_NAME, f".{FILE_NAME}"):
+    for name in (QMP_SOCKET, WIRE_SOCKET, SERIAL_SOCKET):
         (place.run_dir / name).unlink(missing_ok=True)
+    MachineRecord.remove(place.run_dir)
     with contextlib.suppress(OSError):  # somebody else's files may lie there
         place.run_dir.rmdir()
     cgroup.remove()

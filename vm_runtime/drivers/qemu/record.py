@@ -8,25 +8,22 @@ is unknown then.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
+from vm_runtime.records import Record
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
 
-FORMAT_VERSION = 1
-FILE_NAME = "machine.json"
 
-
-class MachineRecord(BaseModel):
+class MachineRecord(Record):
     """pid with start_time (ticks since boot) and boot_id name the process. memory_inode: of the file that is mapped as
     guest RAM. memory_fd: its number in a booted VMM, None for a clone. overlay: the disk file to remove with it.
     next_overlay: the file of a disk freeze that has begun; whether it has happened, only the VMM knows.
     disk_floor: number of the lowest overlay that still has a block node. disk_lower: how often what lies under the
     overlays was replaced, or was about to be."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    file_name = "machine.json"
 
-    format: int
+    format: Literal[1] = 1
     id: str
     pid: int
     start_time: int
@@ -56,18 +53,3 @@ class MachineRecord(BaseModel):
                 digest=self.image_digest, vmlinux=self.vmlinux, initramfs=self.initramfs, rootfs=self.rootfs
             ),
         )
-
-    def write(self, run_dir: Path) -> None:
-        """Replace the record in one step, so that no reader sees half of it."""
-        temporary = run_dir / f".{FILE_NAME}"
-        temporary.write_text(self.model_dump_json(indent=1))
-        temporary.replace(run_dir / FILE_NAME)
-
-    @classmethod
-    def read(cls, run_dir: Path) -> MachineRecord | None:
-        """The record, or None if there is none that this version understands."""
-        try:
-            record = cls.model_validate_json((run_dir / FILE_NAME).read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
-            return None
-        return record if record.format == FORMAT_VERSION else None
