@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vm_runtime.confinement.report import ConfinementStep
+from vm_runtime.files import opened
 
 CONTROLLERS = ("memory", "cpu", "pids")
 _PERIOD_US = 100_000
@@ -61,12 +62,8 @@ class Cgroup:
         for directory in self.directories:
             for file, weights in _WEIGHTS.items():
                 # Of a VMM that has just ended the group may go meanwhile, which open(2) and write(2) name variously.
-                with contextlib.suppress(OSError):
-                    fd = os.open(directory / file, os.O_WRONLY | os.O_CLOEXEC)
-                    try:
-                        os.write(fd, str(weights[background]).encode())
-                    finally:
-                        os.close(fd)
+                with contextlib.suppress(OSError), opened(directory / file, os.O_WRONLY) as fd:
+                    os.write(fd, str(weights[background]).encode())
 
     def remove(self) -> None:
         """Remove the groups of a dead VMM; twice is harmless. Blocking.

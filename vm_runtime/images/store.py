@@ -9,7 +9,6 @@ STATE/images/.lock                         held by whoever builds or removes
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vm_runtime.files import opened, sync, try_lock
 from vm_runtime.images.build import build_files, builder_version
 from vm_runtime.images.errors import BrokenImageError, BuildHostError, ImageInUseError, UnknownImageError
 from vm_runtime.images.manifest import (
@@ -175,17 +175,17 @@ class ImageStore:
     def _publish(self, image: Path, manifest: Manifest) -> None:
         (image / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         for path in (*image.iterdir(), image):
-            _sync(path)
+            sync(path)
         place = self._directory / manifest.digest
         if place.exists():
             # Built again to the same bytes; what is there may be the reason (a broken copy), so the new one wins.
             place.rename(image.parent / "replaced")
         image.rename(place)
-        _sync(self._directory)
+        sync(self._directory)
         record = RecipeRecord(image=manifest.digest, builder=manifest.builder)
         temporary = image.parent / "record.json"
         temporary.write_text(record.model_dump_json())
-        _sync(temporary)
+        sync(temporary)
         temporary.rename(self._recipes / f"{manifest.recipe_digest}.json")
 
     def _scan(self) -> tuple[list[Image], list[str]]:
@@ -205,17 +205,14 @@ class ImageStore:
     @asynccontextmanager
     async def _locked(self, progress: Progress | None) -> AsyncIterator[None]:
         await asyncio.to_thread(self._directory.mkdir, parents=True, exist_ok=True)
-        descriptor = os.open(self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with opened(self._directory / ".lock", os.O_RDWR | os.O_CREAT) as descriptor:
             waiting = False
-            while not _try_lock(descriptor):
+            while not try_lock(descriptor):
                 if progress is not None and not waiting:
                     progress.note("Another build is running; waiting for its end.")
                 waiting = True
                 await asyncio.sleep(_LOCK_POLL_S)
             yield
-        finally:
-            os.close(descriptor)
 
 
 def load_image(directory: Path) -> Image:
@@ -260,19 +257,3 @@ def _verify(image: Image) -> None:
                 f"{directory} is not a usable image: {name} has changed since it was built; "
                 "remove it and build the image again."
             )
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

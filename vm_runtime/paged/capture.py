@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vm_runtime.drivers.base import Capture, MachinePlace, Shell
 from vm_runtime.errors import MachineStateError
+from vm_runtime.files import sync
 from vm_runtime.paged.bases import Bases
 from vm_runtime.paged.chains import check_room
 from vm_runtime.paged.ground import Ground
@@ -178,7 +179,7 @@ class PageCapture(Capture):
     def _store_disk(self, draft: Draft, path: Path) -> Part:
         link = draft.path(path.name)
         os.link(path, link)
-        _sync(link)
+        sync(link)
         return draft.add(PartKind.DISK, link)
 
     async def commit(self, state: State) -> None:
@@ -361,11 +362,3 @@ def _copy_disk(source: Path, target: Path) -> None:
         copy.truncate(size_bytes)
         copy_sparse(original.fileno(), copy.fileno(), size_bytes)
         os.fsync(copy.fileno())
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

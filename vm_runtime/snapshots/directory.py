@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vm_runtime.files import try_lock
 from vm_runtime.snapshots.digests import part_digest
 from vm_runtime.snapshots.errors import BrokenSnapshotError, SnapshotRequestError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import MAX_MANIFEST_BYTES, Manifest, Part, PartKind
@@ -162,15 +163,6 @@ class StoreDirectory:
             list(self._closers.map(_close_all, shares))
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames and removals in a directory survive a power loss."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_new(path: Path, content: bytes, *, synced: bool) -> None:
     """Write a new small file; synced: it survives a power loss once its directory is synced, too."""
     with path.open("xb") as file:
@@ -178,15 +170,6 @@ def write_new(path: Path, content: bytes, *, synced: bool) -> None:
         if synced:
             file.flush()
             os.fsync(file.fileno())
-
-
-def try_lock(fd: int) -> bool:
-    """Whether nobody else held this lock, which is then ours."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _close_all(fds: Sequence[int]) -> None:

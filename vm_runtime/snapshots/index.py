@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from vm_runtime.files import opened
 from vm_runtime.snapshots.digests import FileIdentity
 from vm_runtime.snapshots.directory import PartKey
 from vm_runtime.snapshots.errors import StoreFullError, StoreIndexError
@@ -130,12 +131,10 @@ class Index:
         return connection
 
     def _reserve_log(self) -> None:
-        with contextlib.suppress(OSError):  # no room, or not that kind of file system: then without
-            fd = os.open(self._path.with_name(self._path.name + "-wal"), os.O_RDWR | os.O_CLOEXEC)
-            try:
-                os.posix_fallocate(fd, 0, _LOG_BYTES)
-            finally:
-                os.close(fd)
+        log = self._path.with_name(self._path.name + "-wal")
+        # No room, or not that kind of file system: then without.
+        with contextlib.suppress(OSError), opened(log, os.O_RDWR) as fd:
+            os.posix_fallocate(fd, 0, _LOG_BYTES)
 
     def close(self) -> None:
         with self._lock:

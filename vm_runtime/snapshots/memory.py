@@ -39,14 +39,7 @@ _DIGEST_MAGIC = b"hypercell-memory-1\n"
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 
-# <linux/fcntl.h>; the names exist in Python's fcntl as well, but not in typeshed for every platform.
-_F_ADD_SEALS = 1033
-_F_GET_SEALS = 1034
-_F_SEAL_SEAL = 0x1
-_F_SEAL_SHRINK = 0x2
-_F_SEAL_GROW = 0x4
-_F_SEAL_WRITE = 0x8
-_ALL_SEALS = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
+_ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ class BaseMemory:
             try:
                 os.ftruncate(fd, size_bytes)
                 _check_digest(_copy_pages(file.fileno(), size_bytes=size_bytes, sink=fd), digest, path)
-                fcntl.fcntl(fd, _F_ADD_SEALS, _ALL_SEALS)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ALL_SEALS)
             except BaseException:
                 os.close(fd)
                 raise
@@ -341,7 +334,7 @@ def _links_to_memfd(pid: int, name: str) -> list[Path]:
 def _adopt_memfd(link: Path, *, digest: str, path: Path) -> BaseMemory:
     fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if fcntl.fcntl(fd, _F_GET_SEALS) & _ALL_SEALS != _ALL_SEALS:
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _ALL_SEALS != _ALL_SEALS:
             raise BrokenSnapshotError(f"{link} is not sealed.")
         size_bytes = os.fstat(fd).st_size
         _check_digest(_copy_pages(fd, size_bytes=size_bytes, sink=None), digest, link)

@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from vm_runtime.files import opened
 from vm_runtime.snapshots.errors import ProcessMemoryError
 from vm_runtime.snapshots.memory import PAGE_SIZE
 
@@ -59,7 +60,6 @@ PAGES_NAME = "hypercell-pages"
 # <asm-generic/mman-common.h>, Linux 5.14.
 _MADV_POPULATE_WRITE = 23
 # <linux/fcntl.h>: seal, shrink, grow, future write (Linux 5.1): mappings that are there may be written on.
-_F_ADD_SEALS = 1033
 _READ_ONLY_SEALS = 0x1 | 0x2 | 0x4 | 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -104,19 +104,15 @@ def written_pages(pid: int, address: int, length: int) -> list[Run]:
 
     Part of the pause if the answer must be exact. Raises ProcessMemoryError.
     """
-    with process_errors(pid):
-        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    with process_errors(pid), opened(f"/proc/{pid}/pagemap") as fd:
         try:
-            try:
-                own = scan_pagemap(fd, address, length, swapped=False)
-                # Asked last: a page that goes to swap before the answer is not missed.
-                return scan_pagemap(fd, address, length, swapped=True) if has_swapped(pid) else own
-            except OSError as error:
-                if error.errno != errno.ENOTTY:  # Linux < 6.7
-                    raise
-                return read_pagemap(fd, address, length)
-        finally:
-            os.close(fd)
+            own = scan_pagemap(fd, address, length, swapped=False)
+            # Asked last: a page that goes to swap before the answer is not missed.
+            return scan_pagemap(fd, address, length, swapped=True) if has_swapped(pid) else own
+        except OSError as error:
+            if error.errno != errno.ENOTTY:  # Linux < 6.7
+                raise
+            return read_pagemap(fd, address, length)
 
 
 def has_swapped(pid: int) -> bool:
@@ -266,7 +262,7 @@ class PageBuffer:
         if self._fd < 0:
             return None
         with contextlib.suppress(PermissionError):  # sealed already
-            fcntl.fcntl(self._fd, _F_ADD_SEALS, _READ_ONLY_SEALS)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _READ_ONLY_SEALS)
         return self._fd
 
 

@@ -28,8 +28,9 @@ from typing import Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vm_runtime.files import sync, try_lock
 from vm_runtime.snapshots.digests import FileIdentity, part_digest
-from vm_runtime.snapshots.directory import PartKey, StoreDirectory, sync_directory, try_lock, write_new
+from vm_runtime.snapshots.directory import PartKey, StoreDirectory, write_new
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotError,
@@ -238,7 +239,7 @@ class SnapshotStore(StoreDirectory):
                 self._released.update(self.index.pin(user, snapshots=pin.snapshots, parts=pin.parts()))
                 temporary.replace(path)
             if durable:
-                sync_directory(path.parent)
+                sync(path.parent)
 
     def unpin(self, user: str) -> None:
         """Harmless if nothing is pinned. What nobody needs any more goes with the next removal."""
@@ -324,7 +325,7 @@ class SnapshotStore(StoreDirectory):
                         unlink(self.manifest_path(id_))
                 candidates += self.index.remove(doomed)
         if ids:  # a manifest whose parts are gone must not come back after a power loss
-            sync_directory(self.directory / "manifests")
+            sync(self.directory / "manifests")
         with self.index.exclusive():
             candidates += self._released
             self._released.clear()
@@ -442,7 +443,7 @@ class Draft:
                 store.index.add(manifest, store.stored_bytes(manifest))
                 store.index.pin(_draft_user(self._directory))
                 written.replace(target)
-            sync_directory(target.parent)
+            sync(target.parent)
         except BaseException:
             with contextlib.suppress(SnapshotError):  # what is left then is left to a collection
                 self._take_back(manifest, existed=existed)
@@ -468,7 +469,7 @@ class Draft:
             if (before.mtime_ns, before.size_bytes) == (after.mtime_ns, after.size_bytes):
                 self._store.index.note_checked(kind, part.digest, after)
         for kind in {kind for kind, _ in parts}:
-            sync_directory(self._store.directory / "parts" / kind)
+            sync(self._store.directory / "parts" / kind)
 
     def _take_back(self, manifest: Manifest, *, existed: bool) -> None:
         """Undo an attempt to publish. Parts that another snapshot came to need meanwhile stay."""

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from vm_runtime.files import closing
 from vm_runtime.snapshots.errors import ProcessMemoryError
 from vm_runtime.snapshots.injection import call_in_process, can_inject
 from vm_runtime.snapshots.layers import CapturedPages
@@ -188,16 +189,13 @@ def _find_or_make_userfaultfd(pid: int) -> tuple[int, bool]:
     is_new = number is None
     if number is None:
         number = str(call_in_process(pid, _NR_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY))
-    pidfd = os.pidfd_open(pid)
-    try:
+    with closing(os.pidfd_open(pid)) as pidfd:
         fd: int = _libc.syscall(_NR_PIDFD_GETFD, pidfd, int(number), 0)
         if fd < 0:
             raise ProcessMemoryError(
                 f"A descriptor of process {pid} is out of reach: {os.strerror(ctypes.get_errno())}."
             )
         return fd, is_new
-    finally:
-        os.close(pidfd)
 
 
 def _leads_to_userfaultfd(link: Path) -> bool:

@@ -63,6 +63,7 @@ from vm_runtime.drivers.qemu.prepared import RESTORE_TIMEOUT_S, PreparedQemu, en
 from vm_runtime.drivers.qemu.program import PROGRAM, cpu_model, find_program
 from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineGoneError, MachineStartError, SpawnError
+from vm_runtime.files import closing
 from vm_runtime.paged.states import PagedStates, remove_frozen_disks
 from vm_runtime.snapshots.manifest import State
 from vm_runtime.snapshots.memory import BaseMemory
@@ -209,13 +210,13 @@ class QemuDriver(Driver):
             await format_disk(disk, spec.shape.disk_mib)
             with ExitStack() as stack:
                 memory_fd = os.memfd_create(f"hypercell-ram-{place.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                own_memory_fd = stack.enter_context(_closing(memory_fd))
+                own_memory_fd = stack.enter_context(closing(memory_fd))
                 os.ftruncate(memory_fd, spec.shape.memory_mib << 20)
                 files = [(spec.image.vmlinux, b"")]
                 if guest or spec.image.initramfs.exists():
                     files.append((spec.image.initramfs, guest))
                 copies = [
-                    stack.enter_context(_closing(await asyncio.to_thread(_copy_to_memfd, path, more)))
+                    stack.enter_context(closing(await asyncio.to_thread(_copy_to_memfd, path, more)))
                     for path, more in files
                 ]
                 machine = await self._launch(
@@ -337,7 +338,7 @@ class QemuDriver(Driver):
                     format = "qcow2" if path in disk[1:] else "raw"
                     fdset = FIRST_OVERLAY_FDSET if writable else ROOT_FDSET + len(fdsets)
                     for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
-                        fd = stack.enter_context(_closing(open_disk(path, flags, format=format)))
+                        fd = stack.enter_context(closing(open_disk(path, flags, format=format)))
                         fdsets.append((fdset, give(fd)))
                     return DiskFile(fdset=fdset, format=format)
 
@@ -442,14 +443,6 @@ def _rlimits(shape: MachineShape) -> tuple[tuple[int, int], ...]:
         (resource.RLIMIT_NOFILE, VMM_OPEN_FILES),
         (resource.RLIMIT_FSIZE, max(shape.disk_mib + DISK_METADATA_MIB, shape.memory_mib) << 20),
     )
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

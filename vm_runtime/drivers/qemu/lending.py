@@ -9,14 +9,13 @@ import stat
 from pathlib import Path
 
 # <linux/fcntl.h>
-_F_GET_SEALS = 1034
 _F_SEAL_FUTURE_WRITE = 0x10
 
 
 def may_lend(fd: int, pid: int) -> bool:
     """Whether a process can do no more than read this file: it may open again, for writing, what it has open."""
     try:
-        if fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_FUTURE_WRITE:
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE:
             return True
     except OSError:  # not a memfd
         pass

@@ -26,6 +26,7 @@ from vm_runtime.drivers.qemu.lending import may_lend
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineError, MachineGoneError, VmmCommandError, VmmProtocolError
+from vm_runtime.files import closing, opened
 from vm_runtime.machine import Death, MemoryUsage
 from vm_runtime.paged.machine import MemoryMapping, PagedMachine
 from vm_runtime.snapshots.pages import find_mapping
@@ -240,11 +241,8 @@ class QemuMachine(PagedMachine):
         # A memfd always has room: QEMU 7.2 leaks its descriptor when it cannot write.
         fd = os.memfd_create("hypercell-device", os.MFD_CLOEXEC)
         try:
-            write_only = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)  # as QEMU asks the set for it
-            try:
+            with opened(f"/proc/self/fd/{fd}", os.O_WRONLY) as write_only:  # as QEMU asks the set for it
                 await self._execute("add-fd", {"fdset-id": _DEVICE_STATE_FDSET}, descriptors=(write_only,))
-            finally:
-                os.close(write_only)
             try:
                 # Works on every machine type although it is Xen's; live=false keeps the disks open for resume().
                 arguments = {"filename": f"/dev/fdset/{_DEVICE_STATE_FDSET}", "live": False}
@@ -351,22 +349,16 @@ class QemuMachine(PagedMachine):
 
     async def load_state(self, device: Path) -> None:
         """Load the state of CPUs and devices into a VMM that waits for it; answers when it runs."""
-        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with opened(device) as fd:
             await self._execute("getfd", {"fdname": _DEVICE_FD_NAME}, descriptors=(fd,))
-        finally:
-            os.close(fd)
         await self._execute("migrate-incoming", {"uri": f"fd:{_DEVICE_FD_NAME}"})
         await self.wait_running()
 
     async def add_disk_descriptors(self, file: DiskFile, path: Path, *, writable: bool) -> None:
         """Let the VMM open a file that it cannot see, for reading and, if asked, for writing. BrokenSnapshotError."""
         for flags in (os.O_RDONLY, os.O_RDWR) if writable else (os.O_RDONLY,):
-            fd = open_disk(path, flags, format=file.format)
-            try:
+            with closing(open_disk(path, flags, format=file.format)) as fd:
                 await self._execute("add-fd", {"fdset-id": file.fdset}, descriptors=(fd,))
-            finally:
-                os.close(fd)
 
     @contextlib.asynccontextmanager
     async def lend(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
