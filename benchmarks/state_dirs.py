@@ -22,7 +22,7 @@ from kernels.settings import ServiceSettings
 from kernels.templates import TemplateRecord
 from vm_runtime.drivers.base import Driver, DriverSettings
 from vm_runtime.drivers.find import DEFAULT_DRIVER, find_driver
-from vm_runtime.images.progress import LineProgress
+from vm_runtime.images.progress import by_line
 from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
 from vm_runtime.images.store import ImageStore
 from vm_runtime.snapshots.manifest import Manifest
@@ -51,10 +51,10 @@ async def _build(state_dir: Path, source_dir: Path, *, scikit_learn: bool, say: 
     images = ImageStore(state_dir / "images")
     if DEFAULT_RECIPE not in images.current():
         say("Building the default image (minutes, once) ...")
-        await images.build(load_recipe(DEFAULT_RECIPE), LineProgress(say))
+        await images.build(load_recipe(DEFAULT_RECIPE), by_line(say))
     if scikit_learn and SCIKIT_LEARN not in images.current():
         say("Building an image with scikit-learn (minutes, once) ...")
-        await images.build(load_recipe(RECIPES / f"{SCIKIT_LEARN}.toml"), LineProgress(say))
+        await images.build(load_recipe(RECIPES / f"{SCIKIT_LEARN}.toml"), by_line(say))
     async with (
         started_driver(state_dir) as driver,
         SandboxService(service_settings(state_dir), driver, say=say) as service,

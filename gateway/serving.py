@@ -10,7 +10,6 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
 from gateway.app import make_application
 from gateway.hub import KernelHub
@@ -29,17 +28,8 @@ log = logging.getLogger(__name__)
 TOKEN_BYTES = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """url: where it listens, without a slash at the end."""
-
-    url: str
-    token: str
-    gateway: Gateway
-
-
 @asynccontextmanager
-async def serving(settings: GatewaySettings, service: SandboxService, listener: Listener) -> AsyncIterator[Serving]:
+async def serving(settings: GatewaySettings, service: SandboxService, listener: Listener) -> AsyncIterator[Gateway]:
     """Serves at `listener` until the context ends, then ends every WebSocket. The caller runs and ends both.
 
     Errors: StartError for a foreign file of sessions.
@@ -54,14 +44,22 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
         stack.callback(sessions.close)
         hub = await stack.enter_async_context(KernelHub(service, settings, metrics).running())
         token = settings.token or secrets.token_urlsafe(TOKEN_BYTES)
-        gateway = Gateway(settings=settings, token=token, service=service, sessions=sessions, hub=hub, metrics=metrics)
+        gateway = Gateway(
+            settings=settings,
+            url=listener.url,
+            token=token,
+            service=service,
+            sessions=sessions,
+            hub=hub,
+            metrics=metrics,
+        )
         for follow in (hub.follow, lambda events: _follow_sessions(sessions, events)):
             events = await stack.enter_async_context(service.subscribe())
             task = asyncio.create_task(_keep_following(service, events, follow))
             stack.push_async_callback(_cancelled, task)
         listener.application = make_application(gateway)
         try:
-            yield Serving(url=listener.url, token=token, gateway=gateway)
+            yield gateway
         finally:
             listener.application, listener.doing = None, "stopping"
             # Kernels sleep while their clients still receive: all that they have sent arrives.

@@ -25,9 +25,11 @@ TOUCH_INTERVAL_S = 1.0
 
 @dataclass
 class Gateway:
-    """token: what clients must show. started: aware UTC time. session_locks: by path, while a session is made."""
+    """url: where it listens, without a slash at the end. token: what clients must show. started: aware UTC time.
+    session_locks: by path, while a session is made."""
 
     settings: GatewaySettings
+    url: str
     token: str
     service: SandboxService
     sessions: SessionStore

@@ -156,7 +156,7 @@ class GuestSession:
         try:
             carrier = await open_wire()
             greeted_at = time.monotonic()
-            hello = Hello.fresh(
+            hello = Hello(
                 identity=greeting.identity,
                 kernel_key=greeting.key,
                 restored=greeting.restored,

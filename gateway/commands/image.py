@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from kernels.directories import default_state_dir
 from kernels.templates import remove_template, stored_templates
 from vm_runtime.images.errors import ImageError
-from vm_runtime.images.progress import LineProgress, Progress, TerminalProgress
 from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
 from vm_runtime.images.store import SHORT_DIGEST_LENGTH, Image, ImageStore
 from vm_runtime.snapshots.errors import BrokenSnapshotError, UnknownSnapshotError
@@ -100,13 +99,7 @@ def _store(arguments: argparse.Namespace) -> ImageStore:
 async def _build(arguments: argparse.Namespace) -> tuple[object, str]:
     recipe = load_recipe(arguments.recipe)
     # Progress goes to stderr, so that stdout has nothing but the answer.
-    terminal = sys.stderr.isatty()
-    progress: Progress = (
-        TerminalProgress(sys.stderr)
-        if terminal
-        else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
-    )
-    image = await _store(arguments).build(recipe, progress)
+    image = await _store(arguments).build(recipe, lambda text: print(text, end="", file=sys.stderr, flush=True))
     name, digest = image.manifest.recipe.name, image.files.digest[:SHORT_DIGEST_LENGTH]
     return _summary(image), f"{name} {digest} ({image.size_bytes >> 20} MiB)"
 

@@ -19,13 +19,14 @@ from pydantic.fields import FieldInfo
 from gateway.errors import StartError
 from gateway.listener import listening
 from gateway.presence import gateway_files, state_lock
-from gateway.serving import Serving, serving
+from gateway.serving import serving
 from gateway.settings import GatewaySettings, load_settings
+from gateway.state import Gateway
 from kernels.errors import KernelsError
 from kernels.host import open_service
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.errors import ImageError
-from vm_runtime.images.progress import LineProgress
+from vm_runtime.images.progress import by_line
 from vm_runtime.images.recipe import DEFAULT_RECIPE, load_recipe
 from vm_runtime.images.store import ImageStore
 
@@ -115,7 +116,7 @@ async def _until_signal(settings: GatewaySettings) -> None:
 
 
 @asynccontextmanager
-async def running(settings: GatewaySettings) -> AsyncIterator[Serving]:
+async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     """The whole gateway, from nothing to serving, and back. Errors: StartError, KernelsError, VmRuntimeError,
     ImageError."""
     with state_lock(settings.state_dir), _removed_if_empty(settings.run_dir):
@@ -150,4 +151,4 @@ async def _ensure_image(settings: GatewaySettings, progress: Callable[[str], Non
     images = ImageStore(settings.state_dir / "images")
     if not images.current():
         progress("There is no image yet; building the default one (`hypercelld image build`) takes some minutes.")
-        await images.build(load_recipe(DEFAULT_RECIPE), LineProgress(progress))
+        await images.build(load_recipe(DEFAULT_RECIPE), by_line(progress))

@@ -209,7 +209,7 @@ class ImageStore:
             waiting = False
             while not try_lock(descriptor):
                 if progress is not None and not waiting:
-                    progress.note("Another build is running; waiting for its end.")
+                    progress("Another build is running; waiting for its end.\n")
                 waiting = True
                 await asyncio.sleep(_LOCK_POLL_S)
             yield

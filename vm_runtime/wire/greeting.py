@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vm_runtime.wire.errors import RemoteProtocolError
@@ -73,13 +73,6 @@ class Limits:
     max_streams: int = 256
     max_pending_opens: int = 64
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "window_bytes": self.window_bytes,
-            "max_streams": self.max_streams,
-            "max_pending_opens": self.max_pending_opens,
-        }
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Limits:
         """Checked limits of the peer. The upper bounds only keep the numbers sane; each end bounds its own queues."""
@@ -92,7 +85,8 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """The host's greeting. `fresh` draws what has to be new in every session.
+    """The host's greeting. What has to be new in every session is, where it is not given, and the time is that of now:
+    make it right before `Link.connect`.
 
     session, next_marker: 32 hex digits. wall_clock_ns: since 1970, UTC. entropy: 64 bytes for the guest's random pool.
     identity: who the guest is now (sandbox_id, hostname, ...). kernel_key: the kernel's new HMAC key; None keeps it.
@@ -100,10 +94,10 @@ class Hello:
     generation: of the host's code (generations.py).
     """
 
-    session: str
-    next_marker: str
-    wall_clock_ns: int
-    entropy: bytes = field(repr=False)
+    session: str = field(default_factory=lambda: secrets.token_hex(MARKER_BYTES))
+    next_marker: str = field(default_factory=lambda: secrets.token_hex(MARKER_BYTES))
+    wall_clock_ns: int = field(default_factory=time.time_ns)
+    entropy: bytes = field(default_factory=lambda: os.urandom(ENTROPY_BYTES), repr=False)
     identity: Mapping[str, str] = field(default_factory=dict)
     kernel_key: str | None = field(default=None, repr=False)
     restored: bool = False
@@ -112,31 +106,6 @@ class Hello:
     limits: Limits = field(default_factory=Limits)
     extra: Mapping[str, Any] = field(default_factory=dict)
     generation: int = GENERATION
-
-    @classmethod
-    def fresh(
-        cls,
-        *,
-        identity: Mapping[str, str] | None = None,
-        kernel_key: str | None = None,
-        restored: bool = False,
-        keep_random: bool = False,
-        limits: Limits | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Hello:
-        """A HELLO with a new session, marker and entropy, and the time of now. Call it right before `Link.connect`."""
-        return cls(
-            session=secrets.token_hex(MARKER_BYTES),
-            next_marker=secrets.token_hex(MARKER_BYTES),
-            wall_clock_ns=time.time_ns(),
-            entropy=os.urandom(ENTROPY_BYTES),
-            identity=identity or {},
-            kernel_key=kernel_key,
-            restored=restored,
-            keep_random=keep_random,
-            limits=limits or Limits(),
-            extra=extra or {},
-        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -149,7 +118,7 @@ class Hello:
             "kernel_key": self.kernel_key,
             "restored": self.restored,
             "keep_random": self.keep_random,
-            "limits": self.limits.to_json(),
+            "limits": asdict(self.limits),
             "extra": dict(self.extra),
             **_generation_json(self.generation),
         }
@@ -190,9 +159,6 @@ class KernelStatus:
     pid: int
     busy: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return {"state": self.state, "pid": self.pid, "busy": self.busy}
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> KernelStatus:
         return cls(
@@ -220,8 +186,8 @@ class Welcome:
         return {
             "version": self.version,
             "agent_version": self.agent_version,
-            "kernel": None if self.kernel is None else self.kernel.to_json(),
-            "limits": self.limits.to_json(),
+            "kernel": None if self.kernel is None else asdict(self.kernel),
+            "limits": asdict(self.limits),
             "extra": dict(self.extra),
             **_generation_json(self.generation),
         }

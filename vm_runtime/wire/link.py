@@ -88,7 +88,6 @@ class Link:
         self._greeted = asyncio.Event()
         self._over = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
-        self._keep_alive: tuple[float, float] | None = None
         self._main: asyncio.Task[None] | None = None
 
     @classmethod
@@ -100,21 +99,16 @@ class Link:
         marker: bytes,
         timeout_s: float | None = None,
         on_open: Handler | None = None,
-        ping_interval_s: float | None = None,
-        ping_timeout_s: float = 10.0,
     ) -> Link:
         """The host's end: begin a session and wait for WELCOME. Owns the carrier, and closes it in every case.
 
         marker: BOOT_MARKER for a freshly booted guest, else the `next_marker` of the last HELLO that was answered. On
         return store `hello.next_marker` (with every snapshot taken from now on, too) before doing anything else.
-        ping_interval_s: check that the guest answers; None, as a guest may be paused for any time.
 
         Raises TimeoutError, VersionError, RemoteProtocolError, or LinkClosedError with the guest's reason.
         """
         link = cls(Session.host(hello, marker=marker), carrier, reads=True, on_open=on_open)
         link.hello = hello
-        if ping_interval_s is not None:
-            link._keep_alive = (ping_interval_s, ping_timeout_s)
         link.start()
         try:
             async with asyncio.timeout(timeout_s):
@@ -271,8 +265,6 @@ class Link:
                 self._group = group
                 if self._reads:
                     group.create_task(self._read_loop(), name="wire reader")
-                if self._keep_alive is not None:
-                    group.create_task(self._keep_alive_loop(*self._keep_alive), name="wire keep-alive")
                 writer = group.create_task(self._write_loop(), name="wire writer")
                 await self._over.wait()
                 if not isinstance(self.error, SessionResetError):
@@ -319,19 +311,6 @@ class Link:
                     await self._wake.wait()
         except OSError as error:
             self._finish(LinkClosedError("connection_lost", str(error)))
-
-    async def _keep_alive_loop(self, interval_s: float, timeout_s: float) -> None:
-        await self._greeted.wait()
-        while True:
-            await asyncio.sleep(interval_s)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self.ping()
-            except TimeoutError:
-                self._finish(LinkClosedError("ping_timeout", f"No answer to a PING for {timeout_s} s"))
-                return
-            except WireError:
-                return
 
     # Events
 

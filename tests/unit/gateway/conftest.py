@@ -90,9 +90,10 @@ async def agent_box(directory: Path) -> AsyncIterator[Box]:
     async with Agent(AgentSettings(paths=paths, user=None, owns_machine=False)) as agent:
         ours, theirs = [SocketCarrier(*await asyncio_connection(end)) for end in socket.socketpair()]
         serving = asyncio.create_task(agent.serve(theirs))
-        link = await Link.connect(ours, Hello.fresh(), marker=BOOT_MARKER, timeout_s=20)
+        link = await Link.connect(ours, Hello(), marker=BOOT_MARKER, timeout_s=20)
         gateway = Gateway(
             settings=GatewaySettings(token=TOKEN, state_dir=directory),
+            url="",
             token=TOKEN,
             service=cast(SandboxService, AgentService(link)),
             sessions=cast(Any, None),

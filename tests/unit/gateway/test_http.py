@@ -188,6 +188,7 @@ async def test_a_client_that_leaves_is_no_error(tmp_path: Path, caplog: pytest.L
 
     gateway = Gateway(
         settings=GatewaySettings(state_dir=tmp_path),
+        url="",
         token="t",
         service=cast(Any, None),
         sessions=cast(Any, None),

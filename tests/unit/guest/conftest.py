@@ -42,7 +42,7 @@ class Host:
         await self.hang_up()
         ours, theirs = [SocketCarrier(*await asyncio.open_unix_connection(sock=end)) for end in socket.socketpair()]
         self.serving = asyncio.create_task(self.agent.serve(theirs))
-        hello = Hello.fresh(identity={"sandbox_id": "s-1", "hostname": "box"}, **fields)
+        hello = Hello(identity={"sandbox_id": "s-1", "hostname": "box"}, **fields)
         self.link = await Link.connect(ours, hello, marker=BOOT_MARKER, on_open=self._on_open, timeout_s=20)
         return self.link
 

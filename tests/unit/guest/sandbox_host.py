@@ -75,7 +75,7 @@ class SandboxHost(Host):
         await self.hang_up()
         ours, theirs = [SocketCarrier(*await asyncio.open_unix_connection(sock=end)) for end in socket.socketpair()]
         self.serving = asyncio.create_task(self.agent.serve(theirs))
-        hello = Hello.fresh(identity=identity or {"sandbox_id": PARENT, "hostname": "box"}, **fields)
+        hello = Hello(identity=identity or {"sandbox_id": PARENT, "hostname": "box"}, **fields)
         self.link = await Link.connect(ours, hello, marker=BOOT_MARKER, on_open=self._on_open, timeout_s=20)
         assert self.link.welcome is not None
         assert self.link.welcome.extra.get("problems") is None, self.link.welcome.extra

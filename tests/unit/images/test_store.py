@@ -15,7 +15,6 @@ from gateway.commands.image import users_of
 from vm_runtime.images.build import builder_version
 from vm_runtime.images.errors import BrokenImageError, ImageInUseError, UnknownImageError
 from vm_runtime.images.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, file_digest, image_digest
-from vm_runtime.images.progress import LineProgress
 from vm_runtime.images.recipe import LoadedRecipe, Recipe
 from vm_runtime.images.store import ImageStore, RecipeRecord
 
@@ -121,14 +120,14 @@ async def test_removing_an_older_image_keeps_the_record_of_the_newer(tmp_path: P
     store = ImageStore(tmp_path)
     await store.rm(old.digest, used_by=lambda digest: ())
     loaded = LoadedRecipe(recipe=new.recipe, contents=(), origin="test")
-    assert (await store.build(loaded, LineProgress(print))).files.digest == new.digest
+    assert (await store.build(loaded, print)).files.digest == new.digest
 
 
 async def test_a_build_that_was_done_does_nothing(tmp_path: Path) -> None:
     manifest = make_image(tmp_path)
     lines: list[str] = []
     loaded = LoadedRecipe(recipe=manifest.recipe, contents=(), origin="test")
-    image = await ImageStore(tmp_path).build(loaded, LineProgress(lines.append))
+    image = await ImageStore(tmp_path).build(loaded, lines.append)
     assert image.manifest.digest == manifest.digest
     assert lines == []
 
@@ -139,13 +138,9 @@ async def test_a_cancelled_build_leaves_nothing_and_a_killed_one_is_cleaned_up(t
     (stale / "file").touch()
     began = asyncio.Event()
 
-    class Told(LineProgress):
-        def started(self, label: str) -> None:
-            began.set()
-
     recipe = Recipe(name="r", display_name="R", python_packages=("ipykernel==7.4.0",))
     loaded = LoadedRecipe(recipe=recipe, contents=(), origin="test")
-    build = asyncio.create_task(ImageStore(tmp_path).build(loaded, Told(lambda line: None)))
+    build = asyncio.create_task(ImageStore(tmp_path).build(loaded, lambda text: began.set()))
     waiter = asyncio.create_task(began.wait())
     await asyncio.wait({build, waiter}, return_when=asyncio.FIRST_COMPLETED)
     waiter.cancel()

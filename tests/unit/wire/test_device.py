@@ -33,7 +33,7 @@ async def on_session(link: Link) -> None:
 async def exercise(host: DeviceCarrier | SocketCarrier, guest: DeviceCarrier) -> None:
     """A session with bulk both ways between two carriers."""
     serving = asyncio.create_task(serve(guest, on_session, make_welcome=welcome))
-    async with await Link.connect(host, Hello.fresh(), marker=BOOT_MARKER, timeout_s=5) as link:
+    async with await Link.connect(host, Hello(), marker=BOOT_MARKER, timeout_s=5) as link:
         blob = os.urandom(700_000)
         stream = await link.open("echo")
         writing = asyncio.create_task(stream.write(blob))

@@ -95,4 +95,4 @@ def test_later_generations_name_themselves() -> None:
         assert type(greeting).from_json(second).generation == 2
         with pytest.raises(RemoteProtocolError):
             type(greeting).from_json({**first, "generation": "2"})
-    assert Hello.fresh().generation == Welcome(agent_version="1").generation == GENERATION
+    assert Hello().generation == Welcome(agent_version="1").generation == GENERATION

@@ -36,7 +36,7 @@ def drain(session: Session) -> bytes:
 
 
 def greet(limits: Limits | None = None) -> tuple[Session, Session]:
-    host = Session.host(Hello.fresh(limits=limits), marker=BOOT_MARKER)
+    host = Session.host(Hello(limits=limits or Limits()), marker=BOOT_MARKER)
     guest = Session.guest(limits=limits)
     guest.receive_data(drain(host)[16:])
     guest.welcome(Welcome(agent_version="t"))
@@ -162,7 +162,7 @@ TestTwoEnds = TwoEnds.TestCase
 @given(st.binary(max_size=4000), st.lists(st.integers(1, 400), max_size=30), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_garbage_is_only_ever_the_peers_fault(garbage: bytes, cuts: list[int], greeted: bool) -> None:
-    session = greet()[0] if greeted else Session.host(Hello.fresh(), marker=BOOT_MARKER)
+    session = greet()[0] if greeted else Session.host(Hello(), marker=BOOT_MARKER)
     try:
         for cut in [*cuts, len(garbage)]:
             session.receive_data(garbage[:cut])
@@ -186,7 +186,7 @@ def test_a_marker_is_found_however_it_is_cut(before: bytes, after: bytes, cuts: 
 
 
 def test_a_guest_is_greeted_behind_leftovers() -> None:
-    host = Session.host(Hello.fresh(), marker=BOOT_MARKER)
+    host = Session.host(Hello(), marker=BOOT_MARKER)
     guest = Session.guest()
     for byte in drain(host)[16:]:
         guest.receive_data(bytes([byte]))
@@ -197,14 +197,14 @@ def test_a_guest_is_greeted_behind_leftovers() -> None:
 
 
 def test_a_host_gives_up_on_endless_leftovers() -> None:
-    host = Session.host(Hello.fresh(), marker=BOOT_MARKER)
+    host = Session.host(Hello(), marker=BOOT_MARKER)
     with pytest.raises(RemoteProtocolError, match="No greeting"):
         for _ in range(MAX_SKIPPED_BYTES // 65536 + 1):
             host.receive_data(bytes(65536))
 
 
 def test_no_common_version_is_told_to_both() -> None:
-    hello = Hello.fresh()
+    hello = Hello()
     host = Session.host(hello, marker=BOOT_MARKER)
     payload = json.dumps({**hello.to_json(), "versions": [7, 9], "limits": "of the future"}).encode()
     guest = Session.guest()
@@ -236,7 +236,7 @@ def test_no_common_version_is_told_to_both() -> None:
 )
 def test_a_wrong_hello_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(RemoteProtocolError):
-        Hello.from_json({**Hello.fresh().to_json(), **change})
+        Hello.from_json({**Hello().to_json(), **change})
 
 
 HOSTILE: dict[str, Callable[[], bytes]] = {
