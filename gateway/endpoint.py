@@ -57,7 +57,7 @@ Run = Callable[..., Coroutine[Any, Any, Any]]
 class Operation:
     """name: the operationId. run: None where the endpoint's own handler does it.
 
-    body, query: models of the request (nothing, and null, count as `{}`). reply: type of a success, or None for no body.
+    body, query: models of the request; no body, and null, count as `{}`. reply: type of a success, or None for no body.
     media: what a success is made of. headers: those of a success, described. errors: statuses that may be answered
     beside those every operation has. public: needs no token. request_media: what the body is made of where it is no
     JSON. ends_with_client: `run` is cancelled when the client goes.
@@ -186,9 +186,7 @@ class JsonHandler(web.RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs["exc_info"][1] if "exc_info" in kwargs else None
         match error:
-            case ApiError():
-                answer = error
-            case KernelsError():
+            case ApiError() | KernelsError():
                 answer = api_error(error)
             case web.HTTPError():
                 answer = ApiError(status_code, phrase(status_code).lower().replace(" ", "_"), _message_of(error))
@@ -200,8 +198,7 @@ class JsonHandler(web.RequestHandler):
             self.set_header("WWW-Authenticate", "Bearer")
         if answer.status == 405:
             self.set_header("Allow", self.allowed_methods())
-        body = ErrorAnswer(reason=phrase(answer.status), message=answer.message, code=answer.code)
-        self.finish(body.model_dump_json())
+        self.finish(ErrorAnswer.of(answer).model_dump_json())
 
     def allowed_methods(self) -> str:
         return "GET"

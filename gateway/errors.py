@@ -12,27 +12,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from kernels.errors import (
-    CapacityError,
-    CheckpointLimitError,
-    GuestRefusedError,
-    KernelsError,
-    LimitError,
-    MachineFailedError,
-    MachineLeftError,
-    MachineUnresponsiveError,
-    RequestError,
-    SandboxExistsError,
-    SandboxStateError,
-    SnapshotExistsError,
-    SnapshotInUseError,
-    StorageError,
-    TemplateError,
-    UnknownSandboxError,
-    UnknownSnapshotError,
-    UnknownTemplateError,
-    UnsupportedError,
-)
+from kernels import errors
 
 
 class GatewayError(Exception):
@@ -53,6 +33,7 @@ class ApiError(GatewayError):
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status = status
+        self.reason = phrase(status)
         self.code = code
         self.message = message
 
@@ -92,33 +73,35 @@ _STATUS_OF_LEFT = {
 }
 
 # The first class that matches counts; KernelsError itself stands last.
-_STATUS_OF: tuple[tuple[type[KernelsError], int, str], ...] = (
-    (UnknownSandboxError, 404, "sandbox_not_found"),
-    (UnknownTemplateError, 404, "kernelspec_not_found"),
-    (UnknownSnapshotError, 404, "snapshot_not_found"),
-    (SnapshotInUseError, 409, "snapshot_in_use"),
-    (SandboxExistsError, 409, "sandbox_exists"),
-    (SnapshotExistsError, 409, "snapshot_exists"),
-    (LimitError, 403, "limit_exceeded"),
-    (SandboxStateError, 409, "wrong_state"),
-    (UnsupportedError, 409, "not_supported"),
-    (RequestError, 400, "invalid_request"),
-    (CheckpointLimitError, 503, "checkpoint_limit"),
-    (CapacityError, 503, "no_capacity"),
-    (MachineUnresponsiveError, 504, "machine_unresponsive"),
-    (MachineFailedError, 502, "machine_failed"),
-    (StorageError, 500, "storage_failed"),
-    (TemplateError, 500, "template_failed"),
-    (KernelsError, 500, "kernels_error"),
+_STATUS_OF: tuple[tuple[type[errors.KernelsError], int, str], ...] = (
+    (errors.UnknownSandboxError, 404, "sandbox_not_found"),
+    (errors.UnknownTemplateError, 404, "kernelspec_not_found"),
+    (errors.UnknownSnapshotError, 404, "snapshot_not_found"),
+    (errors.SnapshotInUseError, 409, "snapshot_in_use"),
+    (errors.SandboxExistsError, 409, "sandbox_exists"),
+    (errors.SnapshotExistsError, 409, "snapshot_exists"),
+    (errors.LimitError, 403, "limit_exceeded"),
+    (errors.SandboxStateError, 409, "wrong_state"),
+    (errors.UnsupportedError, 409, "not_supported"),
+    (errors.RequestError, 400, "invalid_request"),
+    (errors.CheckpointLimitError, 503, "checkpoint_limit"),
+    (errors.CapacityError, 503, "no_capacity"),
+    (errors.MachineUnresponsiveError, 504, "machine_unresponsive"),
+    (errors.MachineFailedError, 502, "machine_failed"),
+    (errors.StorageError, 500, "storage_failed"),
+    (errors.TemplateError, 500, "template_failed"),
+    (errors.KernelsError, 500, "kernels_error"),
 )
 
 
-def api_error(error: KernelsError) -> ApiError:
+def api_error(error: errors.KernelsError | ApiError) -> ApiError:
     """The answer to a request that ended with `error`."""
-    if isinstance(error, GuestRefusedError):
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, errors.GuestRefusedError):
         status = _STATUS_OF_REFUSAL.get(error.code, 502)
         return ApiError(status, error.code if error.code in _STATUS_OF_REFUSAL else "guest_failed", str(error))
-    if isinstance(error, MachineLeftError):
+    if isinstance(error, errors.MachineLeftError):
         return ApiError(*_STATUS_OF_LEFT[error.why], str(error))
     status, code = next((status, code) for kind, status, code in _STATUS_OF if isinstance(error, kind))
     return ApiError(status, code, str(error))

@@ -37,24 +37,15 @@ class _SandboxCollector(Collector):
         for state, count in sorted(Tally(self._states()).items()):
             sandboxes.add_metric([state], count)
         yield sandboxes
-        yield GaugeMetricFamily(
-            "hypercell_pool_ready", "Warm machines ready to be given out.", value=self._pool_ready()
-        )
-        flattening = self._flattening()
-        yield GaugeMetricFamily(
-            "hypercell_flattening_waiting",
-            "Snapshots whose chains of layers and disks are to be shortened.",
-            value=flattening.waiting,
-        )
-        yield GaugeMetricFamily(
-            "hypercell_flattening_failing", "Those of them that failed last time.", value=len(flattening.failing)
-        )
-        yield CounterMetricFamily(
-            "hypercell_flattening_failures", "Attempts to shorten a chain that failed.", value=flattening.failures
-        )
-        yield CounterMetricFamily(
-            "hypercell_flattening_bytes", "Bytes written to shorten chains.", value=flattening.merged_bytes
-        )
+        now = self._flattening()
+        for family, name, text, value in (
+            (GaugeMetricFamily, "pool_ready", "Warm machines ready to be given out.", self._pool_ready()),
+            (GaugeMetricFamily, "flattening_waiting", "Snapshots whose chains are to be shortened.", now.waiting),
+            (GaugeMetricFamily, "flattening_failing", "Those of them that failed last time.", len(now.failing)),
+            (CounterMetricFamily, "flattening_failures", "Attempts to shorten a chain that failed.", now.failures),
+            (CounterMetricFamily, "flattening_bytes", "Bytes written to shorten chains.", now.merged_bytes),
+        ):
+            yield family(f"hypercell_{name}", text, value=value)
 
 
 class Metrics:

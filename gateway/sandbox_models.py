@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
-from gateway.errors import api_error, phrase
+from gateway.errors import api_error
 from gateway.models import (
     MAX_ENV_VARIABLES,
     Answer,
@@ -232,8 +232,7 @@ class ForkAnswer(Answer):
 def child_answer(child: Sandbox | KernelsError) -> SandboxAnswer | FailedChild:
     if isinstance(child, Sandbox):
         return SandboxAnswer.of(child)
-    error = api_error(child)
-    return FailedChild(error=ErrorAnswer(reason=phrase(error.status), message=error.message, code=error.code))
+    return FailedChild(error=ErrorAnswer.of(api_error(child)))
 
 
 class TreeAnswer(Answer):

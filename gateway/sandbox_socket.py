@@ -16,7 +16,7 @@ from tornado.websocket import WebSocketClosedError
 
 from gateway.auth import origin_allowed
 from gateway.endpoint import JsonHandler
-from gateway.errors import ApiError, api_error, phrase
+from gateway.errors import ApiError, api_error
 from gateway.liveness import WatchedSocket
 from gateway.state import Gateway
 from kernels.errors import KernelsError
@@ -94,14 +94,13 @@ class SandboxSocket(JsonHandler, WatchedSocket):
         except WebSocketClosedError:
             pass
         except (KernelsError, ApiError) as error:
-            answer = error if isinstance(error, ApiError) else api_error(error)
-            await self._fail(answer)
+            await self._fail(api_error(error))
         except Exception:
             log.exception("A WebSocket of sandbox %s failed", self.sandbox_id)
             await self._fail(ApiError(500, "internal_error", "The gateway failed; its log says how."))
 
     async def _fail(self, error: ApiError) -> None:
-        value = {"type": "error", "reason": phrase(error.status), "message": error.message, "code": error.code}
+        value = {"type": "error", "reason": error.reason, "message": error.message, "code": error.code}
         try:
             await self.send(value)
         except WebSocketClosedError:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
-try:
-    VERSION = version("hypercell")
-except PackageNotFoundError:
-    # Run from a source tree that was not installed.
-    VERSION = "0+source"
+VERSION = version("hypercell")

@@ -68,7 +68,7 @@ class Machine(ABC):
     @abstractmethod
     def set_background(self, background: bool) -> None:
         """Whether it yields the CPUs to other machines where they are short; a new one does not. No effect where the
-        host does not let CPU be limited (`Driver.confinement`). Any state."""
+        host does not let CPU be limited. Any state."""
 
     @abstractmethod
     def memory_usage(self) -> MemoryUsage:

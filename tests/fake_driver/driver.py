@@ -43,7 +43,6 @@ from tests.fake_driver.tree import is_stopped
 from vm_runtime.confinement.host import HostConfinement, find_confinement
 from vm_runtime.confinement.namespaces import CLONE_NEWPID, CLONE_NEWUSER, Confinement
 from vm_runtime.confinement.process import Process, Spawner, SpawnRequest, boot_id, start_time_ticks
-from vm_runtime.confinement.report import ConfinementReport, ConfinementStep
 from vm_runtime.drivers.base import (
     Capabilities,
     Capability,
@@ -113,9 +112,6 @@ class FakeDriver(Driver):
         if (state.driver, state.format) == (self.name, STATE_FORMAT):
             return None
         return f"The snapshot is of the driver {state.driver} ({state.format}); this is {self.name} ({STATE_FORMAT})."
-
-    def confinement(self) -> ConfinementReport:
-        return ConfinementReport(steps=(ConfinementStep(name="isolation", problem=_NO_ISOLATION),))
 
     async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> FakeMachine:
         content = FakeContent(home=b"", marker=BOOT_MARKER.hex())

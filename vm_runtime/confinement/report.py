@@ -13,14 +13,3 @@ class ConfinementStep:
     name: str
     problem: str | None = None
     fix: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfinementReport:
-    """All steps; `hypercelld doctor` prints them."""
-
-    steps: tuple[ConfinementStep, ...]
-
-    @property
-    def missing(self) -> tuple[ConfinementStep, ...]:
-        return tuple(step for step in self.steps if step.problem is not None)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
-from vm_runtime.confinement.report import ConfinementReport
 from vm_runtime.machine import Machine
 from vm_runtime.snapshots.manifest import Manifest, State
 from vm_runtime.snapshots.store import Draft, SnapshotStore
@@ -51,11 +50,11 @@ class Capabilities:
     checkpoint_each_cell: a snapshot is cheap enough to take one after each cell unless something else is asked for.
     """
 
-    isolation: Capability
-    snapshot: Capability
-    keeps_memory: Capability
-    clones_share_memory: Capability
-    checkpoint_each_cell: Capability
+    isolation: Capability = Capability()
+    snapshot: Capability = Capability()
+    keeps_memory: Capability = Capability()
+    clones_share_memory: Capability = Capability()
+    checkpoint_each_cell: Capability = Capability()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +241,6 @@ class Driver(ABC):
     @abstractmethod
     def can_load(self, state: State) -> str | None:
         """None if a machine can be restored from this state here, else a sentence why not."""
-
-    @abstractmethod
-    def confinement(self) -> ConfinementReport:
-        """How far this host allows machines to be confined."""
 
     @abstractmethod
     async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> Machine:

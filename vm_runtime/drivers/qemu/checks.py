@@ -41,13 +41,14 @@ async def examine(settings: DriverSettings, *, start: Start) -> Sequence[Check]:
     undecided = "" if choice.decided else " (not decided yet)"
     checks.append(Check(name="accelerator", found=f"{choice.accelerator}{undecided}: {choice.why}"))
     try:
-        report = driver.confinement()
+        steps = driver.confinement_steps()
     finally:
         await driver.close()
-    works = [step.name for step in report.steps if step.problem is None]
+    works = [step.name for step in steps if step.problem is None]
     checks.append(Check(name="confinement", found=", ".join(works) or "none"))
-    for step in report.missing:
-        checks.append(Check(name=step.name, found="missing", problem=f"{step.name}: {step.problem}", fix=step.fix))
+    for step in steps:
+        if step.problem is not None:
+            checks.append(Check(name=step.name, found="missing", problem=f"{step.name}: {step.problem}", fix=step.fix))
     return checks
 
 

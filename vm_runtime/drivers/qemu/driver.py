@@ -14,16 +14,16 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from vm_runtime.confinement.cgroups import Cgroup, CgroupRoot, Limits, find_root
 from vm_runtime.confinement.host import HostConfinement, find_confinement
 from vm_runtime.confinement.process import Process, Spawner, SpawnRequest, boot_id, start_time_ticks
-from vm_runtime.confinement.report import ConfinementReport, ConfinementStep
+from vm_runtime.confinement.report import ConfinementStep
 from vm_runtime.drivers.base import (
     Capabilities,
-    Capability,
     Check,
     Driver,
     DriverSettings,
@@ -85,31 +85,20 @@ DISK_METADATA_MIB = 64
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "G_SLICE": "always-malloc", "MALLOC_ARENA_MAX": "1"}
 
 
+@dataclass(kw_only=True, eq=False)
 class QemuDriver(Driver):
-    """Machines on `qemu-system-x86_64 -M microvm`. `close()` it at the end; machines run on."""
+    """Machines on `qemu-system-x86_64 -M microvm`; from `start` or `on`. `close()` it at the end; machines run on."""
 
-    name = "qemu"
+    name: ClassVar[str] = "qemu"
     state_format: ClassVar[str] = "qemu-pages-1"
 
-    def __init__(
-        self,
-        *,
-        program: Path,
-        version: tuple[int, int, int],
-        accelerator: Accelerator,
-        spawner: Spawner,
-        cgroups: CgroupRoot,
-        confinement: HostConfinement,
-        tsc_khz: int | None,
-    ) -> None:
-        self._program = program
-        self._version = version
-        self._accelerator = accelerator
-        self._cpu = cpu_model(accelerator)
-        self._spawner = spawner
-        self._cgroups = cgroups
-        self._confinement = confinement
-        self._tsc_khz = tsc_khz
+    program: Path
+    version: tuple[int, int, int]
+    accelerator: Accelerator
+    spawner: Spawner
+    cgroups: CgroupRoot
+    confinement: HostConfinement
+    tsc_khz: int | None
 
     @classmethod
     async def start(cls, settings: DriverSettings, *, say: Callable[[str], None]) -> Self:
@@ -146,30 +135,22 @@ class QemuDriver(Driver):
         return await examine(settings, start=cls.on)
 
     @property
-    def accelerator(self) -> Accelerator:
-        return self._accelerator
-
-    @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            isolation=Capability(),
-            snapshot=Capability(),
-            keeps_memory=Capability(),
-            clones_share_memory=Capability(),
-            checkpoint_each_cell=Capability(),
-        )
+        return Capabilities()
 
     def identity(self) -> str:
-        version = ".".join(map(str, self._version))
-        return f"qemu {version} microvm {self._accelerator} cpu={self._cpu} arguments={ARGUMENTS_VERSION}"
+        version = ".".join(map(str, self.version))
+        return (
+            f"qemu {version} microvm {self.accelerator} cpu={cpu_model(self.accelerator)} arguments={ARGUMENTS_VERSION}"
+        )
 
     @property
     def needs(self) -> Mapping[str, str]:
         return {
-            "version": ".".join(map(str, self._version)),
+            "version": ".".join(map(str, self.version)),
             "machine": f"microvm arguments={ARGUMENTS_VERSION}",
-            "cpu_model": self._cpu,
-            "accelerator": self._accelerator,
+            "cpu_model": cpu_model(self.accelerator),
+            "accelerator": self.accelerator,
         }
 
     def can_load(self, state: State) -> str | None:
@@ -181,7 +162,7 @@ class QemuDriver(Driver):
 
     @property
     def sealed_bases(self) -> bool:
-        return self._version[:2] < READ_ONLY_PRIVATE_RAM_SINCE
+        return self.version[:2] < READ_ONLY_PRIVATE_RAM_SINCE
 
     def states(
         self,
@@ -192,10 +173,11 @@ class QemuDriver(Driver):
     ) -> PagedStates:
         return PagedStates(store, self, on_shortened=on_shortened, on_failed=on_failed)
 
-    def confinement(self) -> ConfinementReport:
+    def confinement_steps(self) -> tuple[ConfinementStep, ...]:
+        """How far this host allows machines to be confined."""
         # QEMU has a seccomp filter of its own (-sandbox), which every host allows.
         seccomp = ConfinementStep(name="seccomp")
-        return ConfinementReport(steps=(*self._confinement.steps(), seccomp, *self._cgroups.steps()))
+        return (*self.confinement.steps(), seccomp, *self.cgroups.steps())
 
     async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> QemuMachine:
         return await self.boot_kernel(spec, place=place, guest=guest, timeout_s=timeout_s, quiet=True)
@@ -284,7 +266,7 @@ class QemuDriver(Driver):
         return machine
 
     async def merge_disks(self, overlays: Sequence[Path], target: Path) -> None:
-        await merge_overlays(overlays, target, spawner=self._spawner, host=self._confinement)
+        await merge_overlays(overlays, target, spawner=self.spawner, host=self.confinement)
 
     def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
         if machines_dir.is_dir():
@@ -293,7 +275,7 @@ class QemuDriver(Driver):
                     shutil.rmtree(directory, ignore_errors=True)
 
     async def close(self) -> None:
-        await self._spawner.close()
+        await self.spawner.close()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -349,12 +331,12 @@ class QemuDriver(Driver):
                         vmlinux=paths[0],
                         initramfs=paths[1] if len(paths) > 1 else None,
                         quiet=quiet,
-                        tsc_khz=self._tsc_khz,
+                        tsc_khz=self.tsc_khz,
                     )
                 launch = Launch(
-                    version=self._version[:2],
-                    accelerator=self._accelerator,
-                    cpu=self._cpu,
+                    version=self.version[:2],
+                    accelerator=self.accelerator,
+                    cpu=cpu_model(self.accelerator),
                     shape=spec.shape,
                     memory=f"/proc/self/fd/{memory_number}",
                     memory_shared=own_memory,
@@ -365,18 +347,18 @@ class QemuDriver(Driver):
                     fdsets=fdsets,
                     kernel=kernel,
                 )
-                cgroup = self._cgroups.create(place.id, _limits(spec.shape))
+                cgroup = self.cgroups.create(place.id, _limits(spec.shape))
                 request = SpawnRequest(
-                    argv=[str(self._program), *arguments(launch)],
+                    argv=[str(self.program), *arguments(launch)],
                     env=_ENVIRONMENT,
                     descriptors=passed,
-                    confinement=self._confinement.of(
+                    confinement=self.confinement.of(
                         place.id, read_only=self._shown_directories(), rlimits=_rlimits(spec.shape)
                     ),
-                    namespaces=self._confinement.namespaces,
+                    namespaces=self.confinement.namespaces,
                     cgroups=cgroup.process_files,
                 )
-                process, _ = await self._spawner.spawn(request)
+                process, _ = await self.spawner.spawn(request)
                 record = MachineRecord(
                     id=place.id,
                     pid=process.pid,
@@ -397,7 +379,7 @@ class QemuDriver(Driver):
                     cgroups=cgroup.directories,
                 )
                 record.write(place.run_dir)
-                await self._spawner.keep(process)
+                await self.spawner.keep(process)
                 machine = QemuMachine(
                     place=place,
                     record=record,
@@ -420,12 +402,12 @@ class QemuDriver(Driver):
 
     def _shown_directories(self) -> tuple[str, ...]:
         """Where QEMU and its files are, if not with the system's."""
-        return () if self._program.is_relative_to("/usr") else (str(self._program.parent.parent),)
+        return () if self.program.is_relative_to("/usr") else (str(self.program.parent.parent),)
 
     def _remove_unknown(self, place: MachinePlace) -> None:
         """A start that was interrupted before its record was written leaves sockets and perhaps empty cgroups."""
         remove_frozen_disks(place)
-        directories = tuple(dict.fromkeys(parent / place.id for parent in self._cgroups.parents.values()))
+        directories = tuple(dict.fromkeys(parent / place.id for parent in self.cgroups.parents.values()))
         remove_runtime_files(place, Cgroup(directories=directories))
 
 

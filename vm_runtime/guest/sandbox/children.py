@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from vm_runtime.guest.sandbox import values
@@ -26,27 +27,19 @@ _LINK = (
 )
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Child:
     """A child of this sandbox. id: its sandbox id; index: which of its siblings, from 0; url: opens it, or None.
 
     A child that could not be made has an `error` instead of an id.
     """
 
-    def __init__(
-        self,
-        *,
-        id: str | None,
-        index: int,
-        url: str | None = None,
-        name: str | None = None,
-        error: ForkError | None = None,
-    ) -> None:
-        self.id = id
-        self.index = index
-        self.url = url
-        self.name = name
-        self.error = error
-        self._value: Any = _UNKNOWN
+    id: str | None
+    index: int
+    url: str | None = None
+    name: str | None = None
+    error: ForkError | None = None
+    _value: Any = field(default=_UNKNOWN, init=False)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], *, index: int, name: str | None = None) -> Child:
