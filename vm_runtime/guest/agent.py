@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vm_runtime.guest.commands import Account, Commands
@@ -18,7 +19,6 @@ from vm_runtime.guest.keeper import Answers, KernelError, KernelKeeper, User
 from vm_runtime.guest.limits import CGROUPS, UserLimits, lock_memory
 from vm_runtime.guest.notices import Notices
 from vm_runtime.guest.paths import Paths
-from vm_runtime.guest.port import HangUpWatch, find_port, open_port
 from vm_runtime.guest.renewal import Renewal
 from vm_runtime.guest.requests import Guest, handle
 from vm_runtime.guest.user_threads import UserThreads
@@ -32,6 +32,12 @@ from vm_runtime.wire.stream import Incoming
 
 # Told in WELCOME, for people: what code is inside a snapshot. What a host may rely on is the wire's version.
 AGENT_VERSION = "1"
+
+PORT_NAME = "hypercell.wire"
+
+# vmlinux announces ports a moment after the driver is there; sysfs cannot be waited on. Only while booting.
+FIND_PORT_INTERVAL_S = 0.02
+FIND_PORT_LIMIT_S = 30.0
 
 # Where root's relative paths begin.
 ROOT_HOME = "/root"
@@ -176,15 +182,21 @@ def _nothing() -> None:
     """The machine is not ours to power off."""
 
 
+async def _find_port(paths: Paths) -> Path:
+    """The device of the virtio port that carries the wire, without udev. Raises TimeoutError."""
+    async with asyncio.timeout(FIND_PORT_LIMIT_S):
+        while True:
+            for entry in paths.ports.glob("*/name"):
+                if entry.read_text().strip() == PORT_NAME:
+                    return paths.dev / entry.parent.name
+            await asyncio.sleep(FIND_PORT_INTERVAL_S)
+
+
 async def _run(settings: AgentSettings) -> None:
-    path = await find_port(settings.paths)
-    fd = open_port(path)
+    port = await _find_port(settings.paths)
+    fd = os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     async with Agent(settings) as agent:
-        watch = HangUpWatch(fd, agent.hang_up)
-        try:
-            await agent.serve(DeviceCarrier(fd))
-        finally:
-            watch.close()
+        await agent.serve(DeviceCarrier(fd, on_hang_up=agent.hang_up))
 
 
 def main(settings: AgentSettings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -67,10 +67,13 @@ class DeviceCarrier:
     While no host is connected the device is always "readable" (read gives b"") and hung up, so an event loop that polls
     it would spin. An edge-triggered epoll of our own, itself watched by the loop, wakes us only when something changes.
     `read` never gives b"": a host that is gone is waited for. Takes over the descriptor and closes it.
+
+    on_hang_up: called when something has changed and no host is connected.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, on_hang_up: Callable[[], None] = lambda: None) -> None:
         self._fd = fd
+        self._on_hang_up = on_hang_up
         os.set_blocking(fd, False)
         self._changed = asyncio.Event()
         self._writable = asyncio.Event()
@@ -80,15 +83,12 @@ class DeviceCarrier:
         self._loop.add_reader(self._epoll.fileno(), self._wake)
         self._closed = False
 
-    @classmethod
-    def open(cls, path: Path) -> DeviceCarrier:
-        """Open a device by its path. Raises OSError. Call it in a running event loop."""
-        return cls(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
-
     def _wake(self) -> None:
-        if self._epoll.poll(0):
+        for _, events in self._epoll.poll(0):
             self._changed.set()
             self._writable.set()
+            if events & select.EPOLLHUP:
+                self._on_hang_up()
 
     async def read(self, max_bytes: int) -> bytes:
         while True:

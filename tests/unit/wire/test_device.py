@@ -57,14 +57,15 @@ async def test_a_session_over_a_pty() -> None:
     master, slave = os.openpty()
     tty.setraw(slave)
     path = Path(os.ttyname(slave))
-    await exercise(DeviceCarrier(master), DeviceCarrier.open(path))
+    await exercise(DeviceCarrier(master), DeviceCarrier(os.open(path, os.O_RDWR | os.O_NOCTTY)))
     os.close(slave)
 
 
 async def test_a_host_that_is_gone_is_waited_for_without_spinning(tmp_path: Path) -> None:
     fifo = tmp_path / "port"
     os.mkfifo(fifo)
-    carrier = DeviceCarrier(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
+    hung_up = asyncio.Event()
+    carrier = DeviceCarrier(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), on_hang_up=hung_up.set)
     for message in (b"first", b"second"):
         reading = asyncio.create_task(carrier.read(100))
         before = time.process_time()
@@ -74,7 +75,10 @@ async def test_a_host_that_is_gone_is_waited_for_without_spinning(tmp_path: Path
         host = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         os.write(host, message)
         assert await asyncio.wait_for(reading, 5) == message
+        assert not hung_up.is_set()
         os.close(host)  # from now on the device is hung up, and always "readable"
+        await asyncio.wait_for(hung_up.wait(), 5)
+        hung_up.clear()
     carrier.close()
     carrier.close()
 
