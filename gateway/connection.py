@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, status_message, stderr_message
+from gateway.kernel_link import KernelLink
 from gateway.metrics import Metrics
 from gateway.outgoing import Outgoing, Write
+from gateway.pending import RESTARTED, PendingRequests
 
 
 class State(Enum):
@@ -53,7 +54,6 @@ class Connection:
         self._left_waiting = asyncio.Event()
         self._settling: asyncio.Task[None] | None = None
         self._death: str | None = None
-        self._last_cell: bytes = b"{}"
         self._metrics = metrics
         self.outgoing = Outgoing(
             client.write, legacy=client.legacy, on_full=self._pause, on_drained=self._resume, metrics=metrics
@@ -75,8 +75,7 @@ class Connection:
         """Begins to pass the kernel's messages, after those of the backlog. The client's wait until `admit`."""
         self._move(State.WAITING)
         self.link = link
-        for message in backlog:
-            self.outgoing.put(message)
+        self._put(backlog)
         link.start(self.outgoing.put)
 
     def settle(self, settling: asyncio.Task[None]) -> None:
@@ -97,13 +96,27 @@ class Connection:
         self._move(State.DEAD)
         self._death = reason
 
+    def lose(self, state: str, reason: str | None) -> None:
+        """The kernel is gone, and is `restarting` or `dead`: its client gets the last that it sent, and an answer to
+        what it has not answered."""
+        if state == "dead":
+            self.die(reason)
+        else:
+            self._move(State.WAITING)
+        self._put(self._end_link().last_words(state, reason))
+
     def unlink(self) -> None:
-        """The old kernel is gone: ends its sockets; messages from the client wait for those of the next."""
+        """The kernel is gone, since someone asked for a restart; as with `lose`, but that this is no news."""
         self._move(State.WAITING)
+        self._put(self._end_link().answers(RESTARTED))
+
+    def _end_link(self) -> PendingRequests:
         link, self.link = self.link, None
-        if link is not None:
-            link.drain_iopub()
-            link.close()
+        return PendingRequests() if link is None else link.end()
+
+    def _put(self, messages: Iterable[KernelMessage]) -> None:
+        for message in messages:
+            self.outgoing.put(message)
 
     def release(self) -> tuple[KernelLink | None, list[KernelMessage]]:
         """Ends the connection: its link, for someone to take over or close, and what its client has not been sent."""
@@ -119,22 +132,17 @@ class Connection:
     async def from_client(self, message: KernelMessage) -> None:
         """Passes one message to the kernel. Waits while the kernel restarts or takes no more."""
         await self._left_waiting.wait()
-        if message.channel == "shell" and b'"execute_request"' in bytes(message.header[:1024]):
-            self._last_cell = bytes(message.header)
         if self.state is State.DEAD:
-            self.announce("dead", self._death)
+            pending = PendingRequests()
+            pending.sent(message)
+            self._put(pending.last_words("dead", self._death))
         elif self.link is not None:
             self._metrics.count_message("to_kernel", message.channel, message.size)
             await self.link.send(message)
 
     def announce(self, state: str, reason: str | None) -> None:
-        """Sends the client that the kernel is `restarting` or `dead`, after all that the kernel still sent. The reason
-        appears in the output of its last cell, too, if that has not ended."""
-        if self.link is not None:
-            self.link.drain_iopub()
-        if reason is not None:
-            self.outgoing.put(stderr_message(f"[{reason}]\n", self._last_cell))
-        self.outgoing.put(status_message(state, reason))
+        """Sends the client that the kernel is `restarting` or `dead`, though requests may still be answered."""
+        self._put(PendingRequests().last_words(state, reason))
 
     def _pause(self) -> None:
         if self.link is not None:

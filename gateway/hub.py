@@ -18,7 +18,7 @@ from gateway import kept_messages
 from gateway.connection import Client, Connection
 from gateway.errors import ApiError, FrameError
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, iopub_socket, status_message, stderr_message, wait_subscribed
+from gateway.kernel_link import KernelLink, iopub_socket, wait_subscribed
 from gateway.metrics import Metrics
 from gateway.parking import BufferBudget, Parked
 from gateway.settings import GatewaySettings
@@ -315,21 +315,18 @@ class KernelHub:
         connections = self._connections(kernel_id)
         match event.kind:
             case EventKind.KERNEL_RESTARTING:
-                self._announce(kernel_id, "restarting", reason)
-                for connection in connections:
-                    connection.unlink()
+                self._lose(kernel_id, "restarting", reason)
             case EventKind.KERNEL_RESTARTED:
                 for connection in connections:
                     self._reconnect(kernel_id, connection)
                 self._relink_parked(kernel_id)
             case EventKind.KERNEL_DEAD:
-                self._announce(kernel_id, "dead", reason)
-                for connection in connections:
-                    connection.die(reason)
+                self._lose(kernel_id, "dead", reason)
             case EventKind.WAKE_FAILED:
                 # Closed, so that clients try again: a host without room may have some then. Else the kernel is lost.
                 if not event.data["no_room"]:
-                    self._announce(kernel_id, "dead", reason)
+                    for connection in connections:
+                        connection.announce("dead", reason)
                 self.close_clients(kernel_id, CLOSE_FAILED, str(reason))
             case EventKind.STATE:
                 clients = self._kernels.get(kernel_id)
@@ -338,14 +335,12 @@ class KernelHub:
             case EventKind.DELETED:
                 self._drop(kernel_id)
 
-    def _announce(self, kernel_id: str, state: str, reason: str | None) -> None:
+    def _lose(self, kernel_id: str, state: str, reason: str | None) -> None:
         for connection in self._connections(kernel_id):
-            connection.announce(state, reason)
+            connection.lose(state, reason)
         clients = self._kernels.get(kernel_id)
         if clients is not None and clients.parked is not None:
-            if reason is not None:
-                clients.parked.keep(stderr_message(f"[{reason}]\n"))
-            clients.parked.keep(status_message(state, reason))
+            clients.parked.lose(state, reason)
 
     def _reconnect(self, kernel_id: str, connection: Connection) -> None:
         connection.unlink()

@@ -8,16 +8,15 @@ WebSockets.
 from __future__ import annotations
 
 import asyncio
-import json
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 import zmq
 
 from gateway.frames import KernelMessage, Part, Signer, from_zmq, to_zmq
+from gateway.own_messages import SESSION, make_message
+from gateway.pending import PendingRequests
 from gateway.zmq_socket import ZmqSocket
 from kernels.models import Sandbox, SandboxState
 
@@ -34,36 +33,11 @@ SUBSCRIBE_TIMEOUT_S = 60.0
 # cell has ended.
 BUSY_SUBSCRIBE_TIMEOUT_S = 1.0
 
-# The session of the gateway's own messages. What the kernel says about a nudge is of no use to clients, and harmful: a
-# control message that ends is `idle`, also where a cell runs on.
-SESSION = "hypercell-gateway"
+# What the kernel says about a nudge is of no use to clients, and harmful: a control message that ends is `idle`, also
+# where a cell runs on.
 _OURS = f'"{SESSION}"'.encode()
 
 Receiver = Callable[[KernelMessage], None]
-
-
-def make_message(channel: str, msg_type: str, content: Mapping[str, Any], parent: Part = b"{}") -> KernelMessage:
-    """A message of the gateway's own, as jupyter_client would write it."""
-    header = {
-        "msg_id": uuid.uuid4().hex,
-        "msg_type": msg_type,
-        "session": SESSION,
-        "username": "hypercell",
-        "date": datetime.now(UTC).isoformat(),
-        "version": "5.4",
-    }
-    return KernelMessage(channel, json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
-
-
-def status_message(state: str, reason: str | None) -> KernelMessage:
-    """Tells that the kernel is `restarting` or `dead`. The empty parent says that no request is the cause."""
-    content = {"execution_state": state} if reason is None else {"execution_state": state, "reason": reason}
-    return make_message("iopub", "status", content)
-
-
-def stderr_message(text: str, parent: Part = b"{}") -> KernelMessage:
-    """A word of the gateway's own in the output of the cell whose header is `parent`."""
-    return make_message("iopub", "stream", {"name": "stderr", "text": text}, parent)
 
 
 def iopub_socket(context: zmq.Context[zmq.Socket[bytes]], info: Mapping[str, Any]) -> ZmqSocket:
@@ -126,6 +100,7 @@ class KernelLink:
         self._context = context
         self._info = info
         self._signer = signer_of(info)
+        self._pending = PendingRequests()
         self._subscribed = asyncio.Event()
         if subscribed:
             self._subscribed.set()
@@ -148,6 +123,7 @@ class KernelLink:
                     # A greeting to any subscriber reaches all of them; it says nothing to a Jupyter client.
                     if b'"iopub_welcome"' in bytes(message.header[:1024]) or _OURS in bytes(message.parent[:1024]):
                         return
+                self._pending.received(message)
                 receive(message)
 
             return on_message
@@ -165,6 +141,7 @@ class KernelLink:
 
     async def send(self, message: KernelMessage) -> None:
         """To the kernel; waits while it takes no more."""
+        self._pending.sent(message)
         await self._dealers[message.channel].send(to_zmq(message, self._signer))
 
     async def wait_subscribed(self, look: Callable[[], Sandbox]) -> None:
@@ -185,9 +162,12 @@ class KernelLink:
         """Whether a message has arrived that was not delivered yet."""
         return any(socket.has_unread for socket in self._sockets().values())
 
-    def drain_iopub(self) -> None:
-        """Delivers the output that has arrived already."""
-        self._iopub.drain()
+    def end(self) -> PendingRequests:
+        """The kernel is gone: delivers what has arrived from it already, and closes. What it has not answered."""
+        for socket in self._sockets().values():
+            socket.drain()
+        self.close()
+        return self._pending
 
     def take_iopub(self) -> ZmqSocket:
         """Ends this link but for its iopub socket, which the caller must hand to the next link or close."""

@@ -11,7 +11,9 @@ from collections import deque
 from dataclasses import replace
 
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, make_message
+from gateway.kernel_link import KernelLink
+from gateway.own_messages import make_message
+from gateway.pending import RESTARTED, PendingRequests
 
 
 class BufferBudget:
@@ -50,16 +52,21 @@ class Parked:
         """Whether the link has something that was not delivered yet."""
         return self.link is not None and self.link.has_unread
 
-    def unlink(self) -> None:
-        """The kernel sleeps or is gone: ends the sockets. When it wakes it keeps by itself what nobody listens to."""
+    def unlink(self) -> PendingRequests:
+        """The kernel sleeps or is gone: ends the sockets. When it wakes it keeps by itself what nobody listens to. What
+        it has not answered."""
         link, self.link = self.link, None
-        if link is not None:
-            link.drain_iopub()
-            link.close()
+        return PendingRequests() if link is None else link.end()
+
+    def lose(self, state: str, reason: str | None) -> None:
+        """The kernel is gone, and is `restarting` or `dead`."""
+        for message in self.unlink().last_words(state, reason):
+            self.keep(message)
 
     def relink(self, link: KernelLink) -> None:
         """Goes on with the link to a restarted kernel."""
-        self.unlink()
+        for message in self.unlink().answers(RESTARTED):
+            self.keep(message)
         self.link = link
         self.start()
 

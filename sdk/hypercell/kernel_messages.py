@@ -15,16 +15,20 @@ from typing import Any
 
 SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 PROTOCOL_VERSION = "5.4"
+# Of the gateway's own messages.
+GATEWAY_SESSION = "hypercell-gateway"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelMessage:
-    """A message from the kernel. parent_id: the request it belongs to, empty if none."""
+    """A message from the kernel. parent_id: the request it belongs to, empty if none. from_gateway: it was made in the
+    place of a kernel that has died."""
 
     channel: str
     msg_type: str
     parent_id: str
     content: dict[str, Any]
+    from_gateway: bool = False
 
 
 def encode_request(
@@ -62,6 +66,7 @@ def decode(data: bytes) -> KernelMessage:
             msg_type=str(head["msg_type"]),
             parent_id=str(json.loads(parent).get("msg_id", "")),
             content=json.loads(content),
+            from_gateway=head.get("session") == GATEWAY_SESSION,
         )
     except (struct.error, IndexError, KeyError, AttributeError, MemoryError) as error:
         raise ValueError(f"This is no message of a kernel: {error}") from error

@@ -432,6 +432,10 @@ class AsyncKernel:
         pending = self._pending.get(message.parent_id)
         if pending is None:
             return
+        if message.from_gateway and message.channel != "iopub":
+            # The kernel has died. Its state comes behind this, and ends all that waits: also requests that only an
+            # earlier gateway knew. Were this the end, what its caller sends next would be taken for one of them.
+            return
         if not pending.is_probe:
             pending.notice(message)
             await pending.messages.put(message)

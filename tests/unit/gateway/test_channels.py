@@ -173,8 +173,10 @@ async def test_every_client_sees_a_restart_and_a_crash(gateway: RunningGateway, 
     assert stream_text(await clients[0].run("print('x' in globals())")) == "False\n"
     await clients[1].execute("import os; os._exit(1)")
     for client in clients:
-        status = (await client.until("status", execution_state="restarting"))[-1]
-        assert status["parent_header"] == {}
+        messages = await client.until("status", execution_state="restarting")
+        assert messages[-1]["parent_header"] == {}
+        errors = [each["content"]["ename"] for each in messages if each["header"]["msg_type"] == "execute_reply"]
+        assert errors == (["KernelDied"] if client is clients[1] else [])
         assert stream_text(await client.run("print('alive')")) == "alive\n"
         await client.close()
 

@@ -13,9 +13,10 @@ import zmq
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, make_message
+from gateway.kernel_link import KernelLink
 from gateway.metrics import Metrics
 from gateway.outgoing import HIGH_WATER_BYTES, Outgoing
+from gateway.own_messages import make_message
 from gateway.parking import BufferBudget, Parked
 
 

@@ -4,13 +4,19 @@ left."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from gateway.connection import Client
+from gateway.frames import CHANNELS, KernelMessage, decode_v1
+from gateway.hub import KernelHub
+from gateway.metrics import Metrics
 from gateway.models import KernelAnswer
+from gateway.settings import GatewaySettings
 from kernels import live
 from kernels.errors import MachineFailedError, MachineUnresponsiveError
 from kernels.events import EventQueue
@@ -18,7 +24,7 @@ from kernels.exec import CommandRequest
 from kernels.models import EventKind, SandboxState
 from kernels.session import KernelExited, parse_event
 from tests.fake_driver import tree
-from tests.unit.kernels.conftest import Service, TestDriver, started_driver, started_service
+from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_driver, started_service
 
 ENDS = (EventKind.KERNEL_RESTARTING, EventKind.KERNEL_RESTARTED, EventKind.KERNEL_DEAD)
 CRASH_AT_START = "import os; os._exit(3)"
@@ -70,6 +76,75 @@ async def test_a_dead_kernel_stays_dead_while_its_sandbox_sleeps(state_dir: Path
             await kernels.until(lambda: kernels.get(sandbox_id).execution_state == "dead")
         await kernels.until(lambda: kernels.get(sandbox_id).state is SandboxState.ASLEEP)
         assert KernelAnswer.of_sandbox(kernels.get(sandbox_id), 0).execution_state == "dead"
+
+
+class Notebook:
+    """A client of the gateway without its WebSocket: what it was sent, as (channel, type, request, state or status)."""
+
+    def __init__(self) -> None:
+        self.client = Client(write=self._write, close=lambda code, reason: None, legacy=False)
+        self.received: asyncio.Queue[tuple[str, str, str, str]] = asyncio.Queue()
+
+    def _write(self, data: bytes, binary: bool) -> asyncio.Future[None]:
+        message = decode_v1(data, channels=CHANNELS)
+        header, parent, content = (
+            json.loads(bytes(each)) for each in (message.header, message.parent, message.content)
+        )
+        said = content.get("status") or content.get("execution_state") or content.get("text", "")
+        self.received.put_nowait((message.channel, header["msg_type"], parent.get("msg_id", ""), said))
+        sent = asyncio.get_running_loop().create_future()
+        sent.set_result(None)
+        return sent
+
+    async def until(self, *last: str) -> list[tuple[str, str, str, str]]:
+        """What comes up to this message."""
+        seen: list[tuple[str, str, str, str]] = []
+        async with asyncio.timeout(LIMIT_S):
+            while not seen or seen[-1] != last:
+                seen.append(await self.received.get())
+        return seen
+
+
+def cell(msg_id: str, code: str) -> KernelMessage:
+    header = {"msg_id": msg_id, "msg_type": "execute_request", "session": "s", "username": "u", "version": "5.4"}
+    content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+    return KernelMessage("shell", json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("restart_limit", [3, 0])
+async def test_no_client_waits_for_a_kernel_that_died(state_dir: Path, driver: TestDriver, restart_limit: int) -> None:
+    settings = GatewaySettings(state_dir=state_dir)
+    async with started_service(state_dir, driver, restart_limit=restart_limit) as kernels:
+        hub = KernelHub(kernels, settings, Metrics(states=list, pool_ready=int))
+        async with hub.running(), kernels.subscribe() as events:
+            following = asyncio.create_task(hub.follow(events))
+            sandbox_id = await kernels.new()
+            one, other = Notebook(), Notebook()
+            connections = [hub.attach(sandbox_id, name, each.client) for name, each in (("one", one), ("other", other))]
+            await connections[0].from_client(cell("1", "import os, time\nprint('on')"))
+            await one.until("iopub", "status", "1", "idle")
+            code = "print('on', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nos._exit(3)"
+            await connections[0].from_client(cell("2", code))
+            await one.until("iopub", "stream", "2", "on\n")
+            await connections[0].from_client(cell("3", "print('three')"))
+            await connections[1].from_client(cell("4", "print('four')"))
+            home = kernels.core.running(sandbox_id).saved.place.disk_dir / "home"
+            (home / "go").touch()
+            state = "restarting" if restart_limit else "dead"
+            seen = [each for each in await one.until("iopub", "status", "", state) if each[1] != "stream"]
+            assert seen[-5:] == [
+                ("shell", "execute_reply", "2", "error"),
+                ("iopub", "status", "2", "idle"),
+                ("shell", "execute_reply", "3", "aborted"),
+                ("iopub", "status", "3", "idle"),
+                ("iopub", "status", "", state),
+            ]
+            assert ("shell", "execute_reply", "4", "aborted") in await other.until("iopub", "status", "", state)
+            await connections[1].from_client(cell("5", "print('five')"))
+            seen = await other.until("iopub", "status", "5", "idle")
+            assert (("iopub", "stream", "5", "five\n") in seen) == bool(restart_limit)
+            assert ("shell", "execute_reply", "5", "ok" if restart_limit else "aborted") in seen
+            following.cancel()
 
 
 async def test_a_kernel_that_ended_while_no_gateway_ran_is_restarted(state_dir: Path, driver: TestDriver) -> None:
