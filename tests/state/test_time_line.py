@@ -214,11 +214,13 @@ async def test_a_cell_that_waits_can_be_interrupted(state_gateway: RunningGatewa
 async def test_a_lost_machine_s_checkpoint_runs_no_cell_again(state_gateway: RunningGateway, api: Api) -> None:
     sandbox_id = await api.create(checkpoints="cell")
     async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        await notebook.run("x = 0")
+        await api.checkpoints(sandbox_id, count=1)  # from the first on the kernel waits after each cell for the next
         await notebook.run("x = 1")
-        # It waits in the kernel when the checkpoint after the first cell is taken, so it is in it.
+        # It waits in the kernel when the checkpoint after that cell is taken, so it is in it.
         await notebook.client.execute("print('here', flush=True); x = 2; import time; time.sleep(600)")
         await notebook.client.until("stream")
-        await api.checkpoints(sandbox_id, count=1)
+        await api.checkpoints(sandbox_id, count=2)
         os.kill(vmm_of(state_gateway, sandbox_id), signal.SIGKILL)
         await api.until_state(sandbox_id, "asleep")
         assert await notebook.value("x") == 1
