@@ -35,7 +35,7 @@ class CellBoundary(SnapshotHooks):
     """For one snapshot of a live sandbox.
 
     strict: raise CellRunsError rather than take a snapshot of a cell that runs. waits: whether the kernel is to pause
-    after the next cell, too. before_resume: runs in the pause.
+    after the next cell, too. before_resume: runs in the pause. captured: runs when it is over and cells may begin.
     """
 
     asks_guest = True
@@ -48,12 +48,14 @@ class CellBoundary(SnapshotHooks):
         strict: bool,
         waits: bool,
         before_resume: Callable[[], Awaitable[object]] | None = None,
+        captured: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._live = live
         self._then = then
         self._strict = strict
         self._waits = waits
         self._before_resume = before_resume or _nothing
+        self._captured = captured or _nothing
         # The state that the snapshot is described with; None while it is not known better than by its owner.
         self._between: bool | None = None
         self._asked = False
@@ -86,6 +88,7 @@ class CellBoundary(SnapshotHooks):
     async def captured(self) -> None:
         if self._then is Then.RESUME:
             await self._let_go()
+        await self._captured()
 
     async def abandoned(self) -> None:
         await self._let_go()

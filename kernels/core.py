@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import ImageStore
 from vm_runtime.machine import Machine
 from vm_runtime.saving.forking import Forked
+from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.threads import uncancelled
 from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots import errors as snapshot_errors
@@ -96,8 +98,17 @@ class Core:
         self._background: set[asyncio.Task[None]] = set()
         self._remover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="remove")
 
-    def lock(self, sandbox_id: str) -> asyncio.Lock:
-        """For any id, known or not: it exists for as long as someone holds it or waits for it."""
+    @asynccontextmanager
+    async def lock(self, sandbox_id: str) -> AsyncIterator[None]:
+        """For any id, known or not. Within it no snapshot of the sandbox is being stored, either."""
+        async with self.cell_lock(sandbox_id):
+            if (live := self.live.get(sandbox_id)) is not None:
+                await live.saved.stored()
+            yield
+
+    def cell_lock(self, sandbox_id: str) -> asyncio.Lock:
+        """The same for a checkpoint after a cell, which may be captured while the one before is being stored. It exists
+        for as long as someone holds it or waits for it."""
         return self._locks.setdefault(sandbox_id, asyncio.Lock())
 
     @staticmethod
@@ -371,33 +382,33 @@ class Core:
         name: str | None = None,
         strict: bool = False,
         before_resume: Callable[[], Awaitable[object]] | None = None,
+        captured: Callable[[], Awaitable[object]] | None = None,
         heir_id: str | None = None,
     ) -> Taken:
-        """A snapshot of a running sandbox, kept for it from now on. strict, before_resume: as of `CellBoundary`.
-        heir_id: the sandbox whose snapshot it is to be, if not its own; the caller keeps it then.
+        """A snapshot of a running sandbox, kept for it from now on. strict, before_resume, captured: as of
+        `CellBoundary`. heir_id: the sandbox whose snapshot it is to be, if not its own; the caller keeps it then.
 
         Errors: CheckpointLimitError, SnapshotError, VmRuntimeError, CellRunsError (if strict); the machine runs on.
         """
         self.require(self.driver.capabilities.snapshot)
         live = self.running(sandbox_id)
         description = replace(self.description(sandbox_id, name=name), sandbox_id=heir_id or sandbox_id)
-        boundary = self._boundary(live, sandbox_id, then=then, strict=strict, before_resume=before_resume)
+        boundary = self._boundary(
+            live, sandbox_id, then=then, strict=strict, before_resume=before_resume, captured=captured
+        )
         with self._noted(sandbox_id):
-            taken = await live.saved.take(description, then=then, hooks=[boundary])
-        if heir_id is None:
-            await self.keep(sandbox_id, taken.manifest)
-        return taken
+            return await live.saved.take(
+                description, then=then, hooks=[boundary, *([_Kept(self, sandbox_id)] if heir_id is None else ())]
+            )
 
     async def fork(self, sandbox_id: str, places: Sequence[MachinePlace], *, strict: bool) -> Forked:
         """The same with a machine in its state at each place, for `WarmMachine.greet`. Errors: as `take`."""
         self.require(self.driver.capabilities.snapshot)
         live = self.running(sandbox_id)
         description = self.description(sandbox_id, name=None)
-        boundary = self._boundary(live, sandbox_id, then=Then.RESUME, strict=strict)
+        hooks = [self._boundary(live, sandbox_id, then=Then.RESUME, strict=strict), _Kept(self, sandbox_id)]
         with self._noted(sandbox_id):
-            forked = await self.launcher.saver.fork(live.saved, description, places=places, hooks=[boundary])
-        await self.keep(sandbox_id, forked.taken.manifest)
-        return forked
+            return await self.launcher.saver.fork(live.saved, description, places=places, hooks=hooks)
 
     @contextlib.contextmanager
     def _noted(self, sandbox_id: str) -> Iterator[None]:
@@ -424,10 +435,11 @@ class Core:
         then: Then,
         strict: bool,
         before_resume: Callable[[], Awaitable[object]] | None = None,
+        captured: Callable[[], Awaitable[object]] | None = None,
     ) -> CellBoundary:
         """No snapshot of a sandbox is taken without one: this is the only place that makes them."""
         waits = self.get(sandbox_id).checkpoints == CheckpointPolicy.CELL
-        return CellBoundary(live, then=then, strict=strict, waits=waits, before_resume=before_resume)
+        return CellBoundary(live, then=then, strict=strict, waits=waits, before_resume=before_resume, captured=captured)
 
     async def keep(self, sandbox_id: str, snapshot: Manifest) -> None:
         """From now on the sandbox wakes from this snapshot, so it must stay."""
@@ -459,6 +471,17 @@ def store_errors() -> Iterator[None]:
 def pin_name(sandbox_id: str) -> str:
     """Under which name the snapshot store keeps what a sandbox needs."""
     return f"sandbox-{sandbox_id}"
+
+
+class _Kept(SnapshotHooks):
+    """The sandbox wakes from its last snapshot."""
+
+    def __init__(self, core: Core, sandbox_id: str) -> None:
+        self._core = core
+        self._sandbox_id = sandbox_id
+
+    async def stored(self, manifest: Manifest) -> None:
+        await self._core.keep(self._sandbox_id, manifest)
 
 
 class _Notices:

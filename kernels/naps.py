@@ -217,7 +217,7 @@ class Naps:
                 if self._is_over(sandbox):
                     end = self._sleep_at_end if sandbox.on_timeout == "sleep" else self._core.end
                     self._core.spawn(end(sandbox.id))
-                elif self._is_idle(sandbox) and not self._core.lock(sandbox.id).locked():
+                elif self._is_idle(sandbox) and not self._core.cell_lock(sandbox.id).locked():
                     self._core.spawn(self._sleep_if_idle(sandbox.id))
 
     async def _sleep_if_idle(self, sandbox_id: str) -> None:

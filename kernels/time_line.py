@@ -12,6 +12,7 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -140,7 +141,8 @@ class TimeLine:
 
     async def _after_cell(self, sandbox_id: str) -> None:
         core = self._core
-        async with core.lock(sandbox_id):
+        async with AsyncExitStack() as locked:
+            await locked.enter_async_context(core.cell_lock(sandbox_id))
             self._waiting.discard(sandbox_id)
             live = core.live.get(sandbox_id)
             # The next cell runs already: its own end is the better moment.
@@ -152,7 +154,8 @@ class TimeLine:
                 await live.release_cells(waits=False)
                 return
             try:
-                taken = await core.take(sandbox_id, then=Then.RESUME, strict=True)
+                # Unlocked before it is stored: the next cell may end meanwhile.
+                taken = await core.take(sandbox_id, then=Then.RESUME, strict=True, captured=locked.aclose)
             except CellRunsError as error:
                 log.info("No checkpoint of sandbox %s after this cell: %s", sandbox_id, error)
                 return

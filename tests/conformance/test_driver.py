@@ -19,6 +19,7 @@ from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import BrokenSnapshotError
+from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.states import RunState
 
 
@@ -276,6 +277,9 @@ class Recorded(SnapshotHooks):
     async def captured(self) -> None:
         await self._step("captured")
 
+    async def stored(self, manifest: Manifest) -> None:
+        await self._step("stored")
+
     async def abandoned(self) -> None:
         await self._step("abandoned")
 
@@ -286,7 +290,7 @@ async def test_all_who_take_part_in_a_snapshot_come_to_each_step(bench: Bench) -
         one, two = Recorded(saved), Recorded(saved)
         await saved.take(describe(), then=Then.RESUME, hooks=[one, two])
         steps = [("prepare", RUNNING), ("before_pause", RUNNING), ("before_resume", PAUSED), ("captured", RUNNING)]
-        assert one.steps == two.steps == steps
+        assert one.steps == two.steps == [*steps, ("stored", RUNNING)]
         for step, _ in steps:
             for then in Then:
                 one, two = Recorded(saved, fails_in=step), Recorded(saved)
@@ -313,6 +317,28 @@ async def test_a_snapshot_that_is_cancelled_leaves_the_machine_as_its_user_left_
                 await taking
             assert saved.machine.state is left
             assert hook.steps[-1] == ("abandoned", left)
+    finally:
+        await saved.kill()
+
+
+async def test_the_next_snapshot_is_captured_while_one_is_being_stored(bench: Bench) -> None:
+    template = await bench.template()
+    saved = await bench.restore(template, "first")
+    try:
+        first = Recorded(saved, waits_in="stored")
+        storing = asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[first]))
+        await first.reached.wait()
+        second = Recorded(saved, waits_in="captured")
+        taking = asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[second]))
+        await second.reached.wait()
+        second.go_on.set()
+        ending = asyncio.create_task(saved.kill())
+        first.go_on.set()
+        taken = [await storing, await taking]
+        assert [each.manifest.parents for each in taken] == [(template.id,), (taken[0].manifest.id,)]
+        assert second.steps[-1][0] == "stored"
+        await ending  # only now: what is captured is not lost with the machine
+        assert bench.store.verify(taken[1].manifest.id) == []
     finally:
         await saved.kill()
 

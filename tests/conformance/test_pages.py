@@ -23,13 +23,15 @@ from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.paged import chains
 from vm_runtime.paged.chains import LONG_CHAIN, MANY_DISKS
+from vm_runtime.saving import machine as saving
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.values import Then
+from vm_runtime.saving.values import Description, Taken, Then
 from vm_runtime.snapshots.errors import BrokenSnapshotError, ChainTooLongError, SnapshotError, StoreFullError
 from vm_runtime.snapshots.injection import can_inject
 from vm_runtime.snapshots.manifest import Manifest, Part, PartKind
-from vm_runtime.snapshots.pages import PAGES_NAME
+from vm_runtime.snapshots.memory import PAGE_SIZE
+from vm_runtime.snapshots.pages import PAGES_NAME, PageBuffer, write_pages
 from vm_runtime.states import RunState
 
 
@@ -104,6 +106,76 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(qemu_ben
     assert qemu_bench.store.pins() == {}
     assert not qemu_bench.place("first").disk_dir.exists()
     assert not qemu_bench.place("first").run_dir.exists()
+
+
+class Failing(SnapshotHooks):
+    """Its snapshot is captured, and cannot be stored."""
+
+    def described(self, description: Description) -> Description:
+        raise SnapshotError("not this one")
+
+
+class Watched(SnapshotHooks):
+    """Says when its snapshot is captured, and when it is stored holds the next one up."""
+
+    def __init__(self) -> None:
+        self.is_captured = asyncio.Event()
+        self.may_end = asyncio.Event()
+
+    async def captured(self) -> None:
+        self.is_captured.set()
+
+    async def stored(self, manifest: Manifest) -> None:
+        await self.may_end.wait()
+
+
+# Before the next snapshot is captured, or after that.
+@pytest.mark.parametrize("late", [False, True])
+async def test_what_a_snapshot_that_could_not_be_stored_held_is_in_the_next_one(
+    qemu_bench: Bench, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    monkeypatch.setattr(saving, "_MOST_CAPTURED", 3)
+    saved = await qemu_bench.restore(await qemu_bench.template(), "first")
+    machine = qemu(saved)
+    mapping = machine.memory_mapping()
+    page = PageBuffer(1)
+
+    def write(number: int) -> None:
+        page.memory[:] = bytes([number]) * PAGE_SIZE
+        write_pages(machine.pid, mapping.address, [(page.address, mapping.length // PAGE_SIZE - number, 1)])
+
+    try:
+        before = Watched()
+        taking = [asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[before]))]
+        await before.is_captured.wait()
+        write(1)
+        await disk_io(saved, "write -P 0x11 1M 64k")
+        failing = Watched()
+        taking.append(asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[failing, Failing()])))
+        await failing.is_captured.wait()
+        if not late:
+            before.may_end.set()
+            await asyncio.wait(taking)
+        write(2)
+        await disk_io(saved, "write -P 0x22 2M 64k")
+        last = Watched()
+        last.may_end.set()
+        taking.append(asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[last])))
+        await last.is_captured.wait()
+        before.may_end.set()
+        first, failed, second = await asyncio.gather(*taking, return_exceptions=True)
+        assert isinstance(failed, SnapshotError)
+        assert isinstance(first, Taken) and isinstance(second, Taken)
+        assert second.manifest.parents == (first.manifest.id,)
+    finally:
+        await saved.kill()
+    child = await qemu_bench.restore(second.manifest, "second")
+    try:
+        for number, byte, offset in ((1, 0x11, "1M"), (2, 0x22, "2M")):
+            assert read_word(qemu(child), mapping.length - number * PAGE_SIZE) == number * 0x01010101
+            await assert_disk(child, byte, offset)
+    finally:
+        await child.kill()
 
 
 # One of the two has enough children for them to share more than each alone.

@@ -107,7 +107,8 @@ class OpenState(ABC):
 
 
 class Capture(OpenState):
-    """One machine's state at one pause. The steps are taken in this order, by vm_runtime/saving/machine.py."""
+    """One machine's state at one pause. The steps are taken in this order, by vm_runtime/saving/machine.py. The next
+    one may be captured before this one is stored; without `children` only."""
 
     @abstractmethod
     async def prepare(self) -> None:
@@ -127,8 +128,8 @@ class Capture(OpenState):
 
     @abstractmethod
     async def commit(self, state: State) -> None:
-        """The snapshot is published and recorded: the machine's next capture may lie on `state`, as `store` answered
-        it. Must not fail."""
+        """The snapshot is published and recorded: the one after it lies on `state`, as `store` answered it. Must not
+        fail."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vm_runtime.drivers.base import Capture, MachinePlace, Shell
@@ -32,7 +32,7 @@ from vm_runtime.paged.shells import Content, Loaded, PagedShell, fill_ahead
 from vm_runtime.saving.threads import gather_all
 from vm_runtime.snapshots.family import open_family
 from vm_runtime.snapshots.injection import can_inject
-from vm_runtime.snapshots.layers import CapturedPages, Layer, MemoryImage, copy_sparse
+from vm_runtime.snapshots.layers import CapturedPages, CapturedPart, Layer, MemoryImage, copy_sparse
 from vm_runtime.snapshots.manifest import Part, PartKind, State
 from vm_runtime.snapshots.memory import BaseMemory, freeze_memfd, removed_on_error
 from vm_runtime.snapshots.sharing import SharedPages, place_pages
@@ -56,13 +56,14 @@ KEPT_OPEN = 8
 class Resting:
     """What a clone that runs lies on, and the tracker of what it has written since.
 
-    image: the memory of `ground`, if it is kept open.
+    image: the memory of `ground`, if it is kept open. captures: those that are taken and not stored yet, oldest first.
     """
 
     ground: Ground
     base: BaseMemory
     tracker: DirtyTracker
     image: MemoryImage | None = None
+    captures: list[PageCapture] = field(default_factory=list)
 
     def close(self) -> None:
         self.close_image()
@@ -95,7 +96,8 @@ class Tools:
             self.open_last.pop(0).close_image()
 
     def frozen_disks(self, machine: PagedMachine, ground: Ground) -> list[Path]:
-        """See `PageCapture._frozen_disks`. Blocking."""
+        """Frozen files of a machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
+        that an earlier gateway did not finish. Blocking."""
         stored: set[int] = set()
         for disk in ground.disks:
             with contextlib.suppress(FileNotFoundError):
@@ -114,7 +116,6 @@ class PageCapture(Capture):
         self._tools = tools
         self._machine = machine
         self._resting = resting
-        self._ground = resting.ground
         self._as_family = children >= FAMILY and can_inject()
         self._has_children = children > 0
         self._last = last
@@ -122,9 +123,17 @@ class PageCapture(Capture):
         self._layer: Layer | None = None
         self._device: int | None = None
         self._frozen_disk: Path | None = None
+        self._disks: Sequence[Path] = ()
         self._pages: CapturedPages | None = None
+        # Pages of captures before this one that could not be stored.
+        self._below: tuple[CapturedPart, ...] = ()
         self._shared: asyncio.Future[SharedPages] | None = None
         self._stack = AsyncExitStack()
+
+    @property
+    def _ground(self) -> Ground:
+        """That of the snapshot before, once it is stored."""
+        return self._resting.ground
 
     async def prepare(self) -> None:
         await asyncio.to_thread(self._check_room)
@@ -142,8 +151,10 @@ class PageCapture(Capture):
         await asyncio.to_thread(self._resting.tracker.catch_up)
 
     async def take(self) -> None:
+        self._resting.captures.append(self)
         # None of the three writes to guest memory, so they need not wait for each other.
         await gather_all(self._take_device(), self._freeze_disk(), self._take_pages())
+        self._disks = self._machine.disk_chain[:-1]
 
     async def _take_device(self) -> None:
         self._device = await self._machine.device_state()
@@ -158,12 +169,13 @@ class PageCapture(Capture):
 
     async def store(self, draft: Draft) -> State:
         assert self._pages is not None and self._device is not None
-        return await asyncio.to_thread(self._store, draft, self._pages, self._device, await self._under())
+        pages = replace(self._pages, parts=(*self._below, *self._pages.parts))
+        return await asyncio.to_thread(self._store, draft, pages, self._device, await self._under())
 
     def _store(self, draft: Draft, pages: CapturedPages, device: int, under: MemoryImage) -> State:
         device_part = draft.add_bytes(PartKind.DEVICE, _content(device))
         layer = self._store_layer(draft, pages, under)
-        disks = tuple(self._store_disk(draft, path) for path in self._frozen_disks())
+        disks = tuple(self._store_disk(draft, path) for path in self._frozen_disks() if path in self._disks)
         return self._tools.state(self._ground.over(layer=layer, disks=disks), device_part)
 
     def _store_layer(self, draft: Draft, pages: CapturedPages, under: MemoryImage) -> Part | None:
@@ -183,12 +195,13 @@ class PageCapture(Capture):
         return draft.add(PartKind.DISK, link)
 
     async def commit(self, state: State) -> None:
-        self._resting.tracker.commit()
+        image, layer = await self._under(), self._layer
+        self._opening = self._layer = None
+        self._resting.captures.remove(self)
         self._resting.ground = Ground.of(state)
-        layer, self._layer = self._layer, None
         if layer is not None:
-            image = await self._under()
-            self._opening = asyncio.ensure_future(asyncio.to_thread(image.over, layer))
+            image = await asyncio.to_thread(image.over, layer)
+        self._tools.keep_open(self._resting, image)
         await asyncio.to_thread(self._drop_stored_disks)
 
     def _drop_stored_disks(self) -> None:
@@ -198,8 +211,6 @@ class PageCapture(Capture):
                 path.unlink(missing_ok=True)
 
     def _frozen_disks(self) -> list[Path]:
-        """Frozen files of this machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
-        that an earlier gateway did not finish."""
         return self._tools.frozen_disks(self._machine, self._resting.ground)
 
     async def _under(self) -> MemoryImage:
@@ -290,17 +301,30 @@ class PageCapture(Capture):
         try:
             yield self
         finally:
+            if self in self._resting.captures:  # first: the one after it is stored next
+                self._pass_on()
             if self._shared is not None:
                 await asyncio.wait([self._shared])
             await self._stack.aclose()
             if self._opening is not None:
                 (image,) = await asyncio.gather(self._opening, return_exceptions=True)
                 if isinstance(image, MemoryImage):
-                    self._tools.keep_open(self._resting, image)
+                    image.close_layers()
             if self._layer is not None:
                 self._layer.close()
             if self._device is not None:
                 os.close(self._device)
+
+    def _pass_on(self) -> None:
+        """It was not stored: its pages belong to the capture after it, or if there is none, to the next one."""
+        captures = self._resting.captures
+        at = captures.index(self)
+        del captures[at]
+        parts = (*self._below, *(self._pages.parts if self._pages is not None else ()))
+        if at < len(captures):
+            captures[at]._below = parts
+        else:
+            self._resting.tracker.put_back(parts)
 
 
 class BootedCapture(Capture):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vm_runtime.drivers.base import Capture
 from vm_runtime.saving.values import Description
+from vm_runtime.snapshots.manifest import Manifest
 
 
 class SnapshotHooks:
@@ -31,7 +32,11 @@ class SnapshotHooks:
         """The state is captured and the machine still stands: short, it lengthens the pause."""
 
     async def captured(self) -> None:
-        """The machine runs again, unless it is to stop. Storing begins after this, so that it does not slow it down."""
+        """The machine runs again, unless it is to stop. Storing begins after this, so that it does not slow it down;
+        the next snapshot may be captured from now on."""
+
+    async def stored(self, manifest: Manifest) -> None:
+        """It is stored, and the next one of this machine is not yet."""
 
     def described(self, description: Description) -> Description:
         """How the snapshot is described, by what is known of it now."""

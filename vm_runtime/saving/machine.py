@@ -10,7 +10,10 @@ those between the lines stop the guest:
     ---------   resume, unless it is to stop                        captured
     store       puts the state into a draft                         described
     publish     parts are pinned, the manifest becomes visible, saved.json says so
-    commit      the next snapshot lies on this one
+    commit      the next snapshot lies on this one                  stored
+
+Snapshots of one machine are captured one after the other, and stored one after the other; the next one may be captured
+while one is being stored.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ import datetime
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
-from vm_runtime.drivers.base import MachinePlace, States
+from vm_runtime.drivers.base import Capture, MachinePlace, States
 from vm_runtime.machine import Death, Machine
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.record import SavedRecord, remove_record
@@ -37,6 +40,8 @@ from vm_runtime.states import RunState
 _log = logging.getLogger(__name__)
 
 _PIN_PREFIX = "machine-"
+# Of one machine: what is captured and not stored yet is in memory. One that is stored, and one that waits for that.
+_MOST_CAPTURED = 2
 
 
 class SavedMachine:
@@ -65,7 +70,9 @@ class SavedMachine:
         self._store = store
         self._states = states
         self._on_ended = on_ended
-        self._lock = asyncio.Lock()
+        self._captured = asyncio.Semaphore(_MOST_CAPTURED)
+        self._capturing = asyncio.Lock()
+        self._storing = asyncio.Lock()
 
     async def take(self, description: Description, *, then: Then, hooks: Sequence[SnapshotHooks] = ()) -> Taken:
         """Take a snapshot. RUNNING or PAUSED. hooks: who takes part in it.
@@ -85,57 +92,84 @@ class SavedMachine:
 
     async def _take(self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]) -> Taken:
         await self._states.make_room(self.machine)  # not within the lock: it changes what the machine rests on
-        async with self._lock:
-            started = time.perf_counter()
-            was_running = self.machine.state is RunState.RUNNING
-            with self._states.quiet():
-                try:
-                    manifest, pause_ms = await self._save(description, then, hooks)
-                except BaseException:
-                    if was_running and self.machine.state is RunState.PAUSED:
-                        await self.machine.resume()
-                    raise
-            self._states.shorten(manifest, manifest.state, stopped=then is Then.STOP)
-            return Taken(
-                manifest=manifest,
-                pause_ms=pause_ms,
-                total_ms=(time.perf_counter() - started) * 1000,
-                stopped=was_running and then is Then.STOP,
-            )
+        with self._states.quiet():
+            taken = await self._save(description, then, hooks)
+        self._states.shorten(taken.manifest, taken.manifest.state, stopped=then is Then.STOP)
+        return taken
 
-    async def _save(
-        self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]
-    ) -> tuple[Manifest, float]:
-        """The steps of a snapshot, in their order. The machine's lock is held; must not be cancelled."""
+    async def _save(self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]) -> Taken:
+        """The steps of a snapshot, in their order. Must not be cancelled."""
+        started = time.perf_counter()
+        children = sum(hook.children for hook in hooks)
+        async with self._captured, AsyncExitStack() as stack:
+            async with self._capturing:
+                was_running = self.machine.state is RunState.RUNNING
+                if children:  # they lie on what is stored
+                    async with self._storing:
+                        pass
+                capture = await stack.enter_async_context(
+                    self._states.capturing(self.machine, children=children, last=then is Then.STOP)
+                )
+                try:
+                    pause_ms = await self._capture(capture, then, hooks)
+                except BaseException:
+                    if was_running:
+                        await self._run_again()
+                    raise
+            stopped = was_running and then is Then.STOP
+            # Nothing is waited for between the two locks, so they are stored in the order in which they were captured.
+            async with self._storing:
+                try:
+                    manifest = await self._put_away(capture, description, hooks)
+                except BaseException:
+                    if stopped:
+                        await self._run_again()
+                    raise
+        total_ms = (time.perf_counter() - started) * 1000
+        return Taken(manifest=manifest, pause_ms=pause_ms, total_ms=total_ms, stopped=stopped)
+
+    async def _capture(self, capture: Capture, then: Then, hooks: Sequence[SnapshotHooks]) -> float:
         machine = self.machine
         was_running = machine.state is RunState.RUNNING
-        children = sum(hook.children for hook in hooks)
-        async with self._states.capturing(machine, children=children, last=then is Then.STOP) as capture:
-            await gather_all(capture.prepare(), *(hook.prepare(capture) for hook in hooks))
-            for hook in hooks:
-                await hook.before_pause()
-            if any(hook.asks_guest for hook in hooks):
-                await capture.catch_up()
+        await gather_all(capture.prepare(), *(hook.prepare(capture) for hook in hooks))
+        for hook in hooks:
+            await hook.before_pause()
+        if any(hook.asks_guest for hook in hooks):
+            await capture.catch_up()
 
-            started = time.perf_counter()
-            await machine.pause()
-            await capture.take()
-            for hook in hooks:
-                await hook.before_resume()
-            if was_running and then is Then.RESUME:
-                await machine.resume()
-            pause_ms = (time.perf_counter() - started) * 1000
+        started = time.perf_counter()
+        await machine.pause()
+        await capture.take()
+        for hook in hooks:
+            await hook.before_resume()
+        if was_running and then is Then.RESUME:
+            await machine.resume()
+        pause_ms = (time.perf_counter() - started) * 1000
 
-            await gather_all(*(hook.captured() for hook in hooks))
-            for hook in hooks:
-                description = hook.described(description)
-            async with open_draft(self._store) as draft:
-                state = await capture.store(draft)
-                manifest = await asyncio.to_thread(self._publish, draft, state, description)
-            self.snapshot, self.state = manifest, state
-            await asyncio.to_thread(self.write_record)
-            await capture.commit(state)
-        return manifest, pause_ms
+        await gather_all(*(hook.captured() for hook in hooks))
+        return pause_ms
+
+    async def _put_away(self, capture: Capture, description: Description, hooks: Sequence[SnapshotHooks]) -> Manifest:
+        for hook in hooks:
+            description = hook.described(description)
+        async with open_draft(self._store) as draft:
+            state = await capture.store(draft)
+            manifest = await asyncio.to_thread(self._publish, draft, state, description)
+        self.snapshot, self.state = manifest, state
+        await asyncio.to_thread(self.write_record)
+        await capture.commit(state)
+        for hook in hooks:
+            await hook.stored(manifest)
+        return manifest
+
+    async def _run_again(self) -> None:
+        if self.machine.state is RunState.PAUSED:
+            await self.machine.resume()
+
+    async def stored(self) -> None:
+        """Wait until the snapshots that were begun before are stored, or have failed."""
+        async with self.standing():
+            pass
 
     def _publish(self, draft: Draft, state: State, description: Description) -> Manifest:
         contents = SnapshotContents(
@@ -152,7 +186,7 @@ class SavedMachine:
     @asynccontextmanager
     async def standing(self) -> AsyncIterator[None]:
         """Within it no snapshot of this machine is taken, so that it can `rest_on` another form of the same state."""
-        async with self._lock:
+        async with self._capturing, self._storing:
             yield
 
     async def rest_on(self, state: State) -> None:
@@ -177,13 +211,13 @@ class SavedMachine:
             return await self.machine.kill()
         finally:
             # A snapshot that was being taken, or a shortening, ends now and must not leave anything behind.
-            async with self._lock:
+            async with self.standing():
                 self._release()
                 await asyncio.to_thread(forget_machine, self._store, self.place)
 
     async def detach(self) -> None:
         """Let go of a machine that runs on, to be adopted later. Twice is harmless. Not from within a hook."""
-        async with self._lock:
+        async with self.standing():
             await self.machine.detach()
             self._release()
 

@@ -157,15 +157,19 @@ class Layer:
         os.close(self.fd)
 
 
+# Runs, and their pages.
+CapturedPart = tuple[tuple[Run, ...], PageBuffer]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CapturedPages:
     """Pages copied out of a paused machine, still in memory. Later parts lie over earlier ones.
 
-    Written to a file when the machine runs again: see `write`. Each part: runs, and their pages.
+    Written to a file when the machine runs again: see `write`.
     """
 
     size_bytes: int
-    parts: tuple[tuple[tuple[Run, ...], PageBuffer], ...]
+    parts: tuple[CapturedPart, ...]
 
     @property
     def page_count(self) -> int:

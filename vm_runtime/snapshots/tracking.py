@@ -12,10 +12,11 @@ Blocking; knows nothing of the store or of VMMs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Protocol, Self
 
 from vm_runtime.snapshots.errors import ProcessMemoryError
-from vm_runtime.snapshots.layers import CapturedPages
+from vm_runtime.snapshots.layers import CapturedPages, CapturedPart
 from vm_runtime.snapshots.pages import PageBuffer, count_pages, read_pages, written_pages
 from vm_runtime.snapshots.writeprotect import WriteProtectTracker
 
@@ -28,8 +29,8 @@ _SLACK_PAGES = 1024
 class DirtyTracker(Protocol):
     """Watches one machine's guest memory, a private mapping of a base. Close it when the machine ends.
 
-    One snapshot: `prepare()`, pause the machine, `capture()`, resume it, `CapturedPages.write()`, publish, `commit()`.
-    Without `commit()` (the snapshot failed) the next capture holds these pages again.
+    One snapshot: `prepare()`, pause the machine, `capture()`, resume it, `CapturedPages.write()`, publish. What is
+    written from then on is the next one's, which may be captured before this one is stored.
     """
 
     def prepare(self, *, share_from_pages: int | None = None) -> None:
@@ -44,8 +45,8 @@ class DirtyTracker(Protocol):
     def capture(self) -> CapturedPages:
         """Copy the pages; the machine must be paused, from before this call until after it."""
 
-    def commit(self) -> None:
-        """The last capture is safely part of a published snapshot, under which the next one will lie."""
+    def put_back(self, parts: Iterable[CapturedPart]) -> None:
+        """Have the next `capture` that begins hold these pages of an earlier one, too, which was not stored."""
 
     def close(self) -> None:
         """Stop watching; harmless when the process is gone."""
@@ -73,7 +74,7 @@ class CumulativeTracker:
         buffer, self._buffer = self._buffer, None
         return capture(self._pid, self._address, self._size_bytes, buffer=buffer)
 
-    def commit(self) -> None:
+    def put_back(self, parts: Iterable[CapturedPart]) -> None:
         """Nothing to note: every capture is complete."""
 
     def close(self) -> None:

@@ -20,14 +20,14 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 from vm_runtime.files import closing
 from vm_runtime.snapshots.errors import ProcessMemoryError
 from vm_runtime.snapshots.injection import call_in_process, can_inject
-from vm_runtime.snapshots.layers import CapturedPages
+from vm_runtime.snapshots.layers import CapturedPages, CapturedPart
 from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.pages import (
     PageBuffer,
@@ -76,8 +76,10 @@ class WriteProtectTracker:
         self._size_bytes = size_bytes
         self._userfaultfd = userfaultfd
         self._pagemap = pagemap
-        # Written since the last commit as far as scans have seen it; protected again, so no later scan finds them.
+        # Written since the last capture as far as scans have seen it; protected again, so no later scan finds them.
         self._pending: list[Run] = []
+        # Of captures that were not stored.
+        self._put_back: list[Run] = []
         # Copied ahead of the pause; later parts lie over earlier ones.
         self._ahead: list[tuple[tuple[Run, ...], PageBuffer]] = []
         self._buffer: PageBuffer | None = None
@@ -131,18 +133,20 @@ class WriteProtectTracker:
             self._copy_ahead(fresh, shared=False)
 
     def capture(self) -> CapturedPages:
+        again, self._put_back = self._put_back, []
         fresh = self._protect()
         ahead, self._ahead = self._ahead, []
-        runs = fresh if ahead else union(self._pending, fresh)
-        self._pending = union(self._pending, fresh)
+        self._pending = union(self._pending, again, fresh)
+        runs = union(again, fresh) if ahead else self._pending
         buffer, self._buffer = self._buffer, None
         if buffer is None or buffer.capacity_pages < count_pages(runs):
             buffer = PageBuffer(count_pages(runs))
         read_pages(self._pid, self._address, runs, buffer)
+        self._pending = []
         return CapturedPages(size_bytes=self._size_bytes, parts=(*ahead, (tuple(runs), buffer)))
 
-    def commit(self) -> None:
-        self._pending = []
+    def put_back(self, parts: Iterable[CapturedPart]) -> None:
+        self._put_back = union(self._put_back, *(runs for runs, _ in parts))
 
     def close(self) -> None:
         """Give the descriptors back. The VMM keeps its own: protection ends with the VMM."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kernels.errors import RequestError, UnknownSnapshotError
 from kernels.models import SandboxState
-from tests.unit.kernels.conftest import Service, TestDriver, started_service
+from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_service
 
 
 async def test_each_cell_leaves_a_checkpoint_that_says_which(state_dir: Path, driver: TestDriver) -> None:
@@ -19,6 +21,32 @@ async def test_each_cell_leaves_a_checkpoint_that_says_which(state_dir: Path, dr
             await kernels.checkpointed(sandbox_id, number)
         assert [each.cell for each in await kernels.checkpoints(sandbox_id)] == [1, 2]
         await kernels.goto(sandbox_id, "1")
+        assert await kernels.run(sandbox_id, "print(open('number').read())") == "1\n"
+
+
+async def test_a_cell_is_captured_while_the_checkpoint_before_it_is_being_stored(
+    state_dir: Path, driver: TestDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started_service(state_dir, driver, checkpoints="cell") as kernels:
+        sandbox_id = await kernels.new()
+        core, keep = kernels.core, kernels.core.keep
+        storing, may_end = asyncio.Event(), asyncio.Event()
+
+        async def held_up(*arguments: Any) -> None:
+            storing.set()
+            await may_end.wait()
+            await keep(*arguments)
+
+        monkeypatch.setattr(core, "keep", held_up)
+        await kernels.run(sandbox_id, "open('number', 'w').write('1')")
+        await storing.wait()
+        async with asyncio.timeout(LIMIT_S), core.cell_lock(sandbox_id):
+            assert core.get(sandbox_id).snapshot_id is None
+        await kernels.run(sandbox_id, "open('number', 'w').write('2')")
+        undoing = asyncio.create_task(kernels.undo(sandbox_id))
+        may_end.set()
+        await undoing
+        assert [each.cell for each in await kernels.checkpoints(sandbox_id)] == [1, 2, 2]
         assert await kernels.run(sandbox_id, "print(open('number').read())") == "1\n"
 
 

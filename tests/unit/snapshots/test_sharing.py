@@ -153,7 +153,6 @@ def chain(tmp_path_factory: pytest.TempPathFactory, base: BaseMemory) -> Iterato
         for number, writes in enumerate(rounds):
             _write(process, writes)
             _captured(process, tracker).write(directory / str(number), under=MemoryImage(base, layers))
-            tracker.commit()
             layers.append(Layer.open(directory / str(number), size_bytes=SIZE_BYTES))
         opened.extend(layers)
         return layers

@@ -1,10 +1,11 @@
-"""Incremental tracking: what a capture holds is what was written since the last commit, and nothing is ever lost."""
+"""Incremental tracking: what a capture holds is what was written since the last one, and nothing is ever lost."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from vm_runtime.snapshots.errors import ProcessMemoryError
 from vm_runtime.snapshots.injection import call_in_process
-from vm_runtime.snapshots.layers import Layer, MemoryImage
+from vm_runtime.snapshots.layers import CapturedPart, Layer, MemoryImage
 from vm_runtime.snapshots.memory import PAGE_SIZE, BaseMemory
 from vm_runtime.snapshots.tracking import CumulativeTracker, start_tracker
 from vm_runtime.snapshots.writeprotect import WriteProtectTracker
@@ -56,7 +57,16 @@ def test_a_failing_injected_call_is_an_error(mapper: Start) -> None:
         call_in_process(mapper().pid, 3, 999)  # close
 
 
-def test_a_capture_holds_what_was_written_since_the_last_commit(mapper: Start) -> None:
+def test_a_capture_holds_what_was_written_since_the_last_one(mapper: Start) -> None:
+    process = mapper()
+    with _start(process) as tracker:
+        process.write(5, 2, 2)
+        assert tracker.capture().page_count == 2
+        process.write(1500, 1, 2)
+        assert tracker.capture().page_count == 1
+
+
+def test_a_capture_holds_what_was_put_back(mapper: Start) -> None:
     process = mapper()
     process.write(0, 1000, 1)
     with _start(process) as tracker:
@@ -64,10 +74,11 @@ def test_a_capture_holds_what_was_written_since_the_last_commit(mapper: Start) -
         process.touch()  # reading brings file pages in, which are not the process's own
         process.write(5, 2, 2)
         process.write(1500, 1, 2)
-        assert tracker.capture().page_count == 3
+        captured = tracker.capture()
+        assert captured.page_count == 3
+        tracker.put_back(captured.parts)
         process.write(1600, 1, 2)
-        assert tracker.capture().page_count == 4  # not committed: held again
-        tracker.commit()
+        assert tracker.capture().page_count == 4
         assert tracker.capture().page_count == 0
 
 
@@ -76,10 +87,8 @@ def test_a_tracker_that_does_not_start_clean_begins_with_everything(mapper: Star
     process.write(0, 1000, 1)
     with _start(process, clean=False) as tracker:
         assert tracker.capture().page_count == 1000
-        tracker.commit()
     with _start(process, clean=False) as tracker:  # a gateway that starts again
         assert tracker.capture().page_count == 1000
-        tracker.commit()
         process.write(7, 1, 3)
         assert tracker.capture().page_count == 1
     assert (
@@ -108,10 +117,12 @@ def test_what_is_written_after_the_copy_ahead_is_in_the_capture(
 
 
 class Ending(Enum):
-    """Of an attempt at a snapshot: before the pause, before it is stored, or not at all."""
+    """Of an attempt at a snapshot: before the pause, before it is stored, when the next one was captured already, or
+    not at all."""
 
     GIVEN_UP = auto()
     FAILED = auto()
+    FAILED_LATE = auto()
     STORED = auto()
 
 
@@ -120,11 +131,12 @@ class Ending(Enum):
 def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
     mapper: Start, base: BaseMemory, tmp_path_factory: pytest.TempPathFactory, rounds: list[Any]
 ) -> None:
-    """Some snapshots fail (are not committed), or are given up before the pause; restored processes are captured again,
-    over the same chain."""
+    """Some snapshots fail, or are given up before the pause; restored processes are captured again, over the same
+    chain."""
     directory = tmp_path_factory.mktemp("layers")
     process = mapper()
     layers: list[Layer] = []
+    below: tuple[CapturedPart, ...] = ()
     image = MemoryImage(base, ())  # kept open, as of a machine that runs
     tracker = start_tracker(process.pid, address=process.address, size_bytes=SIZE_BYTES, clean=True)
     assert isinstance(tracker, WriteProtectTracker)
@@ -140,12 +152,16 @@ def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
         if ending is Ending.GIVEN_UP and number < len(rounds) - 1:
             continue
         captured, seen = tracker.capture(), process.touch()
+        captured, below = replace(captured, parts=(*below, *captured.parts)), ()
         if ending is Ending.FAILED and number < len(rounds) - 1:
+            tracker.put_back(captured.parts)
+            continue
+        if ending is Ending.FAILED_LATE and number < len(rounds) - 1:
+            below = captured.parts
             continue
         path = directory / str(number)
         captured.write(path, under=image)
         layers.append(Layer.open(path, size_bytes=SIZE_BYTES))
-        tracker.commit()
         image, anew = image.over(layers[-1]), MemoryImage(base, layers)
         assert (image.segments, image.layers) == (anew.segments, anew.layers)
         assert image.read(0, PAGES) == anew.read(0, PAGES)
