@@ -26,7 +26,7 @@ class SnapshotHooks:
         """Beside the preparation; the pause comes after both."""
 
     async def before_pause(self) -> None:
-        """Everything is prepared; the pause comes right after this."""
+        """Beside the preparation; after it, if there are children. The pause comes right after both."""
 
     async def before_resume(self) -> None:
         """The state is captured and the machine still stands: short, it lengthens the pause."""

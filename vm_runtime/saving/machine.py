@@ -4,7 +4,7 @@ Knows no VMM and does not start machines (saver.py does). A snapshot goes throug
 those between the lines stop the guest:
 
     step        the driver (`Capture`)                              who takes part (`SnapshotHooks`)
-    prepare     does what makes the pause shorter                   prepare; then before_pause
+    prepare     does what makes the pause shorter                   prepare, before_pause
     ---------   pause
     take        captures the state                                  before_resume
     ---------   resume, unless it is to stop                        captured
@@ -131,9 +131,11 @@ class SavedMachine:
     async def _capture(self, capture: Capture, then: Then, hooks: Sequence[SnapshotHooks]) -> float:
         machine = self.machine
         was_running = machine.state is RunState.RUNNING
-        await gather_all(capture.prepare(), *(hook.prepare(capture) for hook in hooks))
-        for hook in hooks:
-            await hook.before_pause()
+        preparing = [capture.prepare(), *(hook.prepare(capture) for hook in hooks)]
+        if any(hook.children for hook in hooks):  # starting them takes longer than the next cell is to wait
+            await gather_all(*preparing)
+            preparing = []
+        await gather_all(*preparing, *(hook.before_pause() for hook in hooks))
         if any(hook.asks_guest for hook in hooks):
             await capture.catch_up()
 

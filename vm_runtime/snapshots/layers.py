@@ -23,6 +23,7 @@ import errno
 import hashlib
 import itertools
 import mmap
+import operator
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,9 @@ class Segment(NamedTuple):
 # The sources of pages that are zero, and of those that only the base has; layers are numbered from 0.
 ZERO_SOURCE = -1
 BASE_SOURCE = -2
+
+
+_FIRST = operator.itemgetter(0)
 
 
 def overlay(lower: Sequence[Segment], upper: Sequence[Segment]) -> list[Segment]:
@@ -239,8 +243,6 @@ class MemoryImage:
             if layer.size_bytes != base.size_bytes:
                 raise BrokenSnapshotError(f"The layer {layer.path} was not made for the base {base.digest}.")
             self.segments = overlay(self.segments, layer.segments(source))
-        self._seen = overlay([Segment(0, base.size_bytes // PAGE_SIZE, BASE_SOURCE, 0)], self.segments)
-        self._ends = [segment.first + segment.pages for segment in self._seen]
 
     def over(self, layer: Layer) -> MemoryImage:
         """The image with one more layer on top, in less time than a new one of all of them."""
@@ -248,8 +250,6 @@ class MemoryImage:
         upper = layer.segments(len(self.layers))
         image.layers = (*self.layers, layer)
         image.segments = overlay(self.segments, upper)
-        image._seen = overlay(self._seen, upper)
-        image._ends = [segment.first + segment.pages for segment in image._seen]
         return image
 
     def close_layers(self) -> None:
@@ -269,14 +269,18 @@ class MemoryImage:
     def read(self, first: int, count: int) -> bytes:
         """The content of pages."""
         pieces: list[bytes] = []
-        index = bisect.bisect_right(self._ends, first)
+        index = max(0, bisect.bisect_right(self.segments, first, key=_FIRST) - 1)
         end = first + count
         while first < end:
-            segment = self._seen[index]
-            size = min(segment.first + segment.pages, end) - first
-            pieces.append(self._read_source(segment, first - segment.first, size))
-            first += size
-            index += 1
+            above = self.segments[index] if index < len(self.segments) else Segment(end, 0, BASE_SOURCE, 0)
+            if first < above.first:
+                seen = Segment(first, min(above.first, end) - first, BASE_SOURCE, first)
+            else:
+                seen, index = above, index + 1
+            size = min(seen.first + seen.pages, end) - first
+            if size > 0:
+                pieces.append(self._read_source(seen, first - seen.first, size))
+                first += size
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def files(self) -> dict[int, int]:

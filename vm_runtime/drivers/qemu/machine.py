@@ -340,12 +340,13 @@ class QemuMachine(PagedMachine):
             await self._execute("blockdev-del", {"node-name": name})
 
     async def _remove_descriptors(self, fdsets: Iterable[int]) -> None:
-        """QEMU closes what is removed only while the machine runs (monitor_fdset_cleanup); `resume` asks again."""
+        """QEMU closes what is removed only while the machine runs (monitor_fdset_cleanup); `resume` removes it."""
+        if self._state is not RunState.RUNNING:
+            self._removed_fdsets.update(fdsets)
+            return
         for fdset in fdsets:
             with contextlib.suppress(VmmCommandError):  # a set is gone with its last descriptor
                 await self._execute("remove-fd", {"fdset-id": fdset})
-            if self._state is not RunState.RUNNING:
-                self._removed_fdsets.add(fdset)
 
     async def load_state(self, device: Path) -> None:
         """Load the state of CPUs and devices into a VMM that waits for it; answers when it runs."""
