@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from kernels.errors import KernelsError
 from kernels.models import Sandbox
 
-# 1: without boot_id and born_s, which only a record of this version needs.
-FORMAT_VERSION = 2
+# 1: without boot_id and born_s, which only later records need. 2: without resumes and a sandbox's crashes.
+FORMAT_VERSION = 3
 
 
 class SandboxRecord(BaseModel):
