@@ -61,8 +61,9 @@ _UFFD_LINK = "anon_inode:[userfaultfd]"
 _COPY_AHEAD_PAGES = 512
 # Runs of pages that are looked at one by one; for more, all pages are looked at once.
 _MANY_RUNS = 512
-# What a machine may write between `prepare` and its pause without the copy having to fault memory in.
-_SLACK_PAGES = 2048
+# What a machine may write between `catch_up` and its pause, right after it, without the copy having to fault
+# memory in. Measured after cells: up to 190. Reserving 8 MiB instead took 3.5 ms of each checkpoint.
+_SLACK_PAGES = 512
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
