@@ -12,13 +12,32 @@ from pathlib import Path
 
 import pytest
 
+from tests import leftovers
 from tests.gateways import STATE, RunningGateway, copy_state, running_gateway
+
+
+def pytest_sessionstart() -> None:
+    leftovers.sweep()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Image and template are made before the first test begins, whose time limit they would exceed on a busy host."""
+    functions = [item for item in session.items if isinstance(item, pytest.Function)]
+    if not session.config.option.collectonly and any("gateway" in each.fixturenames for each in functions):
+        with running_gateway(STATE, "--pool-size", "0"):
+            pass
+
+
+def pytest_sessionfinish() -> None:
+    leftovers.forget()
 
 
 @pytest.fixture(scope="session")
 def gateway() -> Iterator[RunningGateway]:
-    """One gateway for all tests that only use it. Builds image and template on the very first run."""
+    """One gateway for all tests that only use it."""
     with running_gateway(STATE, "--pool-size", "1") as gateway:
+        for sandbox_id in _sandboxes(gateway):  # of a run that was killed
+            _call(gateway, "DELETE", f"/api/sandboxes/{sandbox_id}")
         yield gateway
 
 

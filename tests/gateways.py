@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kernels.directories import run_dir_of
+from tests import leftovers
 from vm_runtime.snapshots.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,7 @@ def start_gateway(state_dir: Path, *flags: str, token: str | None = None, port: 
     """Starts a gateway and waits until it serves. The caller stops or kills it. port: 0 is any that is free."""
     state_dir.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_hex(16)
+    leftovers.note_used(state_dir)
     log = state_dir / "gateway.log"
     run_dir = run_dir_of(state_dir)
     presence = run_dir / "gateway.json"
@@ -73,7 +75,10 @@ def start_gateway(state_dir: Path, *flags: str, token: str | None = None, port: 
         "--state-dir", str(state_dir), *flags,
     ]  # fmt: skip
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        environment = {**os.environ, leftovers.RUN_VARIABLE: leftovers.RUN}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
     deadline = time.monotonic() + START_TIMEOUT_S
     while not (presence.exists() and (found := json.loads(presence.read_text()))["pid"] == process.pid):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -90,6 +95,7 @@ def copy_state(target: Path) -> Path:
     write the same one.
     """
     target.mkdir(parents=True)
+    leftovers.note_made(target)
     for name in ("images", "templates", "accelerator.json"):
         if (STATE / name).exists():
             subprocess.run(["cp", "-al", STATE / name, target / name], check=True)

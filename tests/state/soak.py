@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from tests import leftovers
 from tests.gateways import STATE, copy_state, running_gateway, start_gateway
 from tests.state.sandboxes import processes_of, vmm_pids
 from tests.state.test_chaos import Chaos, Model, account_for_files
@@ -154,6 +155,7 @@ async def _soak(minutes: float, sandboxes: int) -> None:
     except BaseException:
         print("\n".join(soak.log[-40:]), file=sys.stderr)
         print(f"What it left is in {directory}", file=sys.stderr)
+        leftovers.forget()
         raise
     finally:
         if soak.gateway.process.poll() is None:
@@ -168,6 +170,7 @@ def main() -> None:
     with running_gateway(STATE, "--pool-size", "1"):
         pass  # image and template are there afterwards
     asyncio.run(_soak(options.minutes, options.sandboxes))
+    leftovers.forget()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from kernels.models import CreateSandbox, EventKind, Sandbox, SandboxState
 from kernels.service import SandboxService
 from kernels.settings import ServiceSettings
 from tests.fake_driver.driver import FakeDriver
+from tests.leftovers import note_made
 from vm_runtime.drivers.base import DriverSettings
 from vm_runtime.images.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, file_digest, image_digest
 from vm_runtime.images.recipe import Recipe
@@ -110,12 +111,14 @@ class TestDriver(FakeDriver):
 
 @asynccontextmanager
 async def started_driver(state_dir: Path, *, without: str = "") -> AsyncIterator[TestDriver]:
+    note_made(state_dir)
     settings = DriverSettings(state_dir=state_dir, options={"fake_without": without})
     driver = await TestDriver.start(settings, say=lambda text: None)
     try:
         yield driver
     finally:
         await driver.close()
+        shutil.rmtree(ServiceSettings(state_dir=state_dir).run_dir, ignore_errors=True)
 
 
 @asynccontextmanager
@@ -164,7 +167,6 @@ def prepared(state_dir: Path) -> Path:
             await service.prepare(progress=lambda text: None)
 
     asyncio.run(prepare())
-    shutil.rmtree(ServiceSettings(state_dir=state_dir).run_dir, ignore_errors=True)
     return state_dir
 
 
@@ -178,7 +180,6 @@ def state_dir(tmp_path: Path, prepared_dir: Path) -> Path:
 async def driver(state_dir: Path) -> AsyncIterator[TestDriver]:
     async with started_driver(state_dir) as driver:
         yield driver
-    shutil.rmtree(ServiceSettings(state_dir=state_dir).run_dir, ignore_errors=True)
 
 
 @pytest.fixture
@@ -193,4 +194,3 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     """A service without any machine: records, locks and clocks need none."""
     async with started_driver(tmp_path) as driver, started_service(tmp_path, driver, stop_means_sleep=True) as service:
         yield service
-    shutil.rmtree(ServiceSettings(state_dir=tmp_path).run_dir, ignore_errors=True)
