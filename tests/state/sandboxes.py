@@ -153,18 +153,22 @@ class Traces:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._shared_memory = set(Path("/dev/shm").iterdir())
+        self._shared_memory: set[Path] = set()
         self._cgroups: set[Path] = set()
 
     def note(self) -> None:
         for record in (self._run_dir / "m").glob("*/machine.json"):
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 self._cgroups |= {Path(path) for path in json.loads(record.read_text())["cgroups"]}
+        for pid in vmm_pids(self._run_dir).values():
+            with contextlib.suppress(OSError):
+                mapped = {line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
+                self._shared_memory |= {Path(path) for path in mapped if path.startswith("/dev/shm/")}
 
     def left(self, state_dir: Path) -> list[str]:
         """What is still there, of which nothing may be after a clean stop."""
         found = [f"cgroup {path}" for path in self._cgroups if path.exists()]
-        found += [str(path) for path in set(Path("/dev/shm").iterdir()) - self._shared_memory]
+        found += [str(path) for path in self._shared_memory if path.exists()]
         found += [f"socket {line}" for line in lines_with("/proc/net/unix", str(self._run_dir))]
         found += [f"mount {line}" for line in lines_with("/proc/self/mounts", str(state_dir), str(self._run_dir))]
         found += [f"process {pid}" for pid in processes_of(state_dir)]
