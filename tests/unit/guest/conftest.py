@@ -24,6 +24,7 @@ from vm_runtime.wire.protocol import BOOT_MARKER
 from vm_runtime.wire.stream import Incoming
 
 KEY = "first-key"
+_CONNECTED = "03"  # in /proc/net/unix
 
 
 @dataclass
@@ -88,6 +89,25 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
         await host.hello()
         yield host
         await host.hang_up()
+
+
+async def no_client(host: Host, channel: str) -> None:
+    """Wait until the kernel has seen that no client is connected to that socket of it any more."""
+    path = str(host.paths.kernel_socket(CHANNEL_PORTS[channel]))
+    async with asyncio.timeout(20):
+        while _has_connections(path):  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.01)
+
+
+def _has_connections(path: str) -> bool:
+    """Whether the one that listens at this path has a connection that it has not closed."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(path) and line.split()[5] == _CONNECTED for line in lines)
+
+
+def waits_for(path: Path) -> str:
+    """Lines of a cell that wait until there is a file at that path."""
+    return f"import os, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.01)\n"
 
 
 @asynccontextmanager

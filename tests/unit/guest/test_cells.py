@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jupyter_client.asynchronous.client import AsyncKernelClient
 
-from tests.unit.guest.conftest import KEY, Host, client, run
+from tests.unit.guest.conftest import KEY, Host, client, run, waits_for
 from vm_runtime.guest.cells import UNASKED_S, Cells
 from vm_runtime.wire.errors import OpenRejectedError
 
@@ -58,9 +58,12 @@ async def test_what_answers_a_failed_cell_s_reply_runs_and_what_waited_behind_it
     await start(host)
     async with client(host) as jupyter:
         await host.call("kernel.release", waits=False)
-        for _ in range(50):
-            failing = jupyter.execute("import time; time.sleep(0.05); 1 / 0")
+        for number in range(50):
+            go = host.paths.home / f"go {number}"
+            # What is sent in time waits behind it: the kernel takes it in within the rest of the cell.
+            failing = jupyter.execute(f"{waits_for(go)}time.sleep(0.05); 1 / 0")
             behind = jupyter.execute("x = 'behind'")
+            go.touch()
             assert (await reply_to(jupyter, failing))["status"] == "error"
             answer = jupyter.execute("x = 'answer'")
             assert (await reply_to(jupyter, behind))["status"] == "aborted"

@@ -168,7 +168,7 @@ async def test_much_output_arrives_whole(host: Host) -> None:
 
 async def test_slow_reader_holds_the_command(host: Host, tmp_path: Path) -> None:
     writer = await start(host, "head -c 4000000 /dev/zero; touch done")
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # nobody reads: nothing happens
     assert not (tmp_path / "home" / "done").exists()
     assert len((await writer.end()).out) == 4_000_000
     assert writer.skipped == 0

@@ -16,7 +16,7 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.session import Session
 
-from tests.unit.guest.conftest import KEY, Host, client, run
+from tests.unit.guest.conftest import KEY, Host, client, no_client, run, waits_for
 from vm_runtime.guest.iopub import STREAM_CHARS
 from vm_runtime.guest.outbox import QUEUE_BYTES_MAX, SPOOL_BYTES_MAX
 from vm_runtime.guest.paths import CHANNEL_PORTS
@@ -263,7 +263,7 @@ async def test_an_interrupt_breaks_the_wait_for_a_slow_client(host: Host) -> Non
     async with client(host) as jupyter:
         jupyter.execute(f"while True: print('x' * {QUEUE_BYTES_MAX})")
         await host.wait_event(b"busy")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)  # until it waits; nothing tells, and before that the same must happen
         await host.call("kernel.interrupt")
         async with asyncio.timeout(30):
             while True:
@@ -274,10 +274,13 @@ async def test_an_interrupt_breaks_the_wait_for_a_slow_client(host: Host) -> Non
 
 
 async def test_output_is_kept_while_nobody_listens(host: Host) -> None:
+    go = host.paths.home / "go"
     await start(host)
     async with client(host) as jupyter:
-        jupyter.execute("import time; time.sleep(1)\nprint('kept'); from IPython.display import display; display(42)")
+        jupyter.execute(f"{waits_for(go)}print('kept'); from IPython.display import display; display(42)")
         await host.wait_event(b"busy")
+    await no_client(host, "iopub")
+    go.touch()
     await host.wait_event(b"idle")
     await host.hello(restored=True, kernel_key="second-key")
     texts = await _first_outputs(host, key="second-key", count=2)
@@ -285,12 +288,13 @@ async def test_output_is_kept_while_nobody_listens(host: Host) -> None:
 
 
 async def test_more_than_the_spool_drops_the_oldest_and_says_so(host: Host) -> None:
+    go = host.paths.home / "go"
     await start(host)
     async with client(host) as jupyter:
-        jupyter.execute(
-            f"import time; time.sleep(1)\nfor i in range(40): print('x' * {SPOOL_BYTES_MAX // 20})\nprint('the end')"
-        )
+        jupyter.execute(f"{waits_for(go)}for i in range(40): print('x' * {SPOOL_BYTES_MAX // 20})\nprint('the end')")
         await host.wait_event(b"busy")
+    await no_client(host, "iopub")
+    go.touch()
     await host.wait_event(b"idle")
     texts = await _first_outputs(host, key=KEY, count=1000, until="the end\n")
     assert "older output were dropped" in texts[0]
@@ -328,12 +332,15 @@ process = multiprocessing.get_context('fork').Process(target=child)
 process.start(); process.join()
 subprocess.run(['echo', 'from a subprocess'])
 os.write(1, 'from the descriptor é'.encode())
-time.sleep(0.5)
 """
+    parts = ("from a fork", "from a subprocess", "from the descriptor é")
     async with client(host) as jupyter:
-        text, _ = await run(jupyter, code)
-    for part in ("from a fork", "from a subprocess", "from the descriptor é"):
-        assert text.count(part) == 1
+        jupyter.execute(code)
+        text = ""
+        while not all(part in text for part in parts):
+            text += (await jupyter.get_iopub_msg(timeout=20))["content"].get("text", "")
+        text += (await run(jupyter, "pass"))[0]
+    assert [text.count(part) for part in parts] == [1, 1, 1]
 
 
 async def test_an_error_is_shown_without_a_search_through_all_modules(host: Host) -> None:
@@ -360,16 +367,16 @@ async def test_subshells_run_beside_a_cell(host: Host) -> None:
     async with client(host) as jupyter:
         jupyter.control_channel.send(jupyter.session.msg("create_subshell_request", {}))
         reply = await jupyter.get_control_msg(timeout=20)
-        jupyter.execute("import threading; e = threading.Event(); print(e.wait(20))")
+        jupyter.execute("import threading; e = threading.Event(); print('on', flush=True); print(e.wait(20))")
         message = jupyter.session.msg("execute_request", {"code": "e.set()", "silent": False, "allow_stdin": False})
         message["header"]["subshell_id"] = reply["content"]["subshell_id"]
-        await host.wait_event(b"busy")
-        await asyncio.sleep(0.3)
+        text = ""
+        while "on" not in text:
+            text += (await jupyter.get_iopub_msg(timeout=20))["content"].get("text", "")
         jupyter.shell_channel.send(message)
-        async with asyncio.timeout(20):
-            while (message := await jupyter.get_iopub_msg())["msg_type"] != "stream":
-                pass
-    assert message["content"]["text"] == "True\n"
+        while "True" not in text:
+            text += (await jupyter.get_iopub_msg(timeout=20))["content"].get("text", "")
+    assert text == "on\nTrue\n"
 
 
 async def test_channels_go_over_the_wire(host: Host) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.guest.conftest import client, run
+from tests.unit.guest.conftest import client, run, waits_for
 from tests.unit.guest.sandbox_host import PARENT, SandboxHost, child_id, decoded, family, sandbox_host
 from vm_runtime.guest.sandbox import values
 from vm_runtime.guest.sandbox.errors import ValueRefusedError
@@ -174,11 +174,13 @@ async def test_what_changes_nothing_is_asked_again(host: SandboxHost) -> None:
 
 
 async def test_a_call_without_a_session_waits_for_the_next(host: SandboxHost) -> None:
+    go = host.paths.home / "go"
     async with client(host) as jupyter:
-        jupyter.execute("import sandbox, time; time.sleep(1); t = sandbox.info()")
-        await asyncio.sleep(0.3)
+        jupyter.execute(f"import sandbox\n{waits_for(go)}t = sandbox.info()")
+        await host.wait_event(b"busy")
         await host.hang_up()
-        await asyncio.sleep(1.2)
+        go.touch()
+        await asyncio.sleep(0.5)  # for the call, of which nothing tells without a session
         await host.begin()
         await (await host.next_call("info")).answer({"state": "running"})
     async with client(host) as jupyter:

@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 from jupyter_client.session import Session
 
-from tests.unit.guest.conftest import KEY, client, run
+from tests.unit.guest.conftest import KEY, client, run, waits_for
 from tests.unit.guest.sandbox_host import SandboxHost, sandbox_host
 from vm_runtime.guest.paths import CHANNEL_PORTS
 
@@ -27,14 +27,16 @@ def dealer(context: zmq.asyncio.Context, host: SandboxHost, channel: str) -> zmq
 
 
 async def test_a_reply_waits_for_its_client_and_is_signed_with_the_new_key(host: SandboxHost) -> None:
-    context = zmq.asyncio.Context()
+    first, context = zmq.asyncio.Context(), zmq.asyncio.Context()
     session = Session(key=KEY.encode())
-    shell = dealer(context, host, "shell")
+    shell = dealer(first, host, "shell")
+    go = host.paths.home / "go"
     try:
-        for code in ("import time; time.sleep(0.5)", "1 + 1"):
+        for code in (waits_for(go), "1 + 1"):
             session.send(shell, "execute_request", {"code": code, "silent": False})
         await host.wait_event(b"busy")
-        shell.close()
+        first.destroy(linger=0)  # returns when its connection is closed
+        go.touch()
         await host.wait_event(b"idle")
         await host.wait_event(b"idle")
         await host.begin(restored=True, kernel_key="second-key")

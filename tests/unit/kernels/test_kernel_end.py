@@ -201,6 +201,7 @@ async def test_a_machine_that_does_not_answer_is_shown_so_until_it_does(kernels:
 async def test_a_machine_that_is_paused_owes_no_answer(kernels: Service) -> None:
     sandbox_id = await kernels.new()
     await kernels.pause(sandbox_id)
+    # Longer than one that owes an answer has: nothing happens.
     await asyncio.sleep(live.PING_INTERVAL_S + 2 * live.UNRESPONSIVE_LOOKS * live.LOOK_S)
     assert kernels.get(sandbox_id).unresponsive_since is None
     await kernels.resume(sandbox_id)

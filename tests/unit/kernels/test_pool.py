@@ -159,5 +159,5 @@ async def test_a_pool_of_size_0_keeps_nothing() -> None:
     host = Host()
     async with filled(host, size=0, limit=4) as pool:
         assert pool.take(TEMPLATE) is None
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # two looks: nothing happens
         assert host.made == []
