@@ -109,6 +109,8 @@ async def test_a_process_pool_works_in_the_first_cell(host: Host, method: str) -
     code = f"import multiprocessing\nwith multiprocessing.get_context({method!r}).Pool(1) as p: print(p.map(abs, [-3]))"
     async with client(host) as jupyter:
         assert (await run(jupyter, code))[0] == "[3]\n"
+        # Its semaphores are the host's here, and would outlast a kernel that is killed.
+        await run(jupyter, "del p; import gc; _ = gc.collect()")
 
 
 async def test_nothing_is_left_of_the_warm_up(host: Host) -> None:
