@@ -57,7 +57,7 @@ async def test_files(kernels: Service) -> None:
     async with await files.watch("made") as watch:
         changes = watch.changes()
         await files.rename("made/data", "made/moved")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await anext(changes)
     assert (await files.stat("made/moved")).size_bytes == len(content)
     await files.remove("made", recursive=True)

@@ -84,7 +84,7 @@ async def test_a_process_that_is_killed_from_outside_is_noticed_with_its_signal(
     saved = await bench.boot()
     await bench.works(saved)
     os.kill(saved.machine.pid, signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         death = await saved.machine.wait_dead()
     assert death.signal == signal.SIGKILL
     assert not death.requested
@@ -214,7 +214,7 @@ async def test_a_later_gateway_adopts_what_an_earlier_one_left(bench: Bench, lef
         taken = await adopted.take(describe(), then=Then.RESUME)
         assert taken.manifest.parents == (template.id,)
         os.kill(adopted.machine.pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert (await adopted.machine.wait_dead()).exit_status is None
         await adopted.kill()
         assert_nothing_left(bench, "clone")

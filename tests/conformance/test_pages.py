@@ -51,7 +51,7 @@ async def disk_io(saved: SavedMachine, command: str, *, printed: bool = True) ->
     assert answer == "", answer
     if not printed:
         return ""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (text := machine._stderr.data()[before:].decode()).endswith("ops/sec)\n"):
             await machine._stderr.wait_more(machine._watcher)
     return text

@@ -63,7 +63,7 @@ async def test_a_guest_that_ends_itself_says_so(qemu_bench: Bench) -> None:
     qemu_bench.use_kernel(pvh.exiting_elf())
     saved = await qemu_bench.boot()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             death = await saved.machine.wait_dead()
         assert death.reason == "The guest powered itself off."
         assert death.exit_status == 0

@@ -173,7 +173,7 @@ class Chaos:
         running = [id_ for id_, state in listed.items() if state == "running"]
         run_dir = self.gateway.run_dir
         with contextlib.suppress(AssertionError):
-            await eventually(lambda: len(list((run_dir / "m").iterdir())) == len(running), limit_s=10)
+            await eventually(lambda: len(list((run_dir / "m").iterdir())) == len(running))
         machines = {path.name: sorted(each.name for each in path.iterdir()) for path in (run_dir / "m").iterdir()}
         assert len(machines) == len(running), (machines, vmm_pids(run_dir), listed)
         assert len(vmm_pids(run_dir)) == len(running)

@@ -44,7 +44,7 @@ class Host:
         ours, theirs = [SocketCarrier(*await asyncio.open_unix_connection(sock=end)) for end in socket.socketpair()]
         self.serving = asyncio.create_task(self.agent.serve(theirs))
         hello = Hello(identity={"sandbox_id": "s-1", "hostname": "box"}, **fields)
-        self.link = await Link.connect(ours, hello, marker=BOOT_MARKER, on_open=self._on_open, timeout_s=20)
+        self.link = await Link.connect(ours, hello, marker=BOOT_MARKER, on_open=self._on_open, timeout_s=60)
         return self.link
 
     async def hang_up(self) -> None:
@@ -58,7 +58,7 @@ class Host:
 
     async def wait_event(self, part: bytes) -> bytes:
         """Wait until an event has come that contains `part`; it and all before it are then forgotten."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 for at, event in enumerate(self.events):
                     if part in event:
@@ -94,7 +94,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
 async def no_client(host: Host, channel: str) -> None:
     """Wait until the kernel has seen that no client is connected to that socket of it any more."""
     path = str(host.paths.kernel_socket(CHANNEL_PORTS[channel]))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while _has_connections(path):  # noqa: ASYNC110 (nothing tells)
             await asyncio.sleep(0.01)
 

@@ -76,7 +76,7 @@ class SandboxHost(Host):
         ours, theirs = [SocketCarrier(*await asyncio.open_unix_connection(sock=end)) for end in socket.socketpair()]
         self.serving = asyncio.create_task(self.agent.serve(theirs))
         hello = Hello(identity=identity or {"sandbox_id": PARENT, "hostname": "box"}, **fields)
-        self.link = await Link.connect(ours, hello, marker=BOOT_MARKER, on_open=self._on_open, timeout_s=20)
+        self.link = await Link.connect(ours, hello, marker=BOOT_MARKER, on_open=self._on_open, timeout_s=60)
         assert self.link.welcome is not None
         assert self.link.welcome.extra.get("problems") is None, self.link.welcome.extra
         return self.link
@@ -88,7 +88,7 @@ class SandboxHost(Host):
         await self.begin(identity, restored=True, extra={"calls": {call.id: {"result": {"child": me}}}}, **fields)
 
     async def next_call(self, op: str) -> Call:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             call = await self.calls.get()
         assert call.op == op, call.params
         return call

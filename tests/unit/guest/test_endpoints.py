@@ -276,7 +276,7 @@ async def test_each_subscriber_is_welcomed(kernel: Kernel) -> None:
             iopub = context.socket(zmq.SUB)
             iopub.subscribe(b"")
             iopub.connect(f"ipc://{kernel.info['ip']}-{kernel.info['iopub_port']}")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 _, frames = session.feed_identities(await iopub.recv_multipart())
             assert session.deserialize(frames)["msg_type"] == "iopub_welcome"
     finally:

@@ -64,7 +64,7 @@ class Followed:
 
 async def start(host: Host, command: str | list[str], *, kind: str = "exec.start", **options: Any) -> Followed:
     assert host.link is not None
-    stream = await host.link.open(kind, timeout_s=20)
+    stream = await host.link.open(kind, timeout_s=60)
     request = json.dumps({"command": command, **options}).encode()
     await stream.write(REQUEST_HEADER.pack(len(request)) + request)
     followed = Followed(stream)
@@ -79,7 +79,7 @@ async def run(host: Host, command: str | list[str], **options: Any) -> Followed:
 
 async def commands(host: Host) -> list[dict[str, Any]]:
     assert host.link is not None
-    stream = await host.link.open("exec.list", timeout_s=20)
+    stream = await host.link.open("exec.list", timeout_s=60)
     data = b""
     while more := await stream.read():
         data += more
@@ -92,13 +92,13 @@ def exists(pid: int) -> bool:
 
 
 async def wait_gone(pid: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while exists(pid):  # noqa: ASYNC110 (not our child: nothing tells)
             await asyncio.sleep(0.02)
 
 
 async def wait_commands(host: Host, wanted: Callable[[list[dict[str, Any]]], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not wanted(await commands(host)):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -106,7 +106,7 @@ async def wait_commands(host: Host, wanted: Callable[[list[dict[str, Any]]], boo
 @asynccontextmanager
 async def attached(host: Host, command_id: str) -> AsyncIterator[Followed]:
     assert host.link is not None
-    stream = await host.link.open("exec.attach", {"command_id": command_id}, timeout_s=20)
+    stream = await host.link.open("exec.attach", {"command_id": command_id}, timeout_s=60)
     try:
         yield Followed(stream)
     finally:
@@ -222,7 +222,7 @@ async def test_what_a_command_leaves_goes_on(host: Host, tmp_path: Path, line: s
     pid = int(re.findall(rb"[0-9]+", done.out)[0])
     try:
         beats = tmp_path / "beats"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not beats.exists() or beats.stat().st_size < 20:  # noqa: ASYNC110 (nothing tells)
                 await asyncio.sleep(0.01)
         os.kill(pid, 0)

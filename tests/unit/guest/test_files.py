@@ -40,7 +40,7 @@ def run_program(*argv: str) -> int:
 
 
 async def wait_for_names(directory: Path, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(names(directory)) != count:  # noqa: ASYNC110 (nothing tells when a file appears)
             await asyncio.sleep(0.01)
 
@@ -53,7 +53,7 @@ def chunks_of(content: bytes, size: int = 100_000) -> list[bytes]:
 
 async def read(host: Host, path: str, **params: Any) -> tuple[bytes, dict[str, Any]]:
     assert host.link is not None
-    stream = await host.link.open("files.read", {"path": path, **params}, timeout_s=20)
+    stream = await host.link.open("files.read", {"path": path, **params}, timeout_s=60)
     reader = ChunkReader()
     content = bytearray()
     while data := await stream.read():
@@ -70,7 +70,7 @@ async def write(
 ) -> dict[str, Any]:
     """cut: the end is missing."""
     assert host.link is not None
-    stream = await host.link.open(kind, {"path": path, **params}, timeout_s=20)
+    stream = await host.link.open(kind, {"path": path, **params}, timeout_s=60)
     for data in chunks_of(content)[: -1 if cut else None]:
         await stream.write(data)
     stream.end()
@@ -79,7 +79,7 @@ async def write(
 
 async def listing(host: Host, path: str, **params: Any) -> dict[str, Any]:
     assert host.link is not None
-    stream = await host.link.open("files.list", {"path": path, **params}, timeout_s=20)
+    stream = await host.link.open("files.list", {"path": path, **params}, timeout_s=60)
     data = b""
     while more := await stream.read():
         data += more
@@ -147,7 +147,7 @@ async def test_upload_that_is_given_up_leaves_nothing(host: Host, home: Path) ->
     (home / "f").write_text("old")
     assert host.link is not None
     for give_up in ("reset", "cut off", "session"):
-        stream = await host.link.open("files.write", {"path": "f"}, timeout_s=20)
+        stream = await host.link.open("files.write", {"path": "f"}, timeout_s=60)
         await stream.write(chunks_of(b"x" * 100_000)[0])
         await wait_for_names(home, 2)
         if give_up == "reset":
@@ -163,7 +163,7 @@ async def test_upload_that_is_given_up_leaves_nothing(host: Host, home: Path) ->
 
 async def test_broken_content_is_refused(host: Host, home: Path) -> None:
     assert host.link is not None
-    stream = await host.link.open("files.write", {"path": "f"}, timeout_s=20)
+    stream = await host.link.open("files.write", {"path": "f"}, timeout_s=60)
     await stream.write(CHUNK_HEADER.pack(4, zlib.crc32(b"good")) + b"evil")
     assert await code_of(stream.read()) == "content_broken"
     assert names(home) == []
@@ -177,7 +177,7 @@ async def test_full_disk(host: Host, home: Path, tmp_path: Path) -> None:
     try:
         assert host.link is not None
         (disk / "f").write_text("old")
-        stream = await host.link.open("files.write", {"path": f"{disk}/f"}, timeout_s=20)
+        stream = await host.link.open("files.write", {"path": f"{disk}/f"}, timeout_s=60)
         with pytest.raises(StreamResetError, match="No space left") as refused:
             for data in chunks_of(bytes(4 * MIB)):
                 await stream.write(data)
@@ -365,7 +365,7 @@ class Changes:
 
     async def __aenter__(self) -> Changes:
         assert self._host.link is not None
-        self._stream = await self._host.link.open("files.watch", {"path": ".", "recursive": True}, timeout_s=20)
+        self._stream = await self._host.link.open("files.watch", {"path": ".", "recursive": True}, timeout_s=60)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -373,7 +373,7 @@ class Changes:
 
     async def until(self, event: str, name: str) -> list[dict[str, Any]]:
         """The changes up to this one, which are forgotten then."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 for at, change in enumerate(self.seen):
                     if (change["event"], change["path"]) == (event, f"{self._home}/{name}"):
@@ -471,7 +471,7 @@ def test_a_directory_that_may_not_be_read_is_left_out_of_a_watch(home: Path) -> 
 async def test_watch_ends_with_what_it_watches(host: Host, home: Path) -> None:
     assert host.link is not None
     (home / "d").mkdir()
-    stream = await host.link.open("files.watch", {"path": "d"}, timeout_s=20)
+    stream = await host.link.open("files.watch", {"path": "d"}, timeout_s=60)
     (home / "d").rmdir()
     data = b""
     while more := await stream.read():

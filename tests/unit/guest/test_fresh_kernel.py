@@ -134,7 +134,7 @@ async def test_copies_of_a_kernel_make_different_messages(host: Host) -> None:
     for key in ("second-key", "third-key"):
         await host.hello(restored=True, kernel_key=key, keep_random=True)
         async with client(host, key=key) as jupyter:
-            reply = await jupyter.kernel_info(reply=True, timeout=20)
+            reply = await jupyter.kernel_info(reply=True, timeout=60)
             seen.add(reply["header"]["session"])
             text, _ = await run(jupyter, "import ipykernel; print(ipykernel.get_connection_info(unpack=True)['key'])")
             assert text == f"{key.encode()!r}\n"
@@ -201,7 +201,7 @@ async def test_a_kernel_in_the_place_of_the_templates_does_not_look_restarted(ho
         session.send(shell, "kernel_info_request", {})
         states: list[str] = []
         while "idle" not in states:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 _, frames = session.feed_identities(await iopub.recv_multipart())
             states += [session.deserialize(frames)["content"].get("execution_state", "")]
     finally:

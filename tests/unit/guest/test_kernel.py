@@ -195,11 +195,11 @@ async def test_an_interrupt_ends_what_awaits(host: Host) -> None:
     async with client(host) as jupyter:
         for code, error in AWAITING.items():
             request = jupyter.execute(f"import asyncio; print('on')\n{code}")
-            while (await jupyter.get_iopub_msg(timeout=20))["content"].get("text") != "on\n":
+            while (await jupyter.get_iopub_msg(timeout=60))["content"].get("text") != "on\n":
                 pass
             await host.call("kernel.interrupt")
             # No message goes to the kernel meanwhile, which would wake it.
-            reply = await jupyter.get_shell_msg(timeout=20)
+            reply = await jupyter.get_shell_msg(timeout=60)
             assert reply["parent_header"]["msg_id"] == request
             assert reply["content"].get("ename", "") == error, code
         assert (await run(jupyter, "print(2)"))[0] == "2\n"
@@ -313,7 +313,7 @@ async def _first_outputs(host: Host, *, key: str, count: int, until: str = "\0")
     texts: list[str] = []
     try:
         while len(texts) < count and not (texts and texts[-1].endswith(until)):
-            message = await jupyter.get_iopub_msg(timeout=20)
+            message = await jupyter.get_iopub_msg(timeout=60)
             if message["msg_type"] == "stream":
                 texts.append(message["content"]["text"])
             elif message["msg_type"] == "display_data":
@@ -338,7 +338,7 @@ os.write(1, 'from the descriptor é'.encode())
         jupyter.execute(code)
         text = ""
         while not all(part in text for part in parts):
-            text += (await jupyter.get_iopub_msg(timeout=20))["content"].get("text", "")
+            text += (await jupyter.get_iopub_msg(timeout=60))["content"].get("text", "")
         text += (await run(jupyter, "pass"))[0]
     assert [text.count(part) for part in parts] == [1, 1, 1]
 
@@ -366,23 +366,23 @@ async def test_subshells_run_beside_a_cell(host: Host) -> None:
     await start(host)
     async with client(host) as jupyter:
         jupyter.control_channel.send(jupyter.session.msg("create_subshell_request", {}))
-        reply = await jupyter.get_control_msg(timeout=20)
+        reply = await jupyter.get_control_msg(timeout=60)
         jupyter.execute("import threading; e = threading.Event(); print('on', flush=True); print(e.wait(20))")
         message = jupyter.session.msg("execute_request", {"code": "e.set()", "silent": False, "allow_stdin": False})
         message["header"]["subshell_id"] = reply["content"]["subshell_id"]
         text = ""
         while "on" not in text:
-            text += (await jupyter.get_iopub_msg(timeout=20))["content"].get("text", "")
+            text += (await jupyter.get_iopub_msg(timeout=60))["content"].get("text", "")
         jupyter.shell_channel.send(message)
         while "True" not in text:
-            text += (await jupyter.get_iopub_msg(timeout=20))["content"].get("text", "")
+            text += (await jupyter.get_iopub_msg(timeout=60))["content"].get("text", "")
     assert text == "on\nTrue\n"
 
 
 async def test_channels_go_over_the_wire(host: Host) -> None:
     await start(host)
     assert host.link is not None
-    stream = await host.link.open("kernel.channel", {"channel": "shell"}, timeout_s=10)
+    stream = await host.link.open("kernel.channel", {"channel": "shell"}, timeout_s=60)
     assert (await stream.read(1)) == b"\xff"  # ZMTP's greeting
     stream.reset()
     with pytest.raises(OpenRejectedError, match="shell, iopub"):
@@ -397,7 +397,7 @@ async def test_a_tunnel_reaches_a_port(host: Host) -> None:
     assert host.link is not None
     async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        stream = await host.link.open("tunnel", {"port": port}, timeout_s=10)
+        stream = await host.link.open("tunnel", {"port": port}, timeout_s=60)
         await stream.write(b"hello")
         assert await stream.read() == b"HELLO"
         stream.end()

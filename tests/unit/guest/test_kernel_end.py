@@ -32,13 +32,13 @@ async def outcome(jupyter: AsyncKernelClient, request: str) -> tuple[str, str]:
     """What a request was answered with: its reply's status, and the name of the error on iopub before `idle`."""
     error = ""
     while True:
-        message = await jupyter.get_iopub_msg(timeout=20)
+        message = await jupyter.get_iopub_msg(timeout=60)
         if message["parent_header"].get("msg_id") == request:
             if message["msg_type"] == "error":
                 error = message["content"]["ename"]
             elif message["content"].get("execution_state") == "idle":
                 break
-    reply = await jupyter.get_shell_msg(timeout=20)
+    reply = await jupyter.get_shell_msg(timeout=60)
     assert reply["parent_header"]["msg_id"] == request
     return reply["content"]["status"], error
 
@@ -48,7 +48,7 @@ async def started(jupyter: AsyncKernelClient, code: str) -> str:
     request = jupyter.execute(code)
     text = ""
     while "on" not in text:
-        message = await jupyter.get_iopub_msg(timeout=20)
+        message = await jupyter.get_iopub_msg(timeout=60)
         text += message["content"].get("text", "")
     return str(request)
 
@@ -104,12 +104,12 @@ async def test_a_shutdown_request_is_answered_and_followed(host: Host, restart: 
         await run(jupyter, LEFT_OPEN)
         request = jupyter.session.msg("shutdown_request", {"restart": restart})
         jupyter.control_channel.send(request)
-        reply = await jupyter.get_control_msg(timeout=20)
+        reply = await jupyter.get_control_msg(timeout=60)
         assert reply["content"] == {"status": "ok", "restart": restart}
         assert reply["parent_header"]["msg_id"] == request["header"]["msg_id"]
         broadcast: dict[str, Any] = {"msg_type": ""}
         while broadcast["msg_type"] != "shutdown_reply":
-            broadcast = await jupyter.get_iopub_msg(timeout=20)
+            broadcast = await jupyter.get_iopub_msg(timeout=60)
     exited = json.loads(await host.wait_event(b"kernel.exited"))
     assert exited == {"event": "kernel.exited", "pid": pid, "shut_down": True, "exit_status": 0}
     check_orderly_end(host)

@@ -193,7 +193,7 @@ async def test_an_interrupt_takes_a_call_back(host: SandboxHost) -> None:
         call = await host.next_call("tree")
         await host.call("kernel.interrupt")
         assert (await cell)[1]["ename"] == "KeyboardInterrupt"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await call.over.wait()
 
 

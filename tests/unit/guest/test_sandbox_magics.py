@@ -64,10 +64,10 @@ def test_completions_follow_what_is_typed() -> None:
 
 async def test_help_completion_and_errors_in_a_kernel(host: SandboxHost) -> None:
     async with client(host) as jupyter:
-        reply = await jupyter.inspect("%sandbox?", 8, reply=True, timeout=20)
+        reply = await jupyter.inspect("%sandbox?", 8, reply=True, timeout=60)
         help_text = reply["content"]["data"]["text/plain"]
         assert all(subcommand.summary in help_text for subcommand in SUBCOMMANDS)
-        reply = await jupyter.complete("%sandbox che", 12, reply=True, timeout=20)
+        reply = await jupyter.complete("%sandbox che", 12, reply=True, timeout=60)
         assert "checkpoints" in reply["content"]["matches"]
         [message] = await shown(jupyter, "%sandbox frok")
         expected = ["sandbox: There is no `%sandbox frok`. Did you mean `%sandbox fork`?"]

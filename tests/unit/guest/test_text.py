@@ -37,7 +37,7 @@ async def shown(jupyter: AsyncKernelClient, code: str) -> list[Any]:
         jupyter.input("")
 
     reply = await jupyter.execute_interactive(
-        code, timeout=20, output_hook=output, stdin_hook=answer, allow_stdin=True, stop_on_error=False
+        code, timeout=60, output_hook=output, stdin_hook=answer, allow_stdin=True, stop_on_error=False
     )
     return [*found, reply["content"]["status"], reply["content"].get("evalue")]
 

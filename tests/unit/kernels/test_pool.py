@@ -74,7 +74,7 @@ async def filled(host: Host, *, size: int = 2, limit: int = 2) -> AsyncIterator[
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110 (nothing tells)
             await asyncio.sleep(0.001)
 

@@ -66,7 +66,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 async def until_failed(bench: Bench, count: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(bench.failed) < count:
             await bench.flattener.settled()
             await asyncio.sleep(0.01)
@@ -142,7 +142,7 @@ async def test_snapshots_that_are_being_taken_all_the_time_do_not_stop_it(
     manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
     with bench.flattener.quiet():
         bench.flattener.want(manifest, stopped=False)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await bench.flattener.settled()
     assert bench.store.flattened(manifest.id) is not None
 

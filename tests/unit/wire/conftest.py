@@ -34,7 +34,7 @@ async def join() -> AsyncIterator[tuple[Link, Link]]:
         guest.set_result(link)
 
     serving = asyncio.create_task(serve(await make_carrier(right), on_session, make_welcome=welcome))
-    host = await Link.connect(await make_carrier(left), Hello(), marker=BOOT_MARKER, timeout_s=10)
+    host = await Link.connect(await make_carrier(left), Hello(), marker=BOOT_MARKER, timeout_s=60)
     try:
         yield host, await guest
     finally:
