@@ -49,7 +49,7 @@ results = [kid.result(60) for kid in kids]
         assert (each["x"], each["square"]) == ([1, index], 1)
     assert (x, square, same) == ([1], 1, True)
     assert await notebook.value("[kid.result() for kid in kids] == results") is True
-    await eventually(lambda: len(vmm_pids(fork_gateway.run_dir)) == machines, limit_s=30)
+    await eventually(lambda: len(vmm_pids(fork_gateway.run_dir)) == machines)
 
 
 async def test_threads_and_locks_go_on_in_parent_and_child(notebook: Notebook) -> None:
@@ -169,12 +169,14 @@ early = sandbox.fork()
 if early is None:
     sandbox.exit("early")
 sandbox.wait([early])
-late = sandbox.fork()
+late = sandbox.fork(name="late")
 if late is None:
-    time.sleep(3)
+    while not os.path.exists("/tmp/go"): time.sleep(0.01)
     sandbox.exit("late")
 """
     await notebook.client.run(cell)
+    (late,) = [each["id"] for each in await api.call("GET", "/api/sandboxes") if each["name"] == "late"]
+    await api.do(late, "exec", {"command": "touch /tmp/go"})
     assert await notebook.value("early.result(60), late.result(60)") == ("early", "late")
 
 

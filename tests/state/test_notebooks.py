@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from tests.gateways import RunningGateway
 from tests.state.sandboxes import Api, Notebook, value_of
-from tests.unit.gateway.client import stream_text
+from tests.unit.gateway.client import let_pass, stream_text, waits_for
 
 KERNEL = {"name": "python3", "env": {"JPY_SESSION_NAME": "work/analysis.ipynb"}}
 
@@ -48,12 +46,15 @@ async def test_output_that_came_while_nobody_was_connected(state_gateway: Runnin
     path = {"env": {"JPY_SESSION_NAME": "late.ipynb"}}
     kernel_id = (await api.call("POST", "/api/kernels", path, status=201))["id"]
     async with Notebook.open(state_gateway, kernel_id) as notebook:
-        await notebook.client.execute("import time\nfor i in range(8):\n    print(i, flush=True)\n    time.sleep(0.25)")
+        cell = ("print(0, flush=True)", waits_for("first"), "for i in range(1, 4): print(i, flush=True)")
+        rest = (waits_for("second"), "for i in range(4, 8): print(i, flush=True)")
+        await notebook.client.execute("\n".join((*cell, *rest)))
         seen = await notebook.client.until("stream")
-    await asyncio.sleep(0.6)
+    await let_pass(state_gateway, kernel_id, "first")
     await api.call("DELETE", f"/api/kernels/{kernel_id}", status=204)
     again = (await api.call("POST", "/api/kernels", path, status=201))["id"]
     assert again == kernel_id
+    await let_pass(state_gateway, kernel_id, "second")
     async with Notebook.open(state_gateway, kernel_id, session_id=notebook.client.session_id) as notebook:
         while "7" not in stream_text(seen):
             message = await notebook.client.receive()

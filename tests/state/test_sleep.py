@@ -13,8 +13,8 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 
 from tests.gateways import RunningGateway
 from tests.state.all_kinds import CHECK, MAKE
-from tests.state.sandboxes import Api, Notebook, eventually, value_of, vmm_pids
-from tests.unit.gateway.client import KernelClient, stream_text
+from tests.state.sandboxes import WAIT_S, Api, Notebook, eventually, value_of, vmm_pids
+from tests.unit.gateway.client import KernelClient, let_pass, stream_text, waits_for
 
 
 async def test_all_kinds_of_state_survive(state_gateway: RunningGateway, api: Api) -> None:
@@ -29,7 +29,8 @@ async def test_all_kinds_of_state_survive(state_gateway: RunningGateway, api: Ap
         assert sandbox_id in [each["id"] for each in await api.call("GET", "/api/kernels")]
         assert (await api.do(sandbox_id, "sleep"))["state"] == "asleep", "twice is harmless"
         assert (await api.do(sandbox_id, "wake"))["state"] == "running"
-        assert abs(await notebook.value(CHECK) - time.time()) < 5, "the clock"
+        before = time.time()
+        assert before - 5 < await notebook.value(CHECK) < time.time() + 5, "the clock"
         # Once more, woken by a cell: a snapshot over a snapshot.
         await api.do(sandbox_id, "sleep")
         assert await notebook.value("next(squares), opened.closed, len(alarms) > 0") == (16, False, True)
@@ -40,12 +41,13 @@ async def test_a_cell_goes_on_after_sleep(state_gateway: RunningGateway, api: Ap
     sandbox_id = await api.create()
     async with Notebook.open(state_gateway, sandbox_id) as notebook:
         client = notebook.client
-        cell = "import time\nfor i in range(12):\n    print(i, flush=True)\n    time.sleep(0.2)\n'done'"
+        cell = f"print(0, flush=True)\n{waits_for('go')}for i in range(1, 12): print(i, flush=True)\n'done'"
         msg_id = await client.execute(cell)
         seen = await client.until("stream")
         await api.do(sandbox_id, "sleep")
         assert (await api.sandbox(sandbox_id))["state"] == "asleep"
         await api.do(sandbox_id, "wake")
+        await let_pass(state_gateway, sandbox_id, "go")
         seen += await notebook.rest(msg_id)
         assert stream_text(seen) == "".join(f"{i}\n" for i in range(12))
         assert "execute_result" in [message["header"]["msg_type"] for message in seen]
@@ -55,6 +57,7 @@ async def test_a_cell_goes_on_after_sleep(state_gateway: RunningGateway, api: Ap
 async def test_idle_time_puts_it_to_sleep_but_never_in_a_cell(state_gateway: RunningGateway, api: Api) -> None:
     sandbox_id = await api.create(idle_timeout_s=3)
     async with Notebook.open(state_gateway, sandbox_id) as notebook:
+        # Longer than the idle time.
         cell = asyncio.create_task(notebook.value("import time; x = 7; time.sleep(6); x"))
         states = set()
         while not cell.done():
@@ -62,14 +65,14 @@ async def test_idle_time_puts_it_to_sleep_but_never_in_a_cell(state_gateway: Run
             await asyncio.sleep(0.2)
         assert await cell == 7
         assert states == {"running"}
-        await api.until_state(sandbox_id, "asleep", limit_s=20)
+        await api.until_state(sandbox_id, "asleep")
         # An open WebSocket does not keep it awake, and a message wakes it: the client waits a moment.
         assert await notebook.value("x + 1") == 8
-        await api.until_state(sandbox_id, "asleep", limit_s=20)
+        await api.until_state(sandbox_id, "asleep")
     assert await value_of(state_gateway, sandbox_id, "x + 2") == 9, "a new WebSocket"
     await api.call("PATCH", f"/api/sandboxes/{sandbox_id}", {"idle_timeout_s": 0})
     other_id = await api.create(idle_timeout_s=3)
-    await api.until_state(other_id, "asleep", limit_s=20)
+    await api.until_state(other_id, "asleep")
     assert (await api.sandbox(sandbox_id))["state"] == "running"
     for each in (sandbox_id, other_id):
         await api.delete(each)
@@ -108,7 +111,7 @@ async def beats(connection: dict[str, Any]) -> None:
     heart = context.socket(zmq.REQ)
     try:
         heart.connect(f"ipc://{connection['ip']}-{connection['hb_port']}")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for beat in (b"1", b"2", b"3"):
                 await heart.send(beat)
                 assert await heart.recv() == beat
@@ -168,7 +171,7 @@ async def test_a_request_behind_a_callback_keeps_it_awake(state_gateway: Running
             await asyncio.sleep(0.2)
         assert await value == 2
         assert states == {"running"}
-        await api.until_state(sandbox_id, "asleep", limit_s=20)
+        await api.until_state(sandbox_id, "asleep")
     await api.delete(sandbox_id)
 
 
@@ -232,17 +235,9 @@ async def test_unknown_sandboxes_are_404(api: Api, what: str) -> None:
 async def test_a_life_time_ends_it(state_gateway: RunningGateway, api: Api) -> None:
     sandbox_id = await api.create(max_lifetime_s=3)
     await api.do(sandbox_id, "sleep")
-    alive = {sandbox_id}
-
-    async def look() -> None:
-        alive.intersection_update([each["id"] for each in await api.call("GET", "/api/sandboxes")])
-
-    for _ in range(100):
-        await look()
-        if not alive:
-            break
-        await asyncio.sleep(0.1)
-    assert not alive
+    async with asyncio.timeout(WAIT_S):
+        while sandbox_id in [each["id"] for each in await api.call("GET", "/api/sandboxes")]:  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0.1)
     await eventually(lambda: not list((state_gateway.state_dir / "snapshots/pins").glob(f"*{sandbox_id}*")))
 
 
@@ -252,7 +247,7 @@ async def test_a_second_is_a_second(state_gateway: RunningGateway, api: Api) -> 
         clocks = "import time; time.time(), time.monotonic()"
         before, (wall, monotonic) = time.time(), await notebook.value(clocks)
         reached = time.time() - before
-        await asyncio.sleep(5)
+        await asyncio.sleep(5)  # what is measured by both clocks
         again, (wall_then, monotonic_then) = time.time(), await notebook.value(clocks)
         slack = reached + time.time() - again + 0.1
         for guest in (wall_then - wall, monotonic_then - monotonic):
