@@ -118,6 +118,7 @@ def _wait_until_serving(url: str, server: subprocess.Popen[bytes], log_path: Pat
 @contextmanager
 def running_browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
+        expect.set_options(timeout=PAGE_TIMEOUT_MS)  # instead of 5 s, which a busy host exceeds
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
         try:
             yield browser

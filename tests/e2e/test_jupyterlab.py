@@ -109,6 +109,7 @@ def test_tab_completes_what_only_the_kernel_knows(open_notebook: OpenNotebook) -
     completer = notebook.page.locator(".jp-Completer:visible")
     expect(completer.locator(".jp-Completer-item", has_text="isidentifier")).to_be_visible(timeout=CELL_TIMEOUT_MS)
     notebook.page.keyboard.type("identifier")
+    expect(completer.locator(".jp-Completer-item.jp-mod-active")).to_contain_text("isidentifier")
     notebook.page.keyboard.press("Enter")
     expect(notebook.cell(1).locator(".cm-content")).to_have_text("word.isidentifier")
 
