@@ -23,10 +23,9 @@ run:
 	@.venv/bin/hypercelld image build $(state_flag)
 	@exec .venv/bin/hypercelld serve --host $(HOST) --port $(PORT) $(state_flag)
 
-# Not what it should be: a test that failed is tried again, which the summary shows. To go when each that needs it is known.
 test: setup check
 	@.venv/bin/hypercelld image build --state-dir .state/test
-	@.venv/bin/python -m pytest --reruns 2
+	@.venv/bin/python -m pytest
 
 unit: setup
 	@.venv/bin/python -m pytest tests/unit
