@@ -58,6 +58,7 @@ async def opened(state_dir: Path) -> AsyncIterator[Service]:
         await driver.close()
 
 
+@pytest.mark.timeout(1500)  # as a gateway's start: it makes the old agent's template
 async def test_what_slept_before_an_upgrade_goes_on_after_it(images_dir: Path) -> None:
     with pytest.MonkeyPatch.context() as before:
         before.setattr(templates, "guest_archive", lambda: archive_of(1))

@@ -111,6 +111,7 @@ class Soak(Chaos):
 
     async def _watch(self) -> None:
         while time.monotonic() < self._ends:
+            self.traces.note()
             self._row()
             await self._sleep_until(min(self._ends, time.monotonic() + 60))
 
