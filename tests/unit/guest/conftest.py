@@ -120,7 +120,7 @@ async def client(host: Host, *, key: str = KEY) -> AsyncIterator[AsyncKernelClie
     jupyter.load_connection_info(cast(KernelConnectionInfo, info))
     jupyter.start_channels()
     try:
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         yield jupyter
     finally:
         jupyter.stop_channels()

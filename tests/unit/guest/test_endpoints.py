@@ -61,7 +61,7 @@ class Kernel:
         jupyter.load_connection_info(self.info)  # type: ignore[arg-type]
         jupyter.start_channels(hb=False)
         try:
-            await jupyter.wait_for_ready(timeout=30)
+            await jupyter.wait_for_ready(timeout=120)
             yield jupyter
         finally:
             jupyter.stop_channels()

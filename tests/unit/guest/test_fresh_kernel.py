@@ -80,7 +80,7 @@ async def test_a_fresh_kernel_looks_as_a_local_one(host: Host) -> None:
     async with client(host) as jupyter:
         first = await probed(jupyter)
         await host.call("kernel.restart")
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         second = await probed(jupyter)
     assert differences(plain, first) == []
     assert differences(plain, second) == []
@@ -99,7 +99,7 @@ async def test_modules_beside_the_notebook_are_imported_and_shadow_nothing_of_ou
     async with client(host) as jupyter:
         assert (await run(jupyter, "import beside, json; print(beside.X, hasattr(json, 'X'))"))[0] == "5 False\n"
         await host.call("kernel.restart")
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         assert (await run(jupyter, "import beside, json; print(beside.X, hasattr(json, 'X'))"))[0] == "5 False\n"
 
 
@@ -178,7 +178,7 @@ async def test_variables_have_the_effect_that_they_have_on_a_local_kernel(
     async with client(host) as jupyter:
         first, _ = await run(jupyter, code)
         await host.call("kernel.restart")
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         second, _ = await run(jupyter, code)
     async with plain_kernel(host, **env) as jupyter:
         plain, _ = await run(jupyter, code)
@@ -234,5 +234,5 @@ async def test_a_restart_finds_what_pip_has_installed_since(host: Host) -> None:
     (package / "numpy" / "__init__.py").write_text("__version__ = 'newer'")
     async with client(host) as jupyter:
         await host.call("kernel.restart")
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         assert (await run(jupyter, "import numpy; print(numpy.__version__)"))[0] == "newer\n"

@@ -65,7 +65,7 @@ async def test_restart_is_a_new_process_on_the_same_sockets(host: Host) -> None:
         await run(jupyter, "import numpy; numpy.ones((300, 300)) @ numpy.ones((300, 300)); x = 1")
         second = (await host.call("kernel.restart"))["pid"]
         assert second != first
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         text, _ = await run(jupyter, "import numpy; print('x' in globals(), (numpy.eye(300) @ numpy.eye(300)).sum())")
     assert text.split() == ["False", "300.0"]
     with pytest.raises(ProcessLookupError):
@@ -79,7 +79,7 @@ async def test_kernels_of_one_zygote_have_different_random_numbers(host: Host) -
     async with client(host) as jupyter:
         first, _ = await run(jupyter, code)
         await host.call("kernel.restart")
-        await jupyter.wait_for_ready(timeout=30)
+        await jupyter.wait_for_ready(timeout=120)
         second, _ = await run(jupyter, code)
     assert not set(first.split()) & set(second.split())
 
