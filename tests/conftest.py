@@ -24,8 +24,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Image and template are made before the first test begins, whose time limit they would exceed on a busy host."""
     functions = [item for item in session.items if isinstance(item, pytest.Function)]
     if not session.config.option.collectonly and any("gateway" in each.fixturenames for each in functions):
-        with running_gateway(STATE, "--pool-size", "0"):
-            pass
+        try:
+            with running_gateway(STATE, "--pool-size", "0"):
+                pass
+        except AssertionError as error:
+            pytest.exit(str(error), returncode=1)
 
 
 def pytest_sessionfinish() -> None:
