@@ -46,14 +46,13 @@ class Lab(SandboxService):
 
     async def take(self, sandbox_id: str) -> Taken:
         """A checkpoint, with its times."""
-        core = self._core
-        async with core.lock(sandbox_id):
-            return await core.take(sandbox_id, then=Then.RESUME)
+        async with self.machines.lock(sandbox_id):
+            return await self.snapshots.take(sandbox_id, then=Then.RESUME)
 
     @contextmanager
     def noting_taken(self, taken: list[Taken]) -> Iterator[None]:
         """Within it each snapshot of any sandbox is put into this list; see `wait_taken`."""
-        core, take = self._core, self._core.take
+        snapshots, take = self.snapshots, self.snapshots.take
 
         async def noted(*arguments: Any, **options: Any) -> Taken:
             taken.append(await take(*arguments, **options))
@@ -61,11 +60,11 @@ class Lab(SandboxService):
             return taken[-1]
 
         self._taken, self._more = taken, asyncio.Event()
-        core.take = noted  # type: ignore[method-assign]
+        snapshots.take = noted  # type: ignore[method-assign]
         try:
             yield
         finally:
-            core.take = take  # type: ignore[method-assign]
+            snapshots.take = take  # type: ignore[method-assign]
 
     async def wait_taken(self, count: int) -> None:
         """Within `noting_taken`: until there are so many."""
@@ -75,15 +74,15 @@ class Lab(SandboxService):
 
     async def settled(self) -> None:
         """Waits until nothing is rewritten in the background."""
-        await self._core.launcher.saver.settled()
+        await self.saver.settled()
 
     def snapshot_of(self, sandbox_id: str) -> Manifest:
         """What a sleeping sandbox wakes from."""
-        return self._core.store.get(self.get(sandbox_id).snapshot_id or "")
+        return self._store.get(self.get(sandbox_id).snapshot_id or "")
 
     def saved(self, sandbox_id: str) -> SavedMachine:
         """The machine of a sandbox that runs."""
-        return self._core.running(sandbox_id).saved
+        return self.machines.running(sandbox_id).saved
 
     def pid(self, sandbox_id: str) -> int:
         """The VMM's."""
@@ -91,20 +90,19 @@ class Lab(SandboxService):
 
     async def stored_bytes(self) -> int:
         """Disk space of all parts in the store, templates' too."""
-        parts = self._core.store.directory / "parts"
+        parts = self._store.directory / "parts"
         return await asyncio.to_thread(lambda: sum(file.stat().st_blocks * 512 for file in parts.rglob("*")))
 
     async def restore_ms(self, snapshot: Manifest) -> float:
         """A machine in the state of a snapshot, from the call until its vCPUs run; it is ended again."""
         began = perf_counter()
-        saved = await self._core.launcher.saver.restore(snapshot, place=self._place())
+        saved = await self.saver.restore(snapshot, place=self._place())
         took = 1000 * (perf_counter() - began)
         await saved.kill()
         return took
 
     async def split(self, sandbox_id: str, *, count: int) -> Split:
         """A fork into machines that nobody greets; they are ended again."""
-        core = self._core
         running: list[float] = []
 
         class Noting(SnapshotHooks):
@@ -112,14 +110,14 @@ class Lab(SandboxService):
                 running.append(1000 * (perf_counter() - began))  # the children have been loaded
                 return description
 
-        async with core.lock(sandbox_id):
-            saved = core.running(sandbox_id).saved
-            description = core.description(sandbox_id, name=None)
+        async with self.machines.lock(sandbox_id):
+            live = self.machines.running(sandbox_id)
+            description = self.snapshots.description(live, name=None)
             places = [self._place() for _ in range(count)]
             began = perf_counter()
-            forked = await core.launcher.saver.fork(saved, description, places=places, hooks=[Noting()])
+            forked = await self.saver.fork(live.saved, description, places=places, hooks=[Noting()])
             stored_ms = 1000 * (perf_counter() - began)
-            await core.keep(sandbox_id, forked.taken.manifest)
+            await self.snapshots.keep(sandbox_id, forked.taken.manifest)
         for child in forked.children:
             if not isinstance(child, SavedMachine):
                 raise BenchmarkError(f"A child was not made: {child}")
@@ -128,7 +126,7 @@ class Lab(SandboxService):
 
     async def children_of(self, sandbox_id: str, *, count: int) -> list[Sandbox]:
         """`fork`, all of whose children must come."""
-        children: Sequence[Sandbox | KernelsError] = await self.fork(sandbox_id, count=count)
+        children: Sequence[Sandbox | KernelsError] = await self.forks.fork(sandbox_id, count=count)
         for child in children:
             if not isinstance(child, Sandbox):
                 raise BenchmarkError(f"A child was not made: {child}")

@@ -80,7 +80,7 @@ class _CommandSocket(SandboxSocket):
         # Not before it runs; and not at all if it never does (`serve` says why, and closes).
         command = await asyncio.shield(self._command)
         assert self._commands is not None
-        self.gateway.service.touch(self.sandbox_id)
+        self.gateway.service.registry.touch(self.sandbox_id)
         if isinstance(message, bytes):
             await command.write(message)
             return

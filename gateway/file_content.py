@@ -109,7 +109,7 @@ class ContentHandler(EndpointHandler):
             except KernelsError as error:
                 self._end_upload()
                 self._failure = error
-            self.gateway.service.touch(self.path_kwargs["sandbox_id"])
+            self.gateway.service.registry.touch(self.path_kwargs["sandbox_id"])
         else:
             self._drained_bytes += len(chunk)
             if self._drained_bytes > DRAIN_BYTES and self._failure is not None and not self._finished:
@@ -212,7 +212,7 @@ class ContentHandler(EndpointHandler):
                 self.write(bytes(data))
                 async with asyncio.timeout(self.gateway.settings.client_timeout_s):
                     await self.flush()
-                self.gateway.service.touch(sandbox_id)
+                self.gateway.service.registry.touch(sandbox_id)
         except (StreamClosedError, TimeoutError):
             self._abort()  # the client has gone, or takes nothing any more
         except KernelsError as error:

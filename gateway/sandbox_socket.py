@@ -110,7 +110,7 @@ class SandboxSocket(JsonHandler, WatchedSocket):
     async def send(self, message: bytes | BaseModel | dict[str, Any]) -> None:
         """Binary for bytes, JSON text for the rest. Waits until it has left this process, so that a slow client holds
         the sender. Errors: WebSocketClosedError."""
-        self.gateway.service.touch(self.sandbox_id)
+        self.gateway.service.registry.touch(self.sandbox_id)
         if isinstance(message, bytes):
             await self.write_message(message, binary=True)
         else:

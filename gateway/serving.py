@@ -35,9 +35,9 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
     Errors: StartError for a foreign file of sessions.
     """
     metrics = Metrics(
-        states=lambda: [sandbox.state for sandbox in service.list()],
-        pool_ready=service.pool_ready,
-        flattening=service.flattening,
+        states=lambda: [sandbox.state for sandbox in service.registry.sandboxes()],
+        pool_ready=service.pool.ready_count,
+        flattening=service.saver.flattening,
     )
     async with AsyncExitStack() as stack:
         sessions = SessionStore(settings.state_dir / "gateway.sqlite")
@@ -54,7 +54,7 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
             metrics=metrics,
         )
         for follow in (hub.follow, lambda events: _follow_sessions(sessions, events)):
-            events = await stack.enter_async_context(service.subscribe())
+            events = await stack.enter_async_context(service.bus.subscribe())
             task = asyncio.create_task(_keep_following(service, events, follow))
             stack.push_async_callback(_cancelled, task)
         listener.application = make_application(gateway)
@@ -74,7 +74,7 @@ async def _keep_following(
     await follow(events)
     while events.overflowed:
         log.warning("Events came faster than they could be taken; some were missed")
-        async with service.subscribe() as events:
+        async with service.bus.subscribe() as events:
             await follow(events)
 
 

@@ -53,7 +53,7 @@ class Gateway:
 
         async def touch() -> None:
             while True:
-                self.service.touch(sandbox_id)
+                self.service.registry.touch(sandbox_id)
                 await asyncio.sleep(TOUCH_INTERVAL_S)
 
         touching = asyncio.create_task(touch())
@@ -71,11 +71,11 @@ class Gateway:
 
     def kernels(self) -> list[Sandbox]:
         """The sandboxes whose kernels Jupyter's clients see: those that no client has deleted."""
-        return [sandbox for sandbox in self.service.list() if not sandbox.released]
+        return [sandbox for sandbox in self.service.registry.sandboxes() if not sandbox.released]
 
     def kernel_sandbox(self, kernel_id: str) -> Sandbox:
         """The sandbox of a kernel that Jupyter's clients see. Errors: UnknownSandboxError."""
-        sandbox = self.service.get(kernel_id)
+        sandbox = self.service.registry.get(kernel_id)
         if sandbox.released:
             raise UnknownSandboxError(kernel_id)
         return sandbox

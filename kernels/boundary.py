@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from kernels.errors import CellRunsError, MachineFailedError
 from kernels.live import LiveSandbox
+from kernels.states import CELL_TRANSITIONS, CellState
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.values import Description, Then
 from vm_runtime.states import RunState
@@ -56,8 +57,7 @@ class CellBoundary(SnapshotHooks):
         self._waits = waits
         self._before_resume = before_resume or _nothing
         self._captured = captured or _nothing
-        # The state that the snapshot is described with; None while it is not known better than by its owner.
-        self._between: bool | None = None
+        self._state = CellState.UNKNOWN
         self._asked = False
         self._cell: int | None = None
         self._held_until = 0.0
@@ -74,16 +74,21 @@ class CellBoundary(SnapshotHooks):
             if self._strict:
                 raise CellRunsError(f"The kernel does not say whether a cell runs: {error}") from error
             return
-        self._between, self._cell = last.held, last.cell
-        if self._strict and not self._between:
-            raise CellRunsError("A cell runs.")
+        self._cell = last.cell
+        self._move(CellState.BETWEEN if last.held else CellState.RUNNING, "A cell runs.")
 
     async def before_resume(self) -> None:
-        if self._between and asyncio.get_running_loop().time() >= self._held_until:
-            self._between = False
-            if self._strict:
-                raise CellRunsError("The kernel has waited long enough with the next cell.")
+        if self._state is CellState.BETWEEN and asyncio.get_running_loop().time() >= self._held_until:
+            self._move(CellState.RUNNING, "The kernel has waited long enough with the next cell.")
         await self._before_resume()
+
+    def _move(self, state: CellState, why: str) -> None:
+        """Errors: CellRunsError, if the snapshot would be of a cell that runs and must not."""
+        if state not in CELL_TRANSITIONS[self._state]:
+            raise RuntimeError(f"Cells are {self._state.value} and cannot be {state.value}")
+        self._state = state
+        if self._strict and state is CellState.RUNNING:
+            raise CellRunsError(why)
 
     async def captured(self) -> None:
         if self._then is Then.RESUME:
@@ -100,9 +105,9 @@ class CellBoundary(SnapshotHooks):
             await self._live.release_cells(waits=self._waits)
 
     def described(self, description: Description) -> Description:
-        if self._between is None or description.kernel is None:
+        if self._state is CellState.UNKNOWN or description.kernel is None:  # its owner knows no worse
             return description
-        state = "idle" if self._between else "busy"
+        state = "idle" if self._state is CellState.BETWEEN else "busy"
         return replace(
             description, kernel=description.kernel.model_copy(update={"state": state, "execution_count": self._cell})
         )

@@ -19,6 +19,7 @@ from kernels.endpoints import Endpoints, Greeted, greet_ahead
 from kernels.errors import MachineFailedError
 from kernels.warm import WarmMachine
 from kernels.zmtp import HandshakeError
+from vm_runtime.saving.threads import gather_all
 from vm_runtime.wire.errors import WireError
 
 # Under emulation on a busy host; a kernel that does not answer for so long is not worth keeping.
@@ -30,7 +31,7 @@ CELL = "None if get_ipython().display_formatter.format(1) else None"
 async def exercise(warm: WarmMachine, run_dir: Path, identity: Mapping[str, str]) -> None:
     """identity: who it is while it is spare. Errors: MachineFailedError; the machine is still the caller's to end."""
     # What `LiveSandbox.configure` will ask.
-    await asyncio.gather(warm.session.identify(identity), warm.session.call("kernel.start", {"env": {}, "cwd": None}))
+    await gather_all(warm.session.identify(identity), warm.session.call("kernel.start", {"env": {}, "cwd": None}))
     endpoints = Endpoints(run_dir / "k" / f"x{secrets.token_hex(5)}", lambda: None)
     try:
         await endpoints.start()

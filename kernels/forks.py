@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
-from kernels.core import Core, utc_now
+from kernels.capacity import Capacity
 from kernels.errors import CellRunsError, KernelsError, LimitError, MachineFailedError, SandboxStateError
 from kernels.events import EventQueue
 from kernels.index import SandboxRecord
 from kernels.launcher import new_key
 from kernels.live import LiveSandbox
+from kernels.machines import Machines, identity_of
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
+from kernels.naps import Naps
 from kernels.outcomes import Outcome, Outcomes
+from kernels.registry import Registry
 from kernels.session import Greeting, Unanswered
+from kernels.settings import ServiceSettings
+from kernels.snapshots import Snapshots
 from kernels.warm import WarmMachine, new_place, new_sandbox_id
-from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.values import Then
@@ -36,18 +41,23 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S = 30.0
 
 
+@dataclass(eq=False)
 class Forks:
     """Forks of one service's sandboxes. `outcomes`: how their children ended. Run `watch()` as a task."""
 
-    def __init__(self, core: Core, outcomes: Outcomes) -> None:
-        self._core = core
-        self.outcomes = outcomes
+    _settings: ServiceSettings
+    _registry: Registry
+    _machines: Machines
+    _snapshots: Snapshots
+    _naps: Naps
+    _capacity: Capacity
+    outcomes: Outcomes
 
     def tree(self, sandbox_id: str) -> list[Sandbox]:
         """A sandbox's whole family as far as it exists, parents before children, each with the nearest ancestor that
         exists as its parent. Errors: UnknownSandboxError."""
-        self._core.get(sandbox_id)
-        registry, lineage = self._core.registry, self._core.registry.lineage
+        self._registry.get(sandbox_id)
+        registry, lineage = self._registry, self._registry.lineage
         family = lineage.family(sandbox_id)
         # Oldest first: parents come before their children.
         members = [record.sandbox for record in registry.records() if record.sandbox.id in family]
@@ -69,40 +79,41 @@ class Forks:
         each child, too. Errors: UnknownSandboxError, LimitError and CapacityError (before the first child is made),
         SandboxStateError, MachineFailedError (no snapshot could be taken; the parent goes on).
         """
-        core = self._core
-        parent = core.registry.record(sandbox_id)
+        parent = self._registry.record(sandbox_id)
         self._check_limits(parent, count)
         if not mid_cell:
             await self._wait_idle(sandbox_id)
             self._check_limits(parent, count)  # others may have forked meanwhile
         children = [self._child_record(parent, index, name) for index in range(count)]
         for child in children:
-            core.registry.add(child)
+            self._registry.add(child)
         try:
             snapshot, machines = await self._split(sandbox_id, len(children), mid_cell=mid_cell)
         except BaseException as error:
             for child in children:
-                await core.forget(child.sandbox.id)
+                await self._naps.forget(child.sandbox.id)
             if isinstance(error, SnapshotError | VmRuntimeError):
                 raise MachineFailedError(f"The sandbox could not be forked and runs on: {error}") from error
             raise
         try:
-            return await asyncio.gather(
-                *(
-                    self._bring_up(child, snapshot, machine, same_random=same_random, call_id=call_id)
+            async with asyncio.TaskGroup() as group:
+                made = [
+                    group.create_task(
+                        self._bring_up(child, snapshot, machine, same_random=same_random, call_id=call_id)
+                    )
                     for child, machine in zip(children, machines, strict=True)
-                )
-            )
+                ]
+            return [each.result() for each in made]
         except BaseException:  # cancelled: nobody was told of them
             for child in children:
-                await core.forget(child.sandbox.id)
+                await self._naps.forget(child.sandbox.id)
             raise
 
     def _check_limits(self, parent: SandboxRecord, count: int) -> None:
-        core, settings = self._core, self._core.settings
+        settings = self._settings
         if count < 1:
             raise LimitError(f"A fork makes 1 child or more, not {count}.")
-        alive = len(core.registry.lineage.children(parent.sandbox.id))
+        alive = len(self._registry.lineage.children(parent.sandbox.id))
         if alive + count > settings.max_children:
             raise LimitError(
                 f"A sandbox has at most {settings.max_children} children at a time (max_children); this one has "
@@ -110,21 +121,19 @@ class Forks:
             )
         if parent.depth + 1 > settings.max_depth:
             raise LimitError(f"Forks of forks go at most {settings.max_depth} deep (max_depth).")
-        core.capacity.admit(len(core.registry), count=count)
+        self._capacity.admit(len(self._registry), count=count)
 
     async def _wait_idle(self, sandbox_id: str) -> None:
-        core = self._core
-        async with core.bus.subscribe() as events:
-            if core.get(sandbox_id).execution_state == "busy":
+        async with self._registry.bus.subscribe() as events:
+            if self._registry.get(sandbox_id).execution_state == "busy":
                 await self._next_idle(sandbox_id, events, asyncio.get_running_loop().time() + IDLE_WAIT_S)
 
     async def _next_idle(self, sandbox_id: str, events: EventQueue, deadline: float) -> None:
         """Waits until a cell has ended since `events` were looked at last. Errors: SandboxStateError."""
-        core = self._core
         try:
             async with asyncio.timeout_at(deadline):
                 async for event in events:
-                    if event.sandbox_id == sandbox_id and core.get(sandbox_id).execution_state != "busy":
+                    if event.sandbox_id == sandbox_id and self._registry.get(sandbox_id).execution_state != "busy":
                         return
         except TimeoutError:
             pass
@@ -133,10 +142,10 @@ class Forks:
         )
 
     def _child_record(self, parent: SandboxRecord, index: int, name: str | None) -> SandboxRecord:
-        now = utc_now()
+        now = datetime.now(UTC)
         lifetime_s = parent.sandbox.max_lifetime_s
         if lifetime_s:  # counted from the child's own birth, ends when the parent's does
-            lifetime_s = max(1.0, lifetime_s - self._core.registry.age_s(parent.sandbox.id))
+            lifetime_s = max(1.0, lifetime_s - self._registry.age_s(parent.sandbox.id))
         sandbox = replace(
             parent.sandbox,
             id=new_sandbox_id(),
@@ -159,32 +168,19 @@ class Forks:
 
     async def _split(
         self, sandbox_id: str, count: int, *, mid_cell: bool
-    ) -> tuple[Manifest, list[SavedMachine | Exception]]:
+    ) -> tuple[Manifest, Sequence[SavedMachine | Exception]]:
         """The snapshot and a machine for each child. A cell that has just begun is waited for, unless mid_cell."""
-        core = self._core
-        places = [new_place(core.settings.state_dir, core.settings.run_dir) for _ in range(count)]
+        places = [new_place(self._settings.state_dir, self._settings.run_dir) for _ in range(count)]
         deadline = asyncio.get_running_loop().time() + IDLE_WAIT_S
-        async with core.bus.subscribe() as events:
+        async with self._registry.bus.subscribe() as events:
             while True:
-                async with core.lock(sandbox_id):
+                async with self._machines.lock(sandbox_id):
                     try:
-                        with core.capacity.room(core.get(sandbox_id).memory_mib, count=count):
-                            if core.get(sandbox_id).state is SandboxState.ASLEEP:
-                                return await self._split_asleep(sandbox_id, places)
-                            forked = await core.fork(sandbox_id, places, strict=not mid_cell)
-                            return forked.taken.manifest, list(forked.children)
+                        with self._capacity.room(self._registry.get(sandbox_id).memory_mib, count=count):
+                            return await self._snapshots.fork(sandbox_id, places, strict=not mid_cell)
                     except CellRunsError as error:
                         log.info("Sandbox %s is forked after the cell that runs: %s", sandbox_id, error)
                 await self._next_idle(sandbox_id, events, deadline)
-
-    async def _split_asleep(
-        self, sandbox_id: str, places: Sequence[MachinePlace]
-    ) -> tuple[Manifest, list[SavedMachine | Exception]]:
-        core = self._core
-        snapshot = await asyncio.to_thread(core.store.get, core.get(sandbox_id).snapshot_id or "")
-        restoring = (core.launcher.saver.restore(snapshot, place=place) for place in places)
-        machines = await asyncio.gather(*restoring, return_exceptions=True)
-        return snapshot, [_no_cancel(machine) for machine in machines]
 
     async def _bring_up(
         self,
@@ -195,7 +191,6 @@ class Forks:
         same_random: bool,
         call_id: str | None,
     ) -> Sandbox | KernelsError:
-        core = self._core
         sandbox = child.sandbox
         me = {"index": sandbox.index, "id": sandbox.id, "parent_id": sandbox.parent_id}
         # What waits to be run was asked of the parent. But a child that forked itself may become its parent again.
@@ -206,16 +201,16 @@ class Forks:
             if isinstance(machine, Exception):
                 raise machine
             greeting = Greeting(
-                marker=snapshot.wire_marker, identity=core.identity(child), key=child.key, restored=True,
+                marker=snapshot.wire_marker, identity=identity_of(sandbox), key=child.key, restored=True,
                 keep_random=same_random, extra=extra,
             )  # fmt: skip
             warm = await WarmMachine.greet(machine, greeting)
-            async with core.lock(sandbox.id):
-                await core.go_live(sandbox.id, warm, snapshot=snapshot)
-                await core.keep(sandbox.id, snapshot)
-            return core.get(sandbox.id)
+            async with self._machines.lock(sandbox.id):
+                await self._machines.go_live(sandbox.id, warm, snapshot=snapshot)
+                await self._snapshots.keep(sandbox.id, snapshot)
+            return self._registry.get(sandbox.id)
         except (KernelsError, VmRuntimeError, SnapshotError) as error:
-            await core.forget(sandbox.id)
+            await self._naps.forget(sandbox.id)
             return error if isinstance(error, KernelsError) else MachineFailedError(str(error))
 
     async def become(self, parent_id: str, child_id: str) -> Sandbox:
@@ -223,12 +218,11 @@ class Forks:
 
         Errors: SandboxStateError (no such offer), MachineFailedError.
         """
-        core = self._core
         offer = self.outcomes.get(child_id)
         if offer is None or offer.state != "offered" or offer.parent_id != parent_id:
             raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
-        async with core.lock(parent_id), core.lock(child_id):
-            parent, live = core.live.get(parent_id), core.running(child_id)
+        async with self._machines.lock(parent_id), self._machines.lock(child_id):
+            parent, live = self._machines.live.get(parent_id), self._machines.running(child_id)
             run = [each for each in (parent, live) if each and each.saved.machine.state is RunState.RUNNING]
             for each in run:
                 await each.let_go()
@@ -239,8 +233,8 @@ class Forks:
             }
             snapshot = None
             try:
-                snapshot = (await core.take(child_id, then=Then.STOP, heir_id=parent_id)).manifest
-                warm = await core.restore_beside(
+                snapshot = (await self._snapshots.take(child_id, then=Then.STOP, heir_id=parent_id)).manifest
+                warm = await self._machines.restore(
                     parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra
                 )
             except BaseException as error:
@@ -248,24 +242,24 @@ class Forks:
                 for each in run:
                     await each.go_on()
                 if snapshot is not None:
-                    await core.removing(core.store.rm, snapshot.id)
+                    await self._snapshots.remove(snapshot.id)
                 if isinstance(error, SnapshotError | VmRuntimeError | KernelsError):
                     raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
                 raise
-            await core.keep(parent_id, snapshot)
-            await core.take_down(parent_id, "elsewhere")
-            core.registry.move(parent_id, SandboxState.ASLEEP)
-            await core.go_live(parent_id, warm, quiet=True, snapshot=snapshot)
-            core.registry.adopt(child_id, parent_id)
+            await self._snapshots.keep(parent_id, snapshot)
+            await self._machines.take_down(parent_id, "elsewhere")
+            self._registry.move(parent_id, SandboxState.ASLEEP)
+            await self._machines.go_live(parent_id, warm, quiet=True, snapshot=snapshot)
+            self._registry.adopt(child_id, parent_id)
             await self.outcomes.adopt(child_id, parent_id)
-            await core.forget(child_id)
+            await self._naps.forget(child_id)
         await self.outcomes.forget(child_id=child_id)
-        return core.get(parent_id)
+        return self._registry.get(parent_id)
 
     async def watch(self) -> None:
         """Records children that end without a word as crashed, and drops the outcomes of parents that are gone."""
         while True:
-            async with self._core.bus.subscribe() as events:
+            async with self._registry.bus.subscribe() as events:
                 async for event in events:
                     try:
                         await self._on_event(event)
@@ -276,17 +270,16 @@ class Forks:
             log.warning("Events came faster than they could be taken; some were missed")
 
     async def _on_event(self, event: SandboxEvent) -> None:
-        core = self._core
         failed = event.kind is EventKind.STATE and event.data.get("state") == SandboxState.FAILED
         if failed or event.kind is EventKind.KERNEL_DEAD:
-            if event.sandbox_id in core.registry:
-                sandbox = core.get(event.sandbox_id)
+            if event.sandbox_id in self._registry:
+                sandbox = self._registry.get(event.sandbox_id)
                 await self._crashed(sandbox, str(event.data.get("reason") or "The kernel died."))
         elif event.kind is EventKind.EXECUTION_STATE:
             self.outcomes.poke(event.sandbox_id)
         elif event.kind is EventKind.DELETED:
             parent_id = event.data.get("parent_id")
-            if isinstance(parent_id, str) and parent_id in core.registry:
+            if isinstance(parent_id, str) and parent_id in self._registry:
                 await self.outcomes.record(
                     Outcome(
                         child_id=event.sandbox_id, parent_id=parent_id, state="crashed",
@@ -305,9 +298,3 @@ class Forks:
 def _unanswered(live: LiveSandbox | None) -> Unanswered:
     """What was not answered when it was let go."""
     return live.unanswered if live is not None and live.unanswered is not None else Unanswered(count=0)
-
-
-def _no_cancel(machine: SavedMachine | BaseException) -> SavedMachine | Exception:
-    if isinstance(machine, BaseException) and not isinstance(machine, Exception):
-        raise machine
-    return machine

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter
 
-from kernels.core import Core
+from kernels.background import Background
 from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSandboxError
 from kernels.forks import Forks
 from kernels.models import Checkpoint, Sandbox
 from kernels.naps import Naps
 from kernels.outcomes import MAX_VALUE_BYTES, Outcome
+from kernels.registry import Registry
 from kernels.session import CallHandler
 from kernels.time_line import TimeLine
 from vm_runtime.wire.errors import OpenRejectedError
@@ -42,8 +44,11 @@ _CODES: dict[type[KernelsError], str] = {UnknownSandboxError: "unknown_sandbox",
 class GuestCalls:
     """Gives each sandbox the handler of its calls."""
 
-    def __init__(self, core: Core, naps: Naps, time_line: TimeLine, forks: Forks) -> None:
-        self._core = core
+    def __init__(
+        self, registry: Registry, naps: Naps, time_line: TimeLine, forks: Forks, background: Background
+    ) -> None:
+        self._registry = registry
+        self._background = background
         self._naps = naps
         self._time_line = time_line
         self._forks = forks
@@ -60,7 +65,7 @@ class GuestCalls:
             "kill": self._kill,
             "snapshot": self._snapshot,
             "checkpoints": self._checkpoints,
-            "restore": self._restore,
+            "restore": partial(self._goto, field="name"),
             "goto": self._goto,
             "undo": self._undo,
             "sleep": self._sleep,
@@ -84,7 +89,7 @@ class GuestCalls:
     # About itself and its family
 
     async def _info(self, me: str, incoming: Incoming) -> None:
-        await incoming.answer(_json(self._core.get(me)))
+        await incoming.answer(_json(self._registry.get(me)))
 
     async def _tree(self, me: str, incoming: Incoming) -> None:
         nodes = self._forks.tree(me)
@@ -93,7 +98,7 @@ class GuestCalls:
     async def _kill(self, me: str, incoming: Incoming) -> None:
         target = self._descendant(me, _text(incoming, "id"))
         # Not broken off with the stream: half-forgotten, it would be nobody's.
-        await _away(self._core, self._core.end(target))
+        await self._away(self._naps.end(target))
         await incoming.answer()
 
     # Forks
@@ -112,7 +117,7 @@ class GuestCalls:
     async def _exit(self, me: str, incoming: Incoming) -> None:
         value = await self._value(me, await incoming.accept())
         await self._record(me, incoming, "exited", value)
-        self._core.spawn(self._core.end(me))
+        self._background.spawn(self._naps.end(me))
 
     async def _offer(self, me: str, incoming: Incoming) -> None:
         stream = await incoming.accept()
@@ -126,7 +131,7 @@ class GuestCalls:
             return await _value(stream)
 
     async def _record(self, me: str, incoming: Incoming, state: Any, value: bytes) -> None:
-        parent_id = self._core.get(me).parent_id
+        parent_id = self._registry.get(me).parent_id
         if parent_id is not None:
             await self._forks.outcomes.record(
                 Outcome(
@@ -143,7 +148,7 @@ class GuestCalls:
             self._descendant(me, child_id)
             outcome = await self._wait_for(me, [child_id], _timeout(incoming))
         if outcome is None:
-            running = child_id in self._core.registry and self._core.get(child_id).execution_state == "busy"
+            running = child_id in self._registry and self._registry.get(child_id).execution_state == "busy"
             await incoming.answer({"state": "running" if running else "idle"})
             return
         value = await asyncio.to_thread(self._forks.outcomes.value, child_id)
@@ -154,10 +159,10 @@ class GuestCalls:
     async def _wait(self, me: str, incoming: Incoming) -> None:
         ids = incoming.params.get("ids")
         if ids is None:
-            ids = self._core.registry.lineage.children(me)
+            ids = self._registry.lineage.children(me)
         if not isinstance(ids, list) or len(ids) > MAX_WAITED_IDS or not all(isinstance(each, str) for each in ids):
             raise RequestError(f"ids must be a list of at most {MAX_WAITED_IDS} children's ids.")
-        descendants = set(self._core.registry.lineage.descendants(me))
+        descendants = set(self._registry.lineage.descendants(me))
         for child_id in ids:
             if self._outcome_of(me, child_id) is None and child_id not in descendants:
                 raise UnknownSandboxError(child_id)
@@ -165,14 +170,14 @@ class GuestCalls:
         if outcome is not None:
             await incoming.answer({"id": outcome.child_id})
             return
-        idle = [each for each in ids if each in self._core.registry and self._core.get(each).execution_state != "busy"]
+        idle = [each for each in ids if each in self._registry and self._registry.get(each).execution_state != "busy"]
         await incoming.answer({"id": idle[0] if idle else None})
 
     async def _wait_for(self, me: str, ids: list[str], timeout_s: float | None) -> Outcome | None:
         """The first outcome; None when the time is over or one of them is idle: its cell ended without a word."""
 
         def is_idle(child_id: str) -> bool:
-            return child_id in self._core.registry and self._core.get(child_id).execution_state == "idle"
+            return child_id in self._registry and self._registry.get(child_id).execution_state == "idle"
 
         return await self._forks.outcomes.wait(ids, timeout_s=timeout_s, is_over=is_idle)
 
@@ -182,12 +187,12 @@ class GuestCalls:
 
     async def _become(self, me: str, incoming: Incoming) -> None:
         child_id = self._descendant(me, _text(incoming, "id"))
-        await _away(self._core, self._forks.become(me, child_id))
+        await self._away(self._forks.become(me, child_id))
 
     # Its own states
 
     async def _checkpoints(self, me: str, incoming: Incoming) -> None:
-        checkpoints = await asyncio.to_thread(self._time_line.checkpoints, me)
+        checkpoints = await self._time_line.checkpoints(me)
         newest = [_CHECKPOINT.dump_python(each, mode="json") for each in checkpoints[-MAX_LISTED_CHECKPOINTS:]]
         await incoming.answer({"checkpoints": newest})
 
@@ -195,48 +200,42 @@ class GuestCalls:
         checkpoint = await self._time_line.checkpoint(me, name=_text(incoming, "name"))
         await incoming.answer(_CHECKPOINT.dump_python(checkpoint, mode="json"))
 
-    async def _restore(self, me: str, incoming: Incoming) -> None:
-        reply_to = _reply_to(incoming)
-        await _away(self._core, self._time_line.goto(me, _text(incoming, "name"), reply_to=reply_to))
-
-    async def _goto(self, me: str, incoming: Incoming) -> None:
-        reply_to = _reply_to(incoming)
-        await _away(self._core, self._time_line.goto(me, _text(incoming, "target"), reply_to=reply_to))
+    async def _goto(self, me: str, incoming: Incoming, *, field: str = "target") -> None:
+        await self._away(self._time_line.goto(me, _text(incoming, field), reply_to=_reply_to(incoming)))
 
     async def _undo(self, me: str, incoming: Incoming) -> None:
-        await _away(self._core, self._time_line.undo(me, reply_to=_reply_to(incoming)))
+        await self._away(self._time_line.undo(me, reply_to=_reply_to(incoming)))
 
     async def _sleep(self, me: str, incoming: Incoming) -> None:
-        await _away(self._core, self._naps.sleep(me))
+        await self._away(self._naps.sleep(me))
 
     def _descendant(self, me: str, target: str) -> str:
         """The id of a descendant from its id or the beginning of it. Errors: UnknownSandboxError."""
-        lineage = self._core.registry.lineage
-        if lineage.is_descendant(target, me) and target in self._core.registry:
+        lineage = self._registry.lineage
+        if lineage.is_descendant(target, me) and target in self._registry:
             return target
         found = [each for each in lineage.descendants(me) if len(target) >= 4 and each.startswith(target)]
         if len(found) == 1:
             return found[0]
         raise UnknownSandboxError(target)
 
+    async def _away(self, work: Awaitable[object]) -> None:
+        """Runs what ends the asking machine. The caller's stream ends with it; what fails before that is raised."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-async def _away(core: Core, work: Awaitable[object]) -> None:
-    """Runs what ends the asking machine. The caller's stream ends with it; what fails before that is raised."""
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        async def run() -> None:
+            try:
+                await work
+            except Exception as error:
+                if done.done():
+                    raise
+                done.set_exception(error if isinstance(error, KernelsError) else MachineFailedError(str(error)))
+            else:
+                if not done.done():
+                    done.set_result(None)
 
-    async def run() -> None:
-        try:
-            await work
-        except Exception as error:
-            if done.done():
-                raise
-            done.set_exception(error if isinstance(error, KernelsError) else MachineFailedError(str(error)))
-        else:
-            if not done.done():
-                done.set_result(None)
-
-    core.spawn(run())
-    await done
+        self._background.spawn(run())
+        await done
 
 
 async def _value(stream: Stream) -> bytes:

@@ -1,6 +1,6 @@
 """A sandbox's machine while it has one: the session with its guest, and what happens when one of them fails.
 
-It reports through `Notices`; what follows from a report (states, events, records) is the service's business.
+It writes down in the registry what becomes of the kernel; what else follows is its observer's business.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from kernels.background import Background
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, MachineUnresponsiveError
-from kernels.session import GuestEvent, KernelExited, KernelStatus, Unanswered
+from kernels.models import EventKind
+from kernels.registry import Registry
+from kernels.session import CallHandler, GuestEvent, KernelExited, KernelStatus, Unanswered
 from kernels.warm import WarmMachine
+from vm_runtime.saving.threads import gather_all
 from vm_runtime.states import RunState
 from vm_runtime.wire.stream import Stream
 
@@ -43,21 +47,20 @@ UNRESPONSIVE_LOOKS = 10
 LOOK_S = 1.0
 
 
-class Notices(Protocol):
-    """What a live sandbox tells the service. Called from the event loop, must not block.
-    `machine_dead` takes the live sandbox down: it is the last thing that is reported."""
+class SandboxObserver(Protocol):
+    """Acts on what happens to sandboxes. Called from the event loop, must not block."""
 
-    def execution_state(self, state: str) -> None: ...
+    def cell_ended(self, sandbox_id: str) -> None:
+        """The kernel may wait with the next one (`LiveSandbox.next_waits`)."""
 
-    def kernel_restarting(self, reason: str) -> None: ...
+    def client_asks(self, sandbox_id: str) -> None:
+        """A client sends a request to a sandbox that has no machine, or is losing it just now."""
 
-    def kernel_restarted(self) -> None: ...
+    def machine_lost(self, sandbox_id: str, reason: str) -> None:
+        """Called within the sandbox's lock; the machine is down."""
 
-    def kernel_dead(self, reason: str) -> None: ...
-
-    def unresponsive(self, since: datetime | None) -> None: ...
-
-    async def machine_dead(self, reason: str) -> None: ...
+    def calls_of(self, sandbox_id: str) -> CallHandler:
+        """The handler of the guest's own calls."""
 
 
 class LiveSandbox:
@@ -67,20 +70,22 @@ class LiveSandbox:
     cell: the number of the last cell that ended, None while that is unknown. kernel_started_at: when this kernel took
     the place of another one in this machine, None where it did not. next_waits: whether the kernel waits with
     the next one for `release_cells`. is_let_go: its clients wait (`let_go`); unanswered: what it had not answered then.
-    restart_limit: automatic restarts within `restart_window_s` before the kernel is reported dead. is_dead: it was
-    before; only `restart` changes that.
+    restart_limit: automatic restarts within `restart_window_s` before the kernel is dead; one that is dead when this
+    begins stays so. Only `restart` changes that.
     """
 
     def __init__(
         self,
+        sandbox_id: str,
         warm: WarmMachine,
         *,
         endpoints: Endpoints,
-        notices: Notices,
+        registry: Registry,
+        observer: SandboxObserver,
         restart_limit: int,
         restart_window_s: float,
-        is_dead: bool,
     ) -> None:
+        self.id = sandbox_id
         self.saved = warm.saved
         self.session = warm.session
         self.key = warm.key
@@ -93,14 +98,16 @@ class LiveSandbox:
         self._endpoints = endpoints
         self._identity = warm.identity
         self._greeted = warm.greeted
-        self._notices = notices
+        self._registry = registry
+        self._observer = observer
         self._restart_limit = restart_limit
         self._restart_window_s = restart_window_s
         self._crashes: deque[float] = deque()
         self._exits: asyncio.Queue[KernelExited] = asyncio.Queue(MAX_EXITS)
         self._kernel_lock = asyncio.Lock()
         self._kernel_pid = self.session.kernel_pid
-        self._is_dead = is_dead and self.session.kernel_exited is not None
+        was_dead = registry.get(sandbox_id).execution_state == "dead"
+        self._is_dead = was_dead and self.session.kernel_exited is not None
         if self.session.kernel_exited is not None:
             self._exits.put_nowait(self.session.kernel_exited)
         warm.take(self.on_event)
@@ -165,7 +172,7 @@ class LiveSandbox:
             news.append(self.session.identify(identity))
         if env or cwd is not None:
             news.append(self._start(env, cwd))
-        await asyncio.gather(*news)
+        await gather_all(*news)
 
     async def _start(self, env: Mapping[str, str], cwd: str | None) -> None:
         answer = await self.session.call("kernel.start", {"env": dict(env), "cwd": cwd})
@@ -205,7 +212,8 @@ class LiveSandbox:
                 last = await self.session.hold_cells(limit_s=0.0)
                 if not last.held and not inside:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._cell_ended.wait(), ENDING_S)
+                        async with asyncio.timeout(ENDING_S):
+                            await self._cell_ended.wait()
                     last = await self.session.hold_cells(limit_s=0.0)
                 while last.held and last.cell != self.cell:
                     self._cell_ended.clear()
@@ -229,7 +237,7 @@ class LiveSandbox:
         """A new kernel process in the same machine: files stay, variables go. Errors: MachineUnresponsiveError (only
         the machine's end can help), MachineFailedError (the kernel does not start, and is dead)."""
         async with self._kernel_lock:
-            self._notices.execution_state("restarting")
+            self._registry.execution_state(self.id, "restarting")
             self._crashes.clear()
             try:
                 await self._start_anew()
@@ -238,7 +246,7 @@ class LiveSandbox:
             except MachineFailedError as error:
                 self._die(str(error))
                 raise
-        self._notices.kernel_restarted()
+        self._registry.notify(self.id, EventKind.KERNEL_RESTARTED)
 
     async def _start_anew(self) -> None:
         result = await self.session.call("kernel.restart", timeout_s=RESTART_TIMEOUT_S)
@@ -248,7 +256,7 @@ class LiveSandbox:
         self.cell, self.kernel_started_at = 0, datetime.now(UTC)
         # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
         await self._endpoints.drop_connections()
-        self._notices.execution_state("idle")
+        self._registry.execution_state(self.id, "idle")
 
     def on_event(self, event: GuestEvent) -> None:
         """The guest's events come in here."""
@@ -258,28 +266,29 @@ class LiveSandbox:
                 if event.state == "idle" and event.cell is not None:
                     self.cell = event.cell
                 if not self._is_dead:  # late, of one that did not start
-                    self._notices.execution_state(event.state)
+                    before = self._registry.execution_state(self.id, event.state)
+                    if (before, event.state) == ("busy", "idle"):
+                        self._observer.cell_ended(self.id)
                 if event.state == "idle":
                     self._cell_ended.set()
             case KernelExited():
                 if not self._exits.full():
                     self._exits.put_nowait(event)
 
-    async def run(self) -> None:
-        """Supervises until the machine is dead or cancelled: crashes of kernel, session and machine."""
-        watches = [asyncio.create_task(self._watch_kernel()), asyncio.create_task(self._watch_agent())]
-        ends = {
-            asyncio.create_task(self._machine_end()),
-            asyncio.create_task(self._session_end()),
-        }
+    async def run(self) -> str:
+        """Supervises kernel, session and machine until the machine is lost; why."""
+        watches = Background()
+        watches.spawn(self._watch_kernel())
+        watches.spawn(self._watch_agent())
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            reason = done.pop().result()
+            async with asyncio.TaskGroup() as group:
+                ends = [group.create_task(self._machine_end()), group.create_task(self._session_end())]
+                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for end in ends:
+                    end.cancel()
         finally:
-            for task in (*watches, *ends):
-                task.cancel()
-            await asyncio.gather(*watches, *ends, return_exceptions=True)
-        await self._notices.machine_dead(reason)
+            await watches.end()
+        return done.pop().result()
 
     async def _machine_end(self) -> str:
         death = await self.saved.machine.wait_dead()
@@ -307,7 +316,8 @@ class LiveSandbox:
     async def _recover(self, reason: str, *, is_crash: bool) -> None:
         """Starts the kernel again, and again if it ends while it starts, as often as it may be."""
         while self._may_restart(is_crash=is_crash):
-            self._notices.kernel_restarting(reason)
+            self._registry.execution_state(self.id, "restarting")
+            self._registry.crash(self.id, reason)
             try:
                 await self._start_anew()
             except MachineUnresponsiveError as error:
@@ -316,7 +326,7 @@ class LiveSandbox:
             except MachineFailedError as error:
                 reason, is_crash = str(error), True
                 continue
-            self._notices.kernel_restarted()
+            self._registry.notify(self.id, EventKind.KERNEL_RESTARTED)
             return
         self._die(f"{reason} It was restarted {self._restart_limit} times already.")
 
@@ -330,7 +340,8 @@ class LiveSandbox:
 
     def _die(self, reason: str) -> None:
         self._is_dead = True
-        self._notices.kernel_dead(reason)
+        self._registry.execution_state(self.id, "dead")
+        self._registry.notify(self.id, EventKind.KERNEL_DEAD, reason)
 
     def _reason(self, event: KernelExited) -> str:
         reason = event.reason
@@ -362,7 +373,9 @@ class LiveSandbox:
 
     def _responds(self, *, unless_since: datetime | None) -> None:
         self.session.deadlines.unresponsive_since = unless_since
-        self._notices.unresponsive(unless_since)
+        self._registry.unresponsive(self.id, unless_since)
+        if unless_since is None:
+            self._registry.execution_state(self.id, self.execution_state)
 
     async def _open_channel(self, name: str) -> Stream:
         return await self.session.open_channel(name)

@@ -9,8 +9,10 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
-from kernels.core import Core
+from kernels.background import Background, all_logged
 from kernels.errors import (
     CapacityError,
     CheckpointLimitError,
@@ -20,11 +22,15 @@ from kernels.errors import (
     UnknownSandboxError,
 )
 from kernels.live import LiveSandbox
+from kernels.machines import Machines
 from kernels.models import EventKind, Sandbox, SandboxState
+from kernels.registry import Registry
+from kernels.snapshots import Snapshots
 from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.states import RunState
 
 log = logging.getLogger(__name__)
@@ -39,12 +45,16 @@ LOOK_INTERVAL_S = 0.05
 PARALLEL_SLEEPS = 4
 
 
+@dataclass(eq=False)
 class Naps:
-    """Sleep and wake of one service's sandboxes. Run `watch()` as a task."""
+    """Sleep, wake and end of one service's sandboxes. Run `watch()` as a task."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._waking: set[str] = set()  # a wake on request waits for its turn
+    _registry: Registry
+    _machines: Machines
+    _store: SnapshotStore
+    _snapshots: Snapshots
+    _background: Background
+    _waking: set[str] = field(default_factory=set, init=False)  # a wake on request waits for its turn
 
     async def sleep(self, sandbox_id: str) -> Sandbox:
         """Puts a sandbox to sleep; one that sleeps already stays so. A cell that runs goes on after the wake.
@@ -52,15 +62,15 @@ class Naps:
         Errors: UnknownSandboxError, SandboxStateError, CheckpointLimitError, MachineFailedError (the snapshot failed);
         it runs on.
         """
-        self._core.get(sandbox_id)
+        self._registry.get(sandbox_id)
         asked_at = asyncio.get_running_loop().time()
-        async with self._core.lock(sandbox_id):
-            live = self._core.live.get(sandbox_id)
+        async with self._machines.lock(sandbox_id):
+            live = self._machines.live.get(sandbox_id)
             busy = live is not None and await self._let_go(live, patience_s=PATIENCE_S)
             sandbox = await self._sleep(sandbox_id)
             # Else who asks now waits for an answer that nobody brings about.
             if live is not None and busy and live.asked_at >= asked_at:
-                self.on_request(sandbox_id)
+                self.client_asks(sandbox_id)
             return sandbox
 
     @staticmethod
@@ -86,15 +96,14 @@ class Naps:
 
     async def _sleep(self, sandbox_id: str, *, resumes: bool = False) -> Sandbox:
         """resumes: the next gateway wakes it."""
-        core = self._core
-        if core.get(sandbox_id).state is SandboxState.ASLEEP:
-            return core.get(sandbox_id)
-        live = core.running(sandbox_id)
+        if self._registry.get(sandbox_id).state is SandboxState.ASLEEP:
+            return self._registry.get(sandbox_id)
+        live = self._machines.running(sandbox_id)
         was_running = live.saved.machine.state is RunState.RUNNING
         if was_running and not live.is_let_go:
             await live.let_go()
         try:
-            await core.take(sandbox_id, then=Then.STOP)
+            await self._snapshots.take(sandbox_id, then=Then.STOP)
         except Exception as error:
             # Also where the snapshot is there but could not be noted down (a full disk): what runs must not be lost.
             if was_running:
@@ -102,11 +111,11 @@ class Naps:
             if isinstance(error, CheckpointLimitError):
                 raise
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
-        await core.take_down(sandbox_id, "asleep")
-        core.registry.update(sandbox_id, resumes=resumes)
-        sandbox = core.registry.move(sandbox_id, SandboxState.ASLEEP)
-        if core.has_request(sandbox_id):
-            self.on_request(sandbox_id)
+        await self._machines.take_down(sandbox_id, "asleep")
+        self._registry.update(sandbox_id, resumes=resumes)
+        sandbox = self._registry.move(sandbox_id, SandboxState.ASLEEP)
+        if self._machines.has_request(sandbox_id):
+            self.client_asks(sandbox_id)
         return sandbox
 
     async def wake(self, sandbox_id: str) -> Sandbox:
@@ -114,40 +123,40 @@ class Naps:
 
         Errors: UnknownSandboxError, CapacityError (it sleeps on), MachineFailedError.
         """
-        self._core.get(sandbox_id)
-        async with self._core.lock(sandbox_id):
+        self._registry.get(sandbox_id)
+        async with self._machines.lock(sandbox_id):
             return await self._wake(sandbox_id)
 
     async def _wake(self, sandbox_id: str) -> Sandbox:
-        core = self._core
-        sandbox = core.get(sandbox_id)
+        sandbox = self._registry.get(sandbox_id)
         if sandbox.state is not SandboxState.ASLEEP:
-            core.running(sandbox_id)
-            return core.registry.change(sandbox_id, released=False) if sandbox.released else sandbox
+            self._machines.running(sandbox_id)
+            return self._registry.change(sandbox_id, released=False) if sandbox.released else sandbox
         if sandbox.snapshot_id is None:
             raise SandboxStateError(sandbox_id, found="asleep without a snapshot", wanted=SandboxState.RUNNING)
         try:
-            snapshot = await asyncio.to_thread(core.store.get, sandbox.snapshot_id)
+            snapshot = await asyncio.to_thread(self._store.get, sandbox.snapshot_id)
             # The same sandbox goes on, so its user-level random numbers do, too; the system's are renewed in any case.
             # One that lost its machine went back to a checkpoint; one that was put to sleep does what it was asked.
-            await core.restore(sandbox_id, snapshot, keep_random=True, drop_requests=sandbox.reason is not None)
+            drop = sandbox.reason is not None
+            warm = await self._machines.restore(sandbox_id, snapshot, keep_random=True, drop_requests=drop)
+            await self._machines.go_live(sandbox_id, warm, quiet=True, snapshot=snapshot)
         except CapacityError:
             raise
         except (SnapshotError, VmRuntimeError, KernelsError) as error:
             raise MachineFailedError(f"The sandbox could not be woken: {error}") from error
-        core.registry.touch(sandbox_id)
-        return core.registry.change(sandbox_id, released=False)
+        self._registry.touch(sandbox_id)
+        return self._registry.change(sandbox_id, released=False)
 
     async def pause(self, sandbox_id: str) -> Sandbox:
         """Stops the CPUs of a machine; one that stands already stays so.
 
         Errors: UnknownSandboxError, SandboxStateError, MachineFailedError.
         """
-        core = self._core
-        async with core.lock(sandbox_id):
-            live = core.running(sandbox_id)
-            if core.get(sandbox_id).state is SandboxState.PAUSED:
-                return core.get(sandbox_id)
+        async with self._machines.lock(sandbox_id):
+            live = self._machines.running(sandbox_id)
+            if self._registry.get(sandbox_id).state is SandboxState.PAUSED:
+                return self._registry.get(sandbox_id)
             # What is under way to a machine that stands still would be lost if it were put to sleep then.
             await live.let_go()
             try:
@@ -156,93 +165,103 @@ class Naps:
                 await live.take_back()
                 raise MachineFailedError(f"The sandbox could not be paused: {error}") from error
             live.session.deadlines.pause()
-            return core.registry.move(sandbox_id, SandboxState.PAUSED)
+            return self._registry.move(sandbox_id, SandboxState.PAUSED)
 
     async def resume(self, sandbox_id: str) -> Sandbox:
         """Lets the CPUs go on; a machine that runs already goes on. Errors: as `pause`."""
-        core = self._core
-        async with core.lock(sandbox_id):
-            live = core.running(sandbox_id)
-            if core.get(sandbox_id).state is SandboxState.RUNNING:
-                return core.get(sandbox_id)
+        async with self._machines.lock(sandbox_id):
+            live = self._machines.running(sandbox_id)
+            if self._registry.get(sandbox_id).state is SandboxState.RUNNING:
+                return self._registry.get(sandbox_id)
             try:
                 await live.saved.machine.resume()
             except VmRuntimeError as error:
                 raise MachineFailedError(f"The sandbox could not be resumed: {error}") from error
             live.session.deadlines.resume()
             await live.session.correct_clock(math.inf)  # it stood still with the CPUs
-            core.registry.touch(sandbox_id)
-            sandbox = core.registry.move(sandbox_id, SandboxState.RUNNING)
+            self._registry.touch(sandbox_id)
+            sandbox = self._registry.move(sandbox_id, SandboxState.RUNNING)
             await live.take_back()
             return sandbox
 
-    def on_request(self, sandbox_id: str) -> None:
+    def client_asks(self, sandbox_id: str) -> None:
         """A client asks something of a sandbox that has no machine, or is losing it just now."""
-        known = sandbox_id in self._core.registry and self._core.get(sandbox_id).state is not SandboxState.FAILED
-        if known and sandbox_id not in self._waking and not self._core.is_stopping:
+        known = sandbox_id in self._registry and self._registry.get(sandbox_id).state is not SandboxState.FAILED
+        if known and sandbox_id not in self._waking and not self._machines.is_stopping:
             self._waking.add(sandbox_id)
-            self._core.spawn(self._wake_on_request(sandbox_id))
+            self._background.spawn(self._wake_on_request(sandbox_id))
 
     async def _wake_on_request(self, sandbox_id: str) -> None:
         try:
-            async with self._core.lock(sandbox_id):
+            async with self._machines.lock(sandbox_id):
                 self._waking.discard(sandbox_id)
                 await self._wake(sandbox_id)
         except KernelsError as error:
             log.warning("Sandbox %s was asked something and cannot wake: %s", sandbox_id, error)
             no_room = isinstance(error, CapacityError)
-            self._core.registry.notify(sandbox_id, EventKind.WAKE_FAILED, str(error), no_room=no_room)
+            self._registry.notify(sandbox_id, EventKind.WAKE_FAILED, str(error), no_room=no_room)
 
-    def on_machine_lost(self, sandbox_id: str, reason: str) -> None:
+    def machine_lost(self, sandbox_id: str, reason: str) -> None:
         """The machine died. With a checkpoint the sandbox sleeps on it; without one it has failed."""
-        core = self._core
-        sandbox = core.get(sandbox_id)
+        sandbox = self._registry.get(sandbox_id)
         if sandbox.snapshot_id is None:
-            core.registry.fail(sandbox_id, reason)
+            self._registry.fail(sandbox_id, reason)
             return
         try:
-            taken = core.store.get(sandbox.snapshot_id).created_at
+            taken = self._store.get(sandbox.snapshot_id).created_at
         except SnapshotError as error:
-            core.registry.fail(sandbox_id, f"{reason} Its checkpoint cannot be used: {error}")
+            self._registry.fail(sandbox_id, f"{reason} Its checkpoint cannot be used: {error}")
             return
         text = f"The sandbox goes on from its checkpoint of {taken:%Y-%m-%d %H:%M:%S} UTC. {reason}"
-        core.registry.fall_back(sandbox_id, text)
+        self._registry.fall_back(sandbox_id, text)
+
+    async def end(self, sandbox_id: str) -> None:
+        """Ends a sandbox for good, when nobody else changes it. Unknown ids are fine."""
+        async with self._machines.lock(sandbox_id):
+            await self.forget(sandbox_id)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """The same within its lock: machine, endpoints, record, and its claim on snapshots."""
+        await self._machines.forget(sandbox_id)
+        if sandbox_id in self._registry:
+            stood_on = self._registry.get(sandbox_id).snapshot_id
+            self._registry.remove(sandbox_id)
+            await self._snapshots.drop(sandbox_id, stood_on=stood_on)
 
     async def watch(self) -> None:
         """Puts idle sandboxes to sleep and ends those whose life time is over, until cancelled."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            for record in self._core.registry.records():
+            for record in self._registry.records():
                 sandbox = record.sandbox
                 if self._is_over(sandbox):
-                    end = self._sleep_at_end if sandbox.on_timeout == "sleep" else self._core.end
-                    self._core.spawn(end(sandbox.id))
-                elif self._is_idle(sandbox) and not self._core.cell_lock(sandbox.id).locked():
-                    self._core.spawn(self._sleep_if_idle(sandbox.id))
+                    end = self._sleep_at_end if sandbox.on_timeout == "sleep" else self.end
+                    self._background.spawn(end(sandbox.id))
+                elif self._is_idle(sandbox) and not self._machines.cell_lock(sandbox.id).locked():
+                    self._background.spawn(self._sleep_if_idle(sandbox.id))
 
     async def _sleep_if_idle(self, sandbox_id: str) -> None:
-        core = self._core
-        async with core.lock(sandbox_id):
-            live = core.live.get(sandbox_id)
-            if live is None or not self._is_idle(core.get(sandbox_id)):
+        async with self._machines.lock(sandbox_id):
+            live = self._machines.live.get(sandbox_id)
+            if live is None or not self._is_idle(self._registry.get(sandbox_id)):
                 return
-            if await self._let_go(live) or core.has_request(sandbox_id):
+            if await self._let_go(live) or self._machines.has_request(sandbox_id):
                 await live.take_back()
-                core.registry.touch(sandbox_id)  # else it would be tried again at once
+                self._registry.touch(sandbox_id)  # else it would be tried again at once
                 return
             try:
                 await self._sleep(sandbox_id)
             except KernelsError as error:
                 log.warning("Sandbox %s is idle but cannot sleep: %s", sandbox_id, error)
-                core.registry.touch(sandbox_id)
+                self._registry.touch(sandbox_id)
 
     async def _sleep_at_end(self, sandbox_id: str) -> None:
         """Its life time is over with this, whether it could sleep or not: it may be woken."""
-        async with self._core.lock(sandbox_id):
-            if sandbox_id not in self._core.registry or not self._is_over(self._core.get(sandbox_id)):
+        async with self._machines.lock(sandbox_id):
+            if sandbox_id not in self._registry or not self._is_over(self._registry.get(sandbox_id)):
                 return
-            self._core.registry.change(sandbox_id, max_lifetime_s=None)
-            if sandbox_id in self._core.live:
+            self._registry.change(sandbox_id, max_lifetime_s=None)
+            if sandbox_id in self._machines.live:
                 try:
                     await self._sleep(sandbox_id)
                 except KernelsError as error:
@@ -251,7 +270,7 @@ class Naps:
     async def sleep_all(self, *, limit_s: float, progress: Progress) -> list[str]:
         """For a stop: puts everything to sleep, several at a time. The ids of those that could not be in time."""
         gate = asyncio.Semaphore(PARALLEL_SLEEPS)
-        left = [sandbox_id for sandbox_id in self._core.live]
+        left = list(self._machines.live)
         total = len(left)
         if left:
             progress(f"Putting {total} sandboxes to sleep, for at most {limit_s:.0f} s.")
@@ -265,21 +284,17 @@ class Naps:
                 except KernelsError as error:
                     log.warning("Sandbox %s could not be put to sleep: %s", sandbox_id, error)
 
-        tasks = [asyncio.create_task(one(sandbox_id)) for sandbox_id in list(left)]
-        if tasks:
-            await asyncio.wait(tasks, timeout=limit_s)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return list(left)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await all_logged(one(sandbox_id) for sandbox_id in list(left))
+        return left
 
     async def _sleep_for_stop(self, sandbox_id: str) -> None:
-        core = self._core
-        async with core.lock(sandbox_id):
-            live = core.live.get(sandbox_id)
+        async with self._machines.lock(sandbox_id):
+            live = self._machines.live.get(sandbox_id)
             if live is not None:
-                busy = await self._let_go(live) or core.get(sandbox_id).execution_state == "busy"
-                runs = core.get(sandbox_id).state is SandboxState.RUNNING
+                busy = await self._let_go(live) or self._registry.get(sandbox_id).execution_state == "busy"
+                runs = self._registry.get(sandbox_id).state is SandboxState.RUNNING
                 await self._sleep(sandbox_id, resumes=runs and busy)
 
     async def resume_all(self, sandbox_ids: Sequence[str]) -> None:
@@ -294,8 +309,8 @@ class Naps:
 
     def _is_idle(self, sandbox: Sandbox) -> bool:
         may_sleep = sandbox.state is SandboxState.RUNNING and sandbox.execution_state in ("idle", "dead")
-        return may_sleep and 0 < sandbox.idle_timeout_s < self._core.registry.idle_s(sandbox.id)
+        return may_sleep and 0 < sandbox.idle_timeout_s < self._registry.idle_s(sandbox.id)
 
     def _is_over(self, sandbox: Sandbox) -> bool:
         limit_s = sandbox.max_lifetime_s
-        return limit_s is not None and self._core.registry.age_s(sandbox.id) > limit_s
+        return limit_s is not None and self._registry.age_s(sandbox.id) > limit_s

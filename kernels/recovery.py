@@ -8,89 +8,121 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from dataclasses import dataclass
 
-from kernels.core import Core
 from kernels.errors import KernelsError
 from kernels.index import SandboxRecord
+from kernels.machines import Machines, identity_of
 from kernels.models import SandboxState
 from kernels.naps import Naps
+from kernels.registry import Registry
 from kernels.session import Greeting
-from kernels.warm import place_of
+from kernels.settings import ServiceSettings
+from kernels.snapshots import Snapshots
+from kernels.warm import WarmMachine, place_of
+from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.errors import MachineGoneError, VmRuntimeError
+from vm_runtime.saving.saver import Saver
+from vm_runtime.saving.threads import gather_all
 from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.states import RunState
 
 log = logging.getLogger(__name__)
 
 # Guests that are greeted at the same time: more would only make each of them late on a small host.
 PARALLEL_GREETINGS = 8
+# What is found again holds work that is saved nowhere; it is given up only when it surely hangs.
+ADOPTION_TIMEOUT_S = 120.0
 
 
-async def find_again(core: Core, naps: Naps) -> list[str]:
-    """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's. The ids of sandboxes that were
-    put to sleep in the middle of something because the gateway stopped."""
-    settings = core.settings
-    records = core.registry.records()
-    for record in records:
-        if record.sandbox.state is SandboxState.CREATING:
-            await core.forget(record.sandbox.id)  # nobody was told of it
-    records = core.registry.records()
-    known = {record.machine_id for record in records if record.machine_id}
-    found = {path.name for path in (settings.run_dir / "m").glob("*")}
-    await asyncio.gather(*(_end_stray(core, machine_id) for machine_id in found - known))
-    gate = asyncio.Semaphore(PARALLEL_GREETINGS)
-    await asyncio.gather(*(_find_one(core, naps, record, gate) for record in records))
-    alive = {live.saved.machine.id for live in core.live.values()}
-    await core.launcher.saver.remove_leftovers(settings.state_dir / "machines", keep=alive)
-    await core.drop_snapshots_of_strangers()
-    records = core.registry.records()
-    return [each.sandbox.id for each in records if each.resumes and each.sandbox.state is SandboxState.ASLEEP]
+@dataclass(eq=False)
+class Recovery:
+    """`await find_again()` once, before anything else is done with sandboxes."""
 
+    _settings: ServiceSettings
+    _registry: Registry
+    _machines: Machines
+    _saver: Saver
+    _snapshots: Snapshots
+    _naps: Naps
 
-async def _end_stray(core: Core, machine_id: str) -> None:
-    try:
-        await core.launcher.end(place_of(machine_id, core.settings.state_dir, core.settings.run_dir))
-    except MachineGoneError:
-        pass
-    except VmRuntimeError as error:
-        log.warning("The stray machine %s could not be ended: %s", machine_id, error)
+    async def find_again(self) -> list[str]:
+        """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's. The ids of sandboxes that
+        were put to sleep in the middle of something because the gateway stopped."""
+        for record in self._registry.records():
+            if record.sandbox.state is SandboxState.CREATING:
+                await self._naps.forget(record.sandbox.id)  # nobody was told of it
+        records = self._registry.records()
+        known = {record.machine_id for record in records if record.machine_id}
+        found = {path.name for path in (self._settings.run_dir / "m").glob("*")}
+        gate = asyncio.Semaphore(PARALLEL_GREETINGS)
+        await gather_all(*(self._end_stray(machine_id) for machine_id in found - known))
+        await gather_all(*(self._find_one(record, gate) for record in records))
+        alive = {live.saved.machine.id for live in self._machines.live.values()}
+        await self._saver.remove_leftovers(self._settings.state_dir / "machines", keep=alive)
+        await self._snapshots.drop_orphans()
+        records = self._registry.records()
+        return [each.sandbox.id for each in records if each.resumes and each.sandbox.state is SandboxState.ASLEEP]
 
+    def _place(self, machine_id: str) -> MachinePlace:
+        return place_of(machine_id, self._settings.state_dir, self._settings.run_dir)
 
-async def _find_one(core: Core, naps: Naps, record: SandboxRecord, gate: asyncio.Semaphore) -> None:
-    """One that cannot be found again must not keep the gateway from serving the others."""
-    try:
-        async with gate:
-            await _find(core, naps, record)
-    except Exception as error:
-        log.exception("Sandbox %s could not be found again", record.sandbox.id)
-        with contextlib.suppress(KernelsError):
-            core.registry.fail(record.sandbox.id, f"It could not be found again when the gateway started: {error}")
-
-
-async def _find(core: Core, naps: Naps, record: SandboxRecord) -> None:
-    sandbox = record.sandbox
-    if sandbox.state is SandboxState.FAILED:
-        return
-    await core.open_endpoints(sandbox.id)
-    if not record.machine_id:
-        if sandbox.state in (SandboxState.RUNNING, SandboxState.PAUSED):
-            naps.on_machine_lost(sandbox.id, "Its machine had ended when the gateway was killed.")
-        return
-    place = place_of(record.machine_id, core.settings.state_dir, core.settings.run_dir)
-    if sandbox.state is SandboxState.ASLEEP:
-        # Killed between falling asleep and the machine's end.
-        await _end_stray(core, record.machine_id)
-        core.registry.update(sandbox.id, machine_id="")
-        return
-    greeting = Greeting(marker=record.marker, identity=core.identity(record), key=record.key, restored=False)
-    try:
-        warm = await core.launcher.adopt(place, greeting)
-        await core.go_live(sandbox.id, warm)
-    except (KernelsError, VmRuntimeError, SnapshotError) as error:
-        naps.on_machine_lost(sandbox.id, str(error))
-        return
-    if sandbox.state is SandboxState.PAUSED:
+    async def _end_stray(self, machine_id: str) -> None:
         try:
-            await naps.pause(sandbox.id)
-        except KernelsError as error:
-            # It is found again all the same. One that has just died is its supervisor's business.
-            log.warning("Sandbox %s was paused and runs now: %s", sandbox.id, error)
+            await self._saver.end(self._place(machine_id))
+        except MachineGoneError:
+            pass
+        except VmRuntimeError as error:
+            log.warning("The stray machine %s could not be ended: %s", machine_id, error)
+
+    async def _find_one(self, record: SandboxRecord, gate: asyncio.Semaphore) -> None:
+        """One that cannot be found again must not keep the gateway from serving the others."""
+        try:
+            async with gate:
+                await self._find(record)
+        except Exception as error:
+            log.exception("Sandbox %s could not be found again", record.sandbox.id)
+            with contextlib.suppress(KernelsError):
+                reason = f"It could not be found again when the gateway started: {error}"
+                self._registry.fail(record.sandbox.id, reason)
+
+    async def _find(self, record: SandboxRecord) -> None:
+        sandbox = record.sandbox
+        if sandbox.state is SandboxState.FAILED:
+            return
+        await self._machines.open_endpoints(sandbox.id)
+        if not record.machine_id:
+            if sandbox.state in (SandboxState.RUNNING, SandboxState.PAUSED):
+                self._naps.machine_lost(sandbox.id, "Its machine had ended when the gateway was killed.")
+            return
+        if sandbox.state is SandboxState.ASLEEP:
+            # Killed between falling asleep and the machine's end.
+            await self._end_stray(record.machine_id)
+            self._registry.update(sandbox.id, machine_id="")
+            return
+        try:
+            await self._machines.go_live(sandbox.id, await self._adopt(record))
+        except (KernelsError, VmRuntimeError, SnapshotError) as error:
+            self._naps.machine_lost(sandbox.id, str(error))
+            return
+        if sandbox.state is SandboxState.PAUSED:
+            try:
+                await self._naps.pause(sandbox.id)
+            except KernelsError as error:
+                # It is found again all the same. One that has just died is its supervisor's business.
+                log.warning("Sandbox %s was paused and runs now: %s", sandbox.id, error)
+
+    async def _adopt(self, record: SandboxRecord) -> WarmMachine:
+        """Its machine, which runs afterwards. Errors: MachineFailedError, VmRuntimeError."""
+        saved = await self._saver.adopt(self._place(record.machine_id))
+        if saved.machine.state is RunState.PAUSED:
+            # That gateway was killed in the pause of a snapshot, or a user had paused it; a guest that stands still
+            # answers no greeting.
+            try:
+                await saved.machine.resume()
+            except BaseException:
+                await saved.kill()
+                raise
+        identity = identity_of(record.sandbox)
+        greeting = Greeting(marker=record.marker, identity=identity, key=record.key, restored=False)
+        return await WarmMachine.greet(saved, greeting, timeout_s=ADOPTION_TIMEOUT_S)

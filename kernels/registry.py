@@ -19,6 +19,7 @@ from kernels.index import Index, SandboxRecord
 from kernels.lineage import Lineage
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.states import check
+from vm_runtime.drivers.base import Failure
 
 # Activity is a time for people and idle limits: this is exact enough for both, and it comes with each piece of output.
 TOUCH_INTERVAL_S = 0.5
@@ -27,12 +28,12 @@ TOUCH_INTERVAL_S = 0.5
 class Registry:
     """Records by sandbox id, oldest first. `index` must be open; `load()` reads what an earlier gateway wrote.
 
-    lineage: who came from whom; changed only here.
+    bus: where each change is published. lineage: who came from whom; changed only here.
     """
 
     def __init__(self, index: Index, bus: EventBus) -> None:
+        self.bus = bus
         self._index = index
-        self._bus = bus
         self._records: dict[str, SandboxRecord] = {}
         self._active: dict[str, float] = {}  # CLOCK_MONOTONIC at the last activity
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -67,8 +68,15 @@ class Registry:
         except KeyError:
             raise UnknownSandboxError(sandbox_id) from None
 
+    def get(self, sandbox_id: str) -> Sandbox:
+        """Errors: UnknownSandboxError."""
+        return self.record(sandbox_id).sandbox
+
     def ids(self) -> list[str]:
         return list(self._records)
+
+    def sandboxes(self) -> list[Sandbox]:
+        return [record.sandbox for record in self._records.values()]
 
     def records(self) -> list[SandboxRecord]:
         return list(self._records.values())
@@ -108,14 +116,15 @@ class Registry:
         self._index.put(self._records[sandbox_id])
         return sandbox
 
-    def execution_state(self, sandbox_id: str, state: str) -> None:
-        """The kernel's own state. Not written to disk at once: it changes twice with every cell."""
+    def execution_state(self, sandbox_id: str, state: str) -> str:
+        """The kernel's own state; what it was before. Not written to disk at once: it changes twice with every cell."""
         record = self._records.get(sandbox_id)
         if record is None or record.sandbox.execution_state == state:
-            return
+            return state
         self._active[sandbox_id] = time.monotonic()
         self._replace(record, execution_state=state, last_activity=datetime.now(UTC))
         self._publish(sandbox_id, EventKind.EXECUTION_STATE, {"execution_state": state})
+        return record.sandbox.execution_state
 
     def unresponsive(self, sandbox_id: str, since: datetime | None) -> None:
         """Its machine runs and has not answered since then; None: it does again."""
@@ -163,6 +172,11 @@ class Registry:
         """An event that changes nothing in the record."""
         self._publish(sandbox_id, kind, data if reason is None else {"reason": reason, **data})
 
+    def flattening_failed(self, failure: Failure) -> None:
+        """Called by the saver for each attempt."""
+        if failure.sandbox_id is not None and failure.sandbox_id in self:
+            self.notify(failure.sandbox_id, EventKind.FLATTENING_FAILED, failure.reason)
+
     def checkpoint_problem(self, sandbox_id: str, problem: str | None) -> None:
         """Notes what keeps its checkpoints away or makes them rare, None for nothing; an event if that has changed.
         Unknown ids are fine."""
@@ -205,7 +219,7 @@ class Registry:
         self._records[sandbox.id] = record.model_copy(update={"sandbox": sandbox})
 
     def _publish(self, sandbox_id: str, kind: EventKind, data: Mapping[str, Any]) -> None:
-        self._bus.publish(SandboxEvent(sandbox_id=sandbox_id, kind=kind, data=data))
+        self.bus.publish(SandboxEvent(sandbox_id=sandbox_id, kind=kind, data=data))
 
 
 def _since(moment: datetime) -> float:

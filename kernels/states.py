@@ -1,6 +1,11 @@
-"""The life of a sandbox as a table (DESIGN.md section 6). Pure; `SandboxService` guards its methods with it."""
+"""The states of a sandbox, and of the cells of a kernel that is captured, each as a table. Pure.
+
+`Registry.move` is guarded by the first, `CellBoundary` by the second; there is no other way to another state.
+"""
 
 from __future__ import annotations
+
+from enum import Enum
 
 from kernels.errors import SandboxStateError
 from kernels.models import SandboxState as S
@@ -20,3 +25,19 @@ def check(sandbox_id: str, found: S, wanted: S) -> None:
     if wanted not in TRANSITIONS[found]:
         sources = " or ".join(sorted(source for source, targets in TRANSITIONS.items() if wanted in targets))
         raise SandboxStateError(sandbox_id, found=found, wanted=sources)
+
+
+class CellState(Enum):
+    """UNKNOWN: the kernel has not been asked, or has not answered. BETWEEN: no cell runs and none begins, for as long
+    as they are held. RUNNING: one runs, or may have begun."""
+
+    UNKNOWN = "unknown"
+    BETWEEN = "between"
+    RUNNING = "running"
+
+
+CELL_TRANSITIONS: dict[CellState, frozenset[CellState]] = {
+    CellState.UNKNOWN: frozenset({CellState.BETWEEN, CellState.RUNNING}),
+    CellState.BETWEEN: frozenset({CellState.RUNNING}),
+    CellState.RUNNING: frozenset(),
+}

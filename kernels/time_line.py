@@ -13,11 +13,12 @@ import statistics
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from kernels.core import LEFT_AT, Core, is_automatic, store_errors, utc_now
+from kernels.background import Background
 from kernels.errors import (
     CellRunsError,
     CheckpointLimitError,
@@ -29,12 +30,16 @@ from kernels.errors import (
     UnknownSnapshotError,
 )
 from kernels.live import LiveSandbox
-from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState, Snapshot
+from kernels.machines import Machines
+from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, SandboxState
+from kernels.registry import Registry
+from kernels.snapshots import LEFT_AT, Snapshots, cell_of, checkpoint_of, is_automatic, store_errors
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.values import Then
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.index import SnapshotEntry
 from vm_runtime.snapshots.manifest import Manifest
+from vm_runtime.snapshots.store import SnapshotStore
 
 log = logging.getLogger(__name__)
 
@@ -70,42 +75,48 @@ class _Pace:
             self.slow_until = now + SLOW_INTERVAL_S
 
 
+@dataclass(eq=False)
 class TimeLine:
     """The checkpoints of one service's sandboxes."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._paces: WeakKeyDictionary[LiveSandbox, _Pace] = WeakKeyDictionary()
-        # Sandboxes whose checkpoint after a cell waits for its turn: one that waits will have later cells in it, too.
-        self._waiting: set[str] = set()
+    _registry: Registry
+    _machines: Machines
+    _store: SnapshotStore
+    _snapshots: Snapshots
+    _background: Background
+    _budget_mib: int
+    _paces: WeakKeyDictionary[LiveSandbox, _Pace] = field(default_factory=WeakKeyDictionary, init=False)
+    # Sandboxes whose checkpoint after a cell waits for its turn: one that waits will have later cells in it, too.
+    _waiting: set[str] = field(default_factory=set, init=False)
 
-    def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
-        """Oldest first. Blocking (an SQLite query). Errors: UnknownSandboxError, StorageError."""
-        self._core.get(sandbox_id)
+    async def checkpoints(self, sandbox_id: str) -> list[Checkpoint]:
+        """Oldest first. Errors: UnknownSandboxError, StorageError."""
+        self._registry.get(sandbox_id)
         with store_errors():
-            return [_checkpoint(entry) for entry in self._core.store.ls(sandbox_id=sandbox_id)]
+            entries = await asyncio.to_thread(self._store.ls, sandbox_id=sandbox_id)
+        return [checkpoint_of(entry) for entry in entries]
 
     async def checkpoint(self, sandbox_id: str, *, name: str | None) -> Checkpoint:
         """A checkpoint now. Errors: RequestError (bad name), SandboxStateError, CheckpointLimitError,
         MachineFailedError; it runs on."""
         if name is not None and not (name.isprintable() and 0 < len(name) <= MAX_NAME_CHARACTERS):
             raise RequestError(f"A checkpoint's name has 1 to {MAX_NAME_CHARACTERS} printable characters.")
-        async with self._core.lock(sandbox_id):
+        async with self._machines.lock(sandbox_id):
             with store_errors():
                 if name is not None:
                     await asyncio.to_thread(self._check_named, sandbox_id, name)
                 manifest = await self._take(sandbox_id, name=name)
-                return _checkpoint(await asyncio.to_thread(self._core.store.entry, manifest.id))
+                return checkpoint_of(await asyncio.to_thread(self._store.entry, manifest.id))
 
     def _check_named(self, sandbox_id: str, name: str) -> None:
         """Errors: SnapshotExistsError; RequestError where there are so many that only their owner can decide which may
         go."""
-        entries = self._core.store.ls(sandbox_id=sandbox_id)
+        entries = self._store.ls(sandbox_id=sandbox_id)
         if any(entry.name == name for entry in entries):
             raise SnapshotExistsError(f"This sandbox has a checkpoint named {name!r} already.")
         count = sum(not is_automatic(entry) for entry in entries)
         loose, freed = self._removable(sandbox_id)
-        budget_mib = self._core.settings.checkpoint_budget_mib
+        budget_mib = self._budget_mib
         if count >= MAX_NAMED or freed[-1] - freed[len(loose)] > budget_mib << 20:
             raise RequestError(
                 f"This sandbox has {count} named checkpoints, at most {MAX_NAMED} and {budget_mib} MiB are kept. "
@@ -120,33 +131,30 @@ class TimeLine:
         then: Then = Then.RESUME,
         before_resume: Callable[[], Awaitable[object]] | None = None,
     ) -> Manifest:
-        core = self._core
         try:
-            manifest = (await core.take(sandbox_id, name=name, then=then, before_resume=before_resume)).manifest
+            taken = await self._snapshots.take(sandbox_id, name=name, then=then, before_resume=before_resume)
         except (SnapshotError, VmRuntimeError) as error:
             raise MachineFailedError(f"No checkpoint could be taken; the sandbox runs on. {error}") from error
-        core.registry.notify(sandbox_id, EventKind.CHECKPOINT, manifest.id)
-        return manifest
+        self._registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
+        return taken.manifest
 
-    def on_idle(self, sandbox_id: str) -> None:
+    def cell_ended(self, sandbox_id: str) -> None:
         """A cell has ended; its kernel waits with the next one, as long as it is not told not to."""
-        core = self._core
-        if core.get(sandbox_id).checkpoints != CheckpointPolicy.CELL:
-            live = core.live.get(sandbox_id)
+        if self._registry.get(sandbox_id).checkpoints != CheckpointPolicy.CELL:
+            live = self._machines.live.get(sandbox_id)
             if live is not None and live.next_waits:
-                core.spawn(live.release_cells(waits=False))
+                self._background.spawn(live.release_cells(waits=False))
         elif sandbox_id not in self._waiting:
             self._waiting.add(sandbox_id)
-            core.spawn(self._after_cell(sandbox_id))
+            self._background.spawn(self._after_cell(sandbox_id))
 
     async def _after_cell(self, sandbox_id: str) -> None:
-        core = self._core
         async with AsyncExitStack() as locked:
-            await locked.enter_async_context(core.cell_lock(sandbox_id))
+            await locked.enter_async_context(self._machines.cell_lock(sandbox_id))
             self._waiting.discard(sandbox_id)
-            live = core.live.get(sandbox_id)
+            live = self._machines.live.get(sandbox_id)
             # The next cell runs already: its own end is the better moment.
-            if live is None or core.get(sandbox_id).execution_state == "busy":
+            if live is None or self._registry.get(sandbox_id).execution_state == "busy":
                 return
             now = asyncio.get_running_loop().time()
             pace = self._paces.setdefault(live, _Pace())
@@ -155,7 +163,7 @@ class TimeLine:
                 return
             try:
                 # Unlocked before it is stored: the next cell may end meanwhile.
-                taken = await core.take(sandbox_id, then=Then.RESUME, strict=True, captured=locked.aclose)
+                taken = await self._snapshots.take(sandbox_id, then=Then.RESUME, strict=True, captured=locked.aclose)
             except CellRunsError as error:
                 log.info("No checkpoint of sandbox %s after this cell: %s", sandbox_id, error)
                 return
@@ -164,26 +172,25 @@ class TimeLine:
                 return
             pace.note(taken.pause_ms, now)
             if now < pace.slow_until:
-                core.registry.checkpoint_problem(sandbox_id, _SLOW)
-            core.registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
+                self._registry.checkpoint_problem(sandbox_id, _SLOW)
+            self._registry.notify(sandbox_id, EventKind.CHECKPOINT, taken.manifest.id)
 
     def _removable(self, sandbox_id: str) -> tuple[list[str], list[int]]:
         """The checkpoints that may go by themselves, oldest first, and what removing the first 0, 1, ... of them, then
         of those with a name, would free. The newest, and what the sandbox wakes from, are not among them."""
-        core = self._core
-        kept = core.get(sandbox_id).snapshot_id
-        entries = [entry for entry in core.store.ls(sandbox_id=sandbox_id)[:-1] if entry.id != kept]
+        kept = self._registry.get(sandbox_id).snapshot_id
+        entries = [entry for entry in self._store.ls(sandbox_id=sandbox_id)[:-1] if entry.id != kept]
         loose = [entry.id for entry in entries if is_automatic(entry)]
         named = [entry.id for entry in entries if not is_automatic(entry)]
-        return loose, [0, *core.store.index.freed_bytes([*loose, *named])]
+        return loose, [0, *self._store.index.freed_bytes([*loose, *named])]
 
     def _thin(self, sandbox_ids: Iterable[str]) -> None:
         """Removes the oldest checkpoints that nobody named where there are too many or they take too much."""
-        budget_bytes = self._core.settings.checkpoint_budget_mib << 20
+        budget_bytes = self._budget_mib << 20
         for sandbox_id in sandbox_ids:
             with contextlib.suppress(UnknownSandboxError):  # its checkpoints are being removed
                 loose, freed = self._removable(sandbox_id)
-                self._core.store.rm_many(loose[: too_many(freed, loose=len(loose), budget_bytes=budget_bytes)])
+                self._store.rm_many(loose[: too_many(freed, loose=len(loose), budget_bytes=budget_bytes)])
 
     async def watch(self) -> None:
         """Until cancelled: takes the checkpoints of sandboxes whose policy is "timer:<minutes>", and thins out those of
@@ -193,16 +200,16 @@ class TimeLine:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             try:
-                grown, newest = await asyncio.to_thread(self._core.store.index.sandboxes_since, newest)
-                await self._core.removing(self._thin, grown)
+                grown, newest = await asyncio.to_thread(self._store.index.sandboxes_since, newest)
+                await self._snapshots.removing(self._thin, grown)
             except SnapshotError as error:
                 log.error("Checkpoints could not be thinned out: %s", error)
             now = asyncio.get_running_loop().time()
-            for sandbox_id, live in list(self._core.live.items()):
-                minutes = timer_minutes(self._core.get(sandbox_id).checkpoints)
+            for sandbox_id, live in list(self._machines.live.items()):
+                minutes = timer_minutes(self._registry.get(sandbox_id).checkpoints)
                 if minutes is not None and now - taken.setdefault(live, now) >= minutes * 60:
                     taken[live] = now
-                    self._core.spawn(self._on_timer(sandbox_id))
+                    self._background.spawn(self._on_timer(sandbox_id))
 
     async def _on_timer(self, sandbox_id: str) -> None:
         try:
@@ -216,7 +223,7 @@ class TimeLine:
         reply_to: the cell that asked for it from inside (docs/sandbox_calls.md). RequestError, MachineFailedError.
         """
         await self._catch_up(sandbox_id, inside=reply_to is not None)
-        async with self._core.lock(sandbox_id):
+        async with self._machines.lock(sandbox_id):
             with store_errors():
                 entry = await asyncio.to_thread(self._find, sandbox_id, target)
             return await self._goto(sandbox_id, entry, reply_to)
@@ -224,48 +231,47 @@ class TimeLine:
     async def undo(self, sandbox_id: str, *, reply_to: dict[str, Any] | None = None) -> Sandbox:
         """Back to before the last cell that ended. Errors: as `goto`."""
         await self._catch_up(sandbox_id, inside=reply_to is not None)
-        async with self._core.lock(sandbox_id):
+        async with self._machines.lock(sandbox_id):
             with store_errors():
                 entry = await asyncio.to_thread(self._before, sandbox_id)
             return await self._goto(sandbox_id, entry, reply_to)
 
     async def _catch_up(self, sandbox_id: str, *, inside: bool) -> None:
         """Has the checkpoint after a cell whose end its client knows already come before what it asks now."""
-        sandbox, live = self._core.get(sandbox_id), self._core.live.get(sandbox_id)
+        sandbox, live = self._registry.get(sandbox_id), self._machines.live.get(sandbox_id)
         if live is not None and sandbox.state is SandboxState.RUNNING:
             await live.catch_up(inside=inside)
 
     def _before(self, sandbox_id: str) -> SnapshotEntry:
         """The newest checkpoint, or the nearest of its ancestors, that was taken after an earlier cell than the last
         (which has no checkpoint of its own where they are rarer than cells), or of an earlier kernel."""
-        by_id = {each.id: each for each in self._core.store.ls(sandbox_id=sandbox_id)}
-        found = by_id.get(self._core.get(sandbox_id).snapshot_id or "")
-        live = self._core.live.get(sandbox_id)
+        by_id = {each.id: each for each in self._store.ls(sandbox_id=sandbox_id)}
+        found = by_id.get(self._registry.get(sandbox_id).snapshot_id or "")
+        live = self._machines.live.get(sandbox_id)
         last = live.cell if live is not None else None
         if last is None and found is not None:
-            last = _cell_of(found)
+            last = cell_of(found)
         started_at = live.kernel_started_at if live is not None else None
         while found is not None:
             is_of_this_kernel = started_at is None or found.created_at > started_at
-            if _cell_of(found) not in (None, last if is_of_this_kernel else None):
+            if cell_of(found) not in (None, last if is_of_this_kernel else None):
                 return found
             found = by_id.get(found.parent or "")
         raise UnknownSnapshotError("There is no earlier checkpoint to go back to; `%sandbox checkpoints` lists them.")
 
     async def _goto(self, sandbox_id: str, entry: SnapshotEntry, reply_to: dict[str, Any] | None) -> Sandbox:
         """The state that is left is stored, while the other one starts; until both are there, nothing is given up."""
-        core = self._core
         try:
-            manifest = await asyncio.to_thread(core.store.get, entry.id)
+            manifest = await asyncio.to_thread(self._store.get, entry.id)
         except SnapshotError as error:
             raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
-        state = core.get(sandbox_id).state
-        live = None if state is SandboxState.ASLEEP else core.running(sandbox_id)
+        state = self._registry.get(sandbox_id).state
+        live = None if state is SandboxState.ASLEEP else self._machines.running(sandbox_id)
         if live is not None and state is SandboxState.RUNNING:
             await live.let_go()  # what is asked from now on is asked of the other state
         running = asyncio.Event()
         restoring = asyncio.create_task(
-            core.restore_beside(
+            self._machines.restore(
                 sandbox_id,
                 manifest,
                 keep_random=True,
@@ -278,14 +284,14 @@ class TimeLine:
         try:
             if live is not None:
                 # To the millisecond: one goes back and forth more than once in a second.
-                name = f"{LEFT_AT}{utc_now().replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
+                name = f"{LEFT_AT}{datetime.now(UTC).replace(tzinfo=None).isoformat(' ', 'milliseconds')}"
                 # Storing can wait for the start, and the greeting keeps the guest busy, not us.
                 await self._take(sandbox_id, name=name, then=Then.STOP, before_resume=running.wait)
             try:
                 warm = await restoring
             except (SnapshotError, VmRuntimeError, KernelsError) as error:
                 raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
-            await core.keep(sandbox_id, manifest)
+            await self._snapshots.keep(sandbox_id, manifest)
         except BaseException:
             restoring.cancel()
             (found,) = await asyncio.gather(restoring, return_exceptions=True)
@@ -295,16 +301,16 @@ class TimeLine:
                 await live.go_on()
             raise
         if live is not None:
-            await core.take_down(sandbox_id, "elsewhere")
-            core.registry.move(sandbox_id, SandboxState.ASLEEP)
-        await core.go_live(sandbox_id, warm, quiet=True, snapshot=manifest)
-        return core.get(sandbox_id)
+            await self._machines.take_down(sandbox_id, "elsewhere")
+            self._registry.move(sandbox_id, SandboxState.ASLEEP)
+        await self._machines.go_live(sandbox_id, warm, quiet=True, snapshot=manifest)
+        return self._registry.get(sandbox_id)
 
     def _find(self, sandbox_id: str, target: str) -> SnapshotEntry:
-        entries = self._core.store.ls(sandbox_id=sandbox_id)
+        entries = self._store.ls(sandbox_id=sandbox_id)
         named = [each for each in entries if each.name == target]
         by_id = [each for each in entries if len(target) >= 4 and each.id.startswith(target)]
-        by_cell = [each for each in entries if target.isdecimal() and _cell_of(each) == int(target)]
+        by_cell = [each for each in entries if target.isdecimal() and cell_of(each) == int(target)]
         for found in (named, by_cell, by_id):
             if found:
                 return found[-1]
@@ -330,7 +336,7 @@ def _answers(entry: SnapshotEntry, reply_to: Mapping[str, Any] | None, live: Liv
     left = live.unanswered if live is not None else None
     answers: dict[str, Any] = {"aborted": left.cells_but([reply_to]) if left is not None else []}
     if reply_to is not None:
-        cell = _cell_of(entry)
+        cell = cell_of(entry)
         text = f"Went back to the checkpoint of {entry.created_at:%Y-%m-%d %H:%M:%S} UTC"
         answers["answer"] = {
             "reply_to": reply_to,
@@ -347,21 +353,3 @@ def too_many(freed: Sequence[int], *, loose: int, budget_bytes: int) -> int:
     least = max(0, loose - MAX_CHECKPOINTS)
     enough = (count for count in range(least, loose) if freed[-1] - freed[count] <= budget_bytes)
     return next(enough, loose)
-
-
-def _cell_of(entry: SnapshotEntry) -> int | None:
-    """The cell after which it was taken; None if one was running."""
-    return entry.execution_count if entry.kernel_state == "idle" else None
-
-
-def _checkpoint(entry: SnapshotEntry) -> Checkpoint:
-    return Checkpoint(
-        id=entry.id, name=entry.name, cell=_cell_of(entry), created_at=entry.created_at, bytes=entry.added_bytes
-    )
-
-
-def snapshot_of(entry: SnapshotEntry) -> Snapshot:
-    """What users see of a snapshot."""
-    return Snapshot(
-        **asdict(_checkpoint(entry)), owner=entry.owner, sandbox_id=entry.sandbox_id, template=entry.template
-    )

@@ -81,14 +81,14 @@ async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
                 late = await _copies(bench, lab, sandbox_id)
             finally:
                 problems.cancel()
-        status = lab.flattening()
+        status = lab.saver.flattening()
         new_mb = sum(_added_bytes(taken) for taken in course.taken) / 1e6
         await lab.delete(sandbox_id)
     yield _lines(count, course, early, late, rewritten=status.merged_bytes / 1e6 / new_mb, failures=status.failures)
 
 
 async def _count_problems(lab: Lab, course: _Course) -> None:
-    async with lab.subscribe() as events:
+    async with lab.bus.subscribe() as events:
         async for event in events:
             if event.kind is EventKind.CHECKPOINT_PROBLEM and event.data["reason"] is not None:
                 course.problems += 1
@@ -141,10 +141,10 @@ async def _copies(bench: Bench, lab: Lab, sandbox_id: str) -> _Copies:
         copies.pause_ms.append(split.pause_ms)
         copies.child_ms += split.running_ms
     for _ in range(bench.times(7, quick=3)):
-        await lab.sleep(sandbox_id)
+        await lab.naps.sleep(sandbox_id)
         await lab.settled()
         began = perf_counter()
-        await lab.wake(sandbox_id)
+        await lab.naps.wake(sandbox_id)
         copies.wake_ms.append(1000 * (perf_counter() - began))
         async with raw_kernel(dict(lab.connection_info(sandbox_id)), wait=False) as kernel:
             await kernel.reply("1+1")

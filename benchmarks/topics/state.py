@@ -304,11 +304,11 @@ async def _fresh(lab: Lab) -> _Start:
 
 
 async def _wake(lab: Lab, sandbox_id: str) -> _Start:
-    await lab.sleep(sandbox_id)
+    await lab.naps.sleep(sandbox_id)
     await lab.settled()
     snapshot = lab.snapshot_of(sandbox_id)
     began = perf_counter()
-    await lab.wake(sandbox_id)
+    await lab.naps.wake(sandbox_id)
     return await _first_reply(lab, sandbox_id, began, snapshot)
 
 
@@ -331,9 +331,9 @@ async def _rounds(bench: Bench, lab: Lab) -> list[Line]:
             await kernel.execute("value = list(range(1000)); rounds = 0")
         for round_number in range(count):
             began = perf_counter()
-            await lab.sleep(sandbox_id)
+            await lab.naps.sleep(sandbox_id)
             asleep = perf_counter()
-            await lab.wake(sandbox_id)
+            await lab.naps.wake(sandbox_id)
             sleeps.append(1000 * (asleep - began))
             wakes.append(1000 * (perf_counter() - asleep))
             if round_number % ROUNDS_PER_CELL == 0:

@@ -50,13 +50,13 @@ class EventsHandler(EndpointHandler):
 
     def _begin(self, sandbox_id: str | None) -> None:
         if sandbox_id is not None:
-            self.gateway.service.get(sandbox_id)
+            self.gateway.service.registry.get(sandbox_id)
         self.set_header("Content-Type", EVENT_STREAM)
         # nginx gathers answers otherwise.
         self.set_header("X-Accel-Buffering", "no")
 
     async def _follow(self, sandbox_id: str | None) -> None:
-        async with self.gateway.service.subscribe() as events:
+        async with self.gateway.service.bus.subscribe() as events:
             await self._send(": ready\n\n")
             while not events.overflowed:
                 try:

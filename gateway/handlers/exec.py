@@ -50,7 +50,7 @@ async def run_command(call: Call, body: ExecRequest) -> ExecAnswer:
             if feeding is not None:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
-    call.gateway.service.touch(call.path["sandbox_id"])
+    call.gateway.service.registry.touch(call.path["sandbox_id"])
     return ExecAnswer(
         command_id=command.command_id,
         stdout=kept["stdout"].text(),

@@ -17,8 +17,10 @@ routes = Routes()
 async def fork_sandbox(call: Call, body: ForkRequest) -> ForkAnswer:
     """Children in the state that the sandbox is in, each with a machine of its own. One that fails is told in its place
     and harms no other."""
-    children = await call.gateway.service.fork(
-        call.path["sandbox_id"],
+    service, sandbox_id = call.gateway.service, call.path["sandbox_id"]
+    service.registry.touch(sandbox_id)
+    children = await service.forks.fork(
+        sandbox_id,
         count=body.count,
         name=body.name,
         same_random=body.same_random,
@@ -30,5 +32,5 @@ async def fork_sandbox(call: Call, body: ForkRequest) -> ForkAnswer:
 @routes("GET /api/sandboxes/{sandbox_id}/tree", errors=(404,))
 async def get_tree(call: Call) -> TreeAnswer:
     """All relatives by fork that are still there."""
-    family = call.gateway.service.tree(call.path["sandbox_id"])
+    family = call.gateway.service.forks.tree(call.path["sandbox_id"])
     return TreeAnswer(root=family[0].id, nodes=[SandboxAnswer.of(sandbox) for sandbox in family])

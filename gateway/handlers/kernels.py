@@ -77,4 +77,4 @@ async def restart_kernel(call: Call) -> KernelAnswer:
     """A new kernel in the same sandbox: files stay, variables go."""
     kernel_id = find(call).id
     await call.gateway.service.restart(kernel_id)
-    return call.gateway.kernel(call.gateway.service.get(kernel_id))
+    return call.gateway.kernel(call.gateway.service.registry.get(kernel_id))

@@ -27,7 +27,7 @@ STATE_ERRORS = (404, 409, 413, 502, 504)
 @routes("GET /api/sandboxes", errors=(400,))
 async def list_sandboxes(call: Call, query: SandboxesQuery) -> list[SandboxAnswer]:
     """Sandboxes, oldest first: all, or a page of those that match."""
-    return [SandboxAnswer.of(sandbox) for sandbox in query.select(call.gateway.service.list())]
+    return [SandboxAnswer.of(sandbox) for sandbox in query.select(call.gateway.service.registry.sandboxes())]
 
 
 @routes(
@@ -47,40 +47,40 @@ async def create_sandbox(call: Call, body: NewSandbox) -> SandboxAnswer:
 @routes("GET /api/sandboxes/{sandbox_id}", errors=(404,))
 async def get_sandbox(call: Call) -> SandboxAnswer:
     """One sandbox."""
-    return SandboxAnswer.of(call.gateway.service.get(call.path["sandbox_id"]))
+    return SandboxAnswer.of(call.gateway.service.registry.get(call.path["sandbox_id"]))
 
 
 @routes("PATCH /api/sandboxes/{sandbox_id}", errors=(400, 404, 413))
 async def change_sandbox(call: Call, body: SandboxChanges) -> SandboxAnswer:
     """Changes its name, its limits of time or when checkpoints are taken."""
     service = call.gateway.service
-    sandbox = service.get(call.path["sandbox_id"])
-    changes = body.changes(age_s=service.age_s(sandbox.id))
+    sandbox = service.registry.get(call.path["sandbox_id"])
+    changes = body.changes(age_s=service.registry.age_s(sandbox.id))
     return SandboxAnswer.of(service.configure(sandbox.id, **changes))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/sleep", errors=STATE_ERRORS)
 async def sleep_sandbox(call: Call) -> SandboxAnswer:
     """Ends the machine and keeps its state on disk; a cell that runs goes on after the wake."""
-    return SandboxAnswer.of(await call.gateway.service.sleep(call.path["sandbox_id"]))
+    return SandboxAnswer.of(await call.gateway.service.naps.sleep(call.path["sandbox_id"]))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/wake", errors=STATE_ERRORS)
 async def wake_sandbox(call: Call) -> SandboxAnswer:
     """Gives a sleeping sandbox a machine again."""
-    return SandboxAnswer.of(await call.gateway.service.wake(call.path["sandbox_id"]))
+    return SandboxAnswer.of(await call.gateway.service.naps.wake(call.path["sandbox_id"]))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/pause", errors=STATE_ERRORS)
 async def pause_sandbox(call: Call) -> SandboxAnswer:
     """Stops the CPUs; the state stays in memory."""
-    return SandboxAnswer.of(await call.gateway.service.pause(call.path["sandbox_id"]))
+    return SandboxAnswer.of(await call.gateway.service.naps.pause(call.path["sandbox_id"]))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/resume", errors=STATE_ERRORS)
 async def resume_sandbox(call: Call) -> SandboxAnswer:
     """Lets a paused sandbox go on."""
-    return SandboxAnswer.of(await call.gateway.service.resume(call.path["sandbox_id"]))
+    return SandboxAnswer.of(await call.gateway.service.naps.resume(call.path["sandbox_id"]))
 
 
 @routes("GET /api/sandboxes/{sandbox_id}/metrics", errors=(404, 409, 502, 504))
@@ -104,6 +104,6 @@ async def get_connection(call: Call) -> ConnectionAnswer:
             403, "not_local", "A connection file is of use on the gateway's own machine only, and is given only there."
         )
     service = call.gateway.service
-    sandbox = service.get(call.path["sandbox_id"])
+    sandbox = service.registry.get(call.path["sandbox_id"])
     await service.ready(sandbox.id)
     return ConnectionAnswer(**service.connection_info(sandbox.id), kernel_name=sandbox.template)

@@ -15,7 +15,7 @@ from tests.unit.kernels.conftest import Service
 
 async def test_it_is_the_old_agent(kernels: Service) -> None:
     sandbox_id = await kernels.new()
-    assert kernels.core.running(sandbox_id).session.generation == 1
+    assert kernels.machines.running(sandbox_id).session.generation == 1
     code = "import vm_runtime.guest as guest; print('/hypercell/python/' in guest.__file__)"
     assert await kernels.run(sandbox_id, code) == "True\n"
 
@@ -84,7 +84,7 @@ async def test_what_is_newer_is_refused_here_and_says_why(kernels: Service) -> N
 
 async def test_calls_of_the_module_sandbox(kernels: Service) -> None:
     sandbox_id = await kernels.new(name="box")
-    (child,) = await kernels.fork(sandbox_id, count=1)
+    (child,) = await kernels.forks.fork(sandbox_id, count=1)
     assert isinstance(child, Sandbox)
     code = f"""
 import sandbox

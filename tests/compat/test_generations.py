@@ -81,7 +81,7 @@ def test_an_agent_knows_what_its_generation_has(agent: tuple[Path, int]) -> None
 
 
 def test_the_host_knows_all_calls() -> None:
-    assert set(GuestCalls(*cast(Any, [None] * 4))._ops) == names(CALLS, GENERATION)
+    assert set(GuestCalls(*cast(Any, [None] * 5))._ops) == names(CALLS, GENERATION)
 
 
 def test_the_newest_generation_has_brought_something() -> None:

@@ -69,18 +69,18 @@ async def test_what_slept_before_an_upgrade_goes_on_after_it(images_dir: Path) -
     async with opened(images_dir) as kernels:
         assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
         assert await kernels.run(sandbox_id, CHECK) == "2 0 kept\n"
-        assert kernels.core.running(sandbox_id).session.generation == 1
+        assert kernels.machines.running(sandbox_id).session.generation == 1
         async with await (await kernels.commands(sandbox_id)).start(CommandRequest(command="exit 3")) as command:
             event = await command.next()
         assert isinstance(event, CommandExited) and event.exit_code == 3
         assert (await (await kernels.files(sandbox_id)).stat("/tmp/open")).size_bytes == 4
         (first, *_) = await kernels.checkpointed(sandbox_id, 2)
-        await kernels.goto(sandbox_id, first)
+        await kernels.time_line.goto(sandbox_id, first)
         assert await kernels.run(sandbox_id, CHECK) == "2 0 kept\n"
         assert await kernels.run(sandbox_id, FORK) == "3 True 3 True\n"
-        (child,) = await kernels.fork(sandbox_id, count=1)
+        (child,) = await kernels.forks.fork(sandbox_id, count=1)
         assert isinstance(child, Sandbox)
-        await kernels.sleep(sandbox_id)
+        await kernels.naps.sleep(sandbox_id)
         for each in (child.id, sandbox_id):
             assert await kernels.run(each, CHECK) == "4 0 kept\n"
         await kernels.restart(sandbox_id)

@@ -65,6 +65,7 @@ class AgentService:
     """As much of a SandboxService as commands and files need, over one agent."""
 
     def __init__(self, link: Link) -> None:
+        self.registry = self  # of which it is told what is in use
         self._session = GuestSession(link, next_marker="")
 
     async def commands(self, sandbox_id: str) -> SandboxCommands:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gateway.errors import api_error
-from kernels.core import store_errors
 from kernels.errors import KernelsError
+from kernels.snapshots import store_errors
 from vm_runtime.snapshots.errors import (
     BrokenSnapshotError,
     SnapshotError,

@@ -15,8 +15,6 @@ import pytest
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.connect import KernelConnectionInfo
 
-from kernels.core import Core
-from kernels.forks import Forks
 from kernels.index import SandboxRecord
 from kernels.models import CreateSandbox, EventKind, Sandbox, SandboxState
 from kernels.service import SandboxService
@@ -33,15 +31,7 @@ LIMIT_S = 60.0
 
 
 class Service(SandboxService):
-    """With its inside in reach, and clients of its kernels."""
-
-    @property
-    def core(self) -> Core:
-        return self._core
-
-    @property
-    def forks(self) -> Forks:
-        return self._forks
+    """With clients of its kernels."""
 
     def add(self, sandbox_id: str, parent_id: str | None = None, **fields: object) -> None:
         """A sandbox that sleeps."""
@@ -53,7 +43,7 @@ class Service(SandboxService):
         )  # fmt: skip
         sandbox = dataclasses.replace(sandbox, **fields)  # type: ignore[arg-type]
         record = SandboxRecord(sandbox=sandbox, machine_id="", key="", marker="", env={}, cwd=None)
-        self.core.registry.add(record)
+        self.registry.add(record)
 
     async def new(self, **fields: Any) -> str:
         """A sandbox with a kernel."""
@@ -85,14 +75,14 @@ class Service(SandboxService):
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Waits for the event after which it is so."""
-        async with asyncio.timeout(LIMIT_S), self.core.bus.subscribe() as events:
+        async with asyncio.timeout(LIMIT_S), self.bus.subscribe() as events:
             while not holds():
                 await anext(events)
 
     async def checkpointed(self, sandbox_id: str, count: int) -> list[str]:
         """The ids of its checkpoints, when there are so many."""
-        async with asyncio.timeout(LIMIT_S), self.core.bus.subscribe() as events:
-            while len(found := await self.checkpoints(sandbox_id)) < count:
+        async with asyncio.timeout(LIMIT_S), self.bus.subscribe() as events:
+            while len(found := await self.time_line.checkpoints(sandbox_id)) < count:
                 async for event in events:
                     if event.kind is EventKind.CHECKPOINT:
                         break

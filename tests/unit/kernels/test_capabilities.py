@@ -21,15 +21,15 @@ async def test_what_needs_snapshots_is_refused_without_them(state_dir: Path) -> 
         sandbox_id = await kernels.new()
         assert kernels.get(sandbox_id).checkpoints == "off"
         for refused in (
-            kernels.checkpoint(sandbox_id, name="one"),
-            kernels.sleep(sandbox_id),
-            kernels.fork(sandbox_id, count=1),
+            kernels.time_line.checkpoint(sandbox_id, name="one"),
+            kernels.naps.sleep(sandbox_id),
+            kernels.forks.fork(sandbox_id, count=1),
         ):
             with pytest.raises(Exception, match="was told to do without it"):
                 await refused
         assert kernels.get(sandbox_id).state is SandboxState.RUNNING
         assert await kernels.run(sandbox_id, "print(1)") == "1\n"
-        assert len(kernels.list()) == 1
+        assert len(kernels.registry.sandboxes()) == 1
 
 
 @pytest.mark.parametrize(("without", "policy"), [("", "cell"), ("checkpoint_each_cell", "off")])

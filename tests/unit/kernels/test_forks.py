@@ -18,11 +18,11 @@ WAIT = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)"
 
 
 def let_go(kernels: Service, sandbox_id: str) -> None:
-    (kernels.core.running(sandbox_id).saved.place.disk_dir / "home" / "go").touch()
+    (kernels.machines.running(sandbox_id).saved.place.disk_dir / "home" / "go").touch()
 
 
 async def fork(kernels: Service, sandbox_id: str, count: int = 1, *, mid_cell: bool = False) -> list[Sandbox]:
-    children = await kernels.fork(sandbox_id, count=count, mid_cell=mid_cell)
+    children = await kernels.forks.fork(sandbox_id, count=count, mid_cell=mid_cell)
     assert all(isinstance(child, Sandbox) for child in children), children
     return [child for child in children if isinstance(child, Sandbox)]
 
@@ -36,8 +36,8 @@ async def test_children_have_the_files_and_a_place_in_the_family(kernels: Servic
     for sandbox_id, name in ((parent, "parent"), (one.id, "one"), (two.id, "parent")):
         assert await kernels.run(sandbox_id, "print(open('name').read())") == f"{name}\n"
     (grandchild,) = await fork(kernels, one.id)
-    assert [each.id for each in kernels.tree(two.id)] == [parent, one.id, two.id, grandchild.id]
-    await kernels.sleep(parent)
+    assert [each.id for each in kernels.forks.tree(two.id)] == [parent, one.id, two.id, grandchild.id]
+    await kernels.naps.sleep(parent)
     (late,) = await fork(kernels, parent)
     assert kernels.get(parent).state is SandboxState.ASLEEP
     assert await kernels.run(late.id, "print(open('name').read())") == "parent\n"
@@ -48,12 +48,12 @@ async def test_limits_are_checked_before_the_first_child(state_dir: Path, driver
         parent = await kernels.new()
         for count in (0, 2):
             with pytest.raises(LimitError):
-                await kernels.fork(parent, count=count)
+                await kernels.forks.fork(parent, count=count)
         (child,) = await fork(kernels, parent)
         for sandbox_id in (parent, child.id):
             with pytest.raises(LimitError):
-                await kernels.fork(sandbox_id, count=1)
-        assert len(kernels.list()) == 2
+                await kernels.forks.fork(sandbox_id, count=1)
+        assert len(kernels.registry.sandboxes()) == 2
 
 
 async def test_a_fork_waits_for_a_cell_of_which_only_the_kernel_knows(kernels: Service) -> None:
@@ -62,17 +62,17 @@ async def test_a_fork_waits_for_a_cell_of_which_only_the_kernel_knows(kernels: S
     await kernels.run(parent, "1")
     cell = asyncio.create_task(kernels.run(parent, f"{WAIT}\nopen('done', 'w').close()"))
     await kernels.until(lambda: kernels.get(parent).execution_state == "busy")
-    kernels.core.registry.execution_state(parent, "idle")
+    kernels.registry.execution_state(parent, "idle")
     forking = asyncio.create_task(fork(kernels, parent))
-    await kernels.until(lambda: len(kernels.list()) == 2)
-    kernels.core.registry.execution_state(parent, "busy")
+    await kernels.until(lambda: len(kernels.registry.sandboxes()) == 2)
+    kernels.registry.execution_state(parent, "busy")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(asyncio.shield(forking), 0.5)
     let_go(kernels, parent)
     (child,) = await forking
     await cell
     assert await kernels.run(child.id, "import os; print(os.path.exists('done'))") == "True\n"
-    (checkpoint,) = await kernels.checkpoints(parent)
+    (checkpoint,) = await kernels.time_line.checkpoints(parent)
     assert checkpoint.cell == 2
 
 
@@ -82,7 +82,7 @@ async def test_a_fork_in_mid_cell_says_so(kernels: Service) -> None:
     await kernels.until(lambda: kernels.get(parent).execution_state == "busy")
     await fork(kernels, parent, mid_cell=True)
     assert not cell.done()
-    (checkpoint,) = await kernels.checkpoints(parent)
+    (checkpoint,) = await kernels.time_line.checkpoints(parent)
     assert checkpoint.cell is None
     let_go(kernels, parent)
     await cell
@@ -103,7 +103,7 @@ async def test_a_parent_becomes_its_child(kernels: Service) -> None:
     parent, child = await offered(kernels)
     became = await kernels.forks.become(parent, child)
     assert (became.id, became.state) == (parent, SandboxState.RUNNING)
-    assert [each.id for each in kernels.list()] == [parent]
+    assert [each.id for each in kernels.registry.sandboxes()] == [parent]
     assert await kernels.run(parent, "print(open('name').read())") == "child\n"
     with pytest.raises(SandboxStateError):
         await kernels.forks.become(parent, child)
@@ -115,7 +115,7 @@ async def test_where_a_parent_cannot_become_its_child_both_go_on(
 ) -> None:
     parent, child = await offered(kernels)
     if left is RunState.PAUSED:
-        await kernels.pause(child)
+        await kernels.naps.pause(child)
     before = kernels.get(parent).snapshot_id
     driver.refuses = "not today"
     with pytest.raises(MachineFailedError, match="not today"):
@@ -123,21 +123,21 @@ async def test_where_a_parent_cannot_become_its_child_both_go_on(
     driver.refuses = None
     assert kernels.get(parent).state is SandboxState.RUNNING
     assert kernels.get(parent).snapshot_id == before
-    assert kernels.core.running(child).saved.machine.state is left
+    assert kernels.machines.running(child).saved.machine.state is left
     assert await kernels.run(parent, "print(open('name').read())") == "parent\n"
     if left is RunState.PAUSED:
-        await kernels.resume(child)
+        await kernels.naps.resume(child)
     assert await kernels.run(child, "print(open('name').read())") == "child\n"
     # The state that was not taken over is no checkpoint of the parent.
-    assert [each.id for each in await kernels.checkpoints(parent)] == [before]
+    assert [each.id for each in await kernels.time_line.checkpoints(parent)] == [before]
     await kernels.forks.become(parent, child)
     assert await kernels.run(parent, "print(open('name').read())") == "child\n"
 
 
 async def test_a_child_that_does_not_start_is_an_error_in_its_place(kernels: Service, driver: TestDriver) -> None:
     parent = await kernels.new()
-    await kernels.sleep(parent)
+    await kernels.naps.sleep(parent)
     driver.refuses = "not today"
-    results = await kernels.fork(parent, count=2)
+    results = await kernels.forks.fork(parent, count=2)
     assert [str(result) for result in results] == ["not today"] * 2
-    assert [each.id for each in kernels.list()] == [parent]
+    assert [each.id for each in kernels.registry.sandboxes()] == [parent]

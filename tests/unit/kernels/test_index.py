@@ -42,16 +42,16 @@ async def test_a_wall_clock_that_is_set_ends_nothing(service: Service, jump: tim
     """As if it had been set by `jump` after the sandbox was made; the gateway may be started anew then."""
     then = datetime.now(UTC) - jump
     service.add("a", max_lifetime_s=3600.0, idle_timeout_s=3600.0, created_at=then, last_activity=then)
-    again = Registry(service.core.registry._index, EventBus())
+    again = Registry(service.registry._index, EventBus())
     again.load()
-    for registry in (service.core.registry, again):
+    for registry in (service.registry, again):
         assert 0 <= registry.age_s("a") < 600
-    assert 0 <= service.core.registry.idle_s("a") < 600
+    assert 0 <= service.registry.idle_s("a") < 600
 
 
 async def test_after_a_boot_of_the_host_its_wall_clock_counts_once(service: Service) -> None:
     service.add("a", created_at=datetime.now(UTC) - timedelta(hours=2))
-    registry = service.core.registry
+    registry = service.registry
     registry.update("a", boot_id="an earlier one")
     registry.load()
     assert 7200 <= registry.age_s("a") < 7800

@@ -42,7 +42,7 @@ async def next_ends(events: EventQueue, count: int) -> list[EventKind]:
 
 def crash_at_start(kernels: Service, sandbox_id: str) -> Path:
     """From now on its kernels end while they start, until the file is removed."""
-    home = kernels.core.running(sandbox_id).saved.place.disk_dir / "home"
+    home = kernels.machines.running(sandbox_id).saved.place.disk_dir / "home"
     startup = home / ".ipython/profile_default/startup"
     startup.mkdir(parents=True, exist_ok=True)
     (startup / "00.py").write_text(CRASH_AT_START)
@@ -53,7 +53,7 @@ async def test_a_kernel_that_ends_again_and_again_is_reported_dead_once(state_di
     async with started_service(state_dir, driver, restart_limit=2) as kernels:
         sandbox_id = await kernels.new()
         file = crash_at_start(kernels, sandbox_id)
-        async with kernels.core.bus.subscribe() as events:
+        async with kernels.bus.subscribe() as events:
             async with kernels.client(sandbox_id) as client:
                 client.execute("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
                 assert await next_ends(events, 3) == [*(EventKind.KERNEL_RESTARTING,) * 2, EventKind.KERNEL_DEAD]
@@ -116,7 +116,7 @@ async def test_no_client_waits_for_a_kernel_that_died(state_dir: Path, driver: T
     settings = GatewaySettings(state_dir=state_dir)
     async with started_service(state_dir, driver, restart_limit=restart_limit) as kernels:
         hub = KernelHub(kernels, settings, Metrics(states=list, pool_ready=int))
-        async with hub.running(), kernels.subscribe() as events:
+        async with hub.running(), kernels.bus.subscribe() as events:
             following = asyncio.create_task(hub.follow(events))
             sandbox_id = await kernels.new()
             one, other = Notebook(), Notebook()
@@ -128,7 +128,7 @@ async def test_no_client_waits_for_a_kernel_that_died(state_dir: Path, driver: T
             await one.until("iopub", "stream", "2", "on\n")
             await connections[0].from_client(cell("3", "print('three')"))
             await connections[1].from_client(cell("4", "print('four')"))
-            home = kernels.core.running(sandbox_id).saved.place.disk_dir / "home"
+            home = kernels.machines.running(sandbox_id).saved.place.disk_dir / "home"
             (home / "go").touch()
             state = "restarting" if restart_limit else "dead"
             seen = [each for each in await one.until("iopub", "status", "", state) if each[1] != "stream"]
@@ -151,9 +151,9 @@ async def test_a_kernel_that_ended_while_no_gateway_ran_is_restarted(state_dir: 
     async with started_service(state_dir, driver) as kernels:
         sandbox_id = await kernels.new()
         await kernels.run(sandbox_id, "x = 1; open('file', 'w').write('kept')")
-        agent = kernels.core.running(sandbox_id).saved.machine.pid
-        await kernels.core.detach(sandbox_id)
-        kernels.core.registry._records.clear()
+        agent = kernels.machines.running(sandbox_id).saved.machine.pid
+        await kernels.machines.detach(sandbox_id)
+        kernels.registry._records.clear()
     *_, kernel = tree.pids(agent)  # after agent and zygote
     os.kill(kernel, signal.SIGKILL)
     async with asyncio.timeout(30):
@@ -178,7 +178,7 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_machine_that_does_not_answer_is_shown_so_until_it_does(kernels: Service) -> None:
     sandbox_id = await kernels.new()
     await kernels.run(sandbox_id, "x = 1")
-    machine = kernels.core.running(sandbox_id).saved.machine
+    machine = kernels.machines.running(sandbox_id).saved.machine
     os.kill(machine.pid, signal.SIGSTOP)
     await unresponsive(kernels, sandbox_id, expected=True)
     shown = KernelAnswer.of_sandbox(kernels.get(sandbox_id), 0)
@@ -200,19 +200,19 @@ async def test_a_machine_that_does_not_answer_is_shown_so_until_it_does(kernels:
 @pytest.mark.usefixtures("quick_looks")
 async def test_a_machine_that_is_paused_owes_no_answer(kernels: Service) -> None:
     sandbox_id = await kernels.new()
-    await kernels.pause(sandbox_id)
+    await kernels.naps.pause(sandbox_id)
     # Longer than one that owes an answer has: nothing happens.
     await asyncio.sleep(live.PING_INTERVAL_S + 2 * live.UNRESPONSIVE_LOOKS * live.LOOK_S)
     assert kernels.get(sandbox_id).unresponsive_since is None
-    await kernels.resume(sandbox_id)
+    await kernels.naps.resume(sandbox_id)
 
 
 @pytest.mark.usefixtures("quick_looks")
 async def test_a_restart_ends_a_machine_that_does_not_answer(kernels: Service) -> None:
     sandbox_id = await kernels.new()
     await kernels.run(sandbox_id, "open('file', 'w').write('kept')")
-    await kernels.checkpoint(sandbox_id, name=None)
-    machine = kernels.core.running(sandbox_id).saved.machine
+    await kernels.time_line.checkpoint(sandbox_id, name=None)
+    machine = kernels.machines.running(sandbox_id).saved.machine
     os.kill(machine.pid, signal.SIGSTOP)
     await unresponsive(kernels, sandbox_id, expected=True)
     await kernels.restart(sandbox_id)
@@ -220,7 +220,7 @@ async def test_a_restart_ends_a_machine_that_does_not_answer(kernels: Service) -
     assert await kernels.run(sandbox_id, "print(open('file').read())") == "kept\n"
     # Without a checkpoint there is nothing to go on from.
     other_id = await kernels.new()
-    os.kill(kernels.core.running(other_id).saved.machine.pid, signal.SIGSTOP)
+    os.kill(kernels.machines.running(other_id).saved.machine.pid, signal.SIGSTOP)
     await unresponsive(kernels, other_id, expected=True)
     with pytest.raises(MachineFailedError):
         await kernels.restart(other_id)

@@ -32,7 +32,7 @@ async def test_a_new_sandbox_runs_cells_and_leaves_nothing(kernels: Service) -> 
     assert (sandbox.state, sandbox.driver, sandbox.name) == (SandboxState.RUNNING, "fake", "box")
     assert await kernels.run(sandbox_id, "import os; print(os.environ['COLOUR'], 6 * 7)") == "red 42\n"
     assert await kernels.run(sandbox_id, "1 / 0") == "ZeroDivisionError"
-    live = kernels.core.running(sandbox_id)
+    live = kernels.machines.running(sandbox_id)
     place = live.saved.place
     usage = await kernels.usage(sandbox_id)
     assert usage.memory_unique_bytes > 1 << 20
@@ -41,13 +41,13 @@ async def test_a_new_sandbox_runs_cells_and_leaves_nothing(kernels: Service) -> 
     await kernels.delete(sandbox_id)
     assert live.saved.machine.is_dead
     assert not place.run_dir.exists() and not place.disk_dir.exists()
-    assert kernels.core.store.pins().keys() == {"template-" + _template(kernels)}
+    assert kernels._store.pins().keys() == {"template-" + _template(kernels)}
     with pytest.raises(UnknownSandboxError):
         kernels.get(sandbox_id)
 
 
 def _template(kernels: Service) -> str:
-    (path,) = (kernels.core.settings.state_dir / "templates").glob("*.json")
+    (path,) = (kernels._settings.state_dir / "templates").glob("*.json")
     return path.stem[:16]
 
 
@@ -68,14 +68,14 @@ async def test_a_request_that_cannot_be_met_leaves_nothing(
 ) -> None:
     with pytest.raises(error):
         await kernels.create(CreateSandbox(**{"template": TEMPLATE, **fields}))  # type: ignore[arg-type]
-    assert kernels.list() == []
+    assert kernels.registry.sandboxes() == []
 
 
 async def test_a_machine_that_does_not_start_leaves_nothing(kernels: Service, driver: TestDriver) -> None:
     driver.refuses = "not today"
     with pytest.raises(MachineFailedError, match="not today"):
         await kernels.new()
-    assert kernels.list() == []
+    assert kernels.registry.sandboxes() == []
     driver.refuses = None
     sandbox_id = await kernels.new()
     with pytest.raises(SandboxExistsError):
@@ -85,24 +85,24 @@ async def test_a_machine_that_does_not_start_leaves_nothing(kernels: Service, dr
 async def test_a_sandbox_sleeps_and_wakes_with_its_files(kernels: Service) -> None:
     sandbox_id = await kernels.new()
     await kernels.run(sandbox_id, "open('kept', 'w').write('x')")
-    machine = kernels.core.running(sandbox_id).saved.machine
-    asleep = await kernels.sleep(sandbox_id)
+    machine = kernels.machines.running(sandbox_id).saved.machine
+    asleep = await kernels.naps.sleep(sandbox_id)
     assert asleep.state is SandboxState.ASLEEP and asleep.snapshot_id is not None
     assert machine.is_dead
-    assert await kernels.sleep(sandbox_id) == asleep
+    assert await kernels.naps.sleep(sandbox_id) == asleep
     with pytest.raises(SandboxStateError):
-        kernels.core.running(sandbox_id)
-    assert (await kernels.wake(sandbox_id)).state is SandboxState.RUNNING
+        kernels.machines.running(sandbox_id)
+    assert (await kernels.naps.wake(sandbox_id)).state is SandboxState.RUNNING
     assert await kernels.run(sandbox_id, "print(open('kept').read())") == "x\n"
 
 
 async def test_a_life_may_end_in_sleep(kernels: Service) -> None:
     sandbox_id = await kernels.new(max_lifetime_s=0.5, on_timeout="sleep")
     await kernels.until(lambda: kernels.get(sandbox_id).state is SandboxState.ASLEEP)
-    await kernels.wake(sandbox_id)
+    await kernels.naps.wake(sandbox_id)
     assert kernels.get(sandbox_id).max_lifetime_s is None
     # One that sleeps already is not put to sleep again when it wakes.
-    await kernels.sleep(sandbox_id)
+    await kernels.naps.sleep(sandbox_id)
     kernels.configure(sandbox_id, max_lifetime_s=0.1)
     async with asyncio.timeout(60):
         while kernels.get(sandbox_id).max_lifetime_s is not None:  # noqa: ASYNC110 (nothing tells)
@@ -112,17 +112,17 @@ async def test_a_life_may_end_in_sleep(kernels: Service) -> None:
 
 async def test_a_name_is_given_to_one_checkpoint(kernels: Service) -> None:
     sandbox_id, other_id = await kernels.new(), await kernels.new()
-    await kernels.checkpoint(sandbox_id, name="once")
+    await kernels.time_line.checkpoint(sandbox_id, name="once")
     with pytest.raises(SnapshotExistsError, match="once"):
-        await kernels.checkpoint(sandbox_id, name="once")
-    assert len(await kernels.checkpoints(sandbox_id)) == 1
-    await kernels.checkpoint(other_id, name="once")
+        await kernels.time_line.checkpoint(sandbox_id, name="once")
+    assert len(await kernels.time_line.checkpoints(sandbox_id)) == 1
+    await kernels.time_line.checkpoint(other_id, name="once")
 
 
 @pytest.mark.parametrize("why", ["asleep", "deleted", "elsewhere", "died"])
 async def test_what_uses_a_machine_is_told_why_it_left(kernels: Service, why: str) -> None:
     sandbox_id = await kernels.new()
-    await kernels.checkpoint(sandbox_id, name="before")
+    await kernels.time_line.checkpoint(sandbox_id, name="before")
     commands, files = await kernels.commands(sandbox_id), await kernels.files(sandbox_id)
     async with (
         await commands.start(CommandRequest(command="echo on; sleep 60")) as command,
@@ -132,13 +132,13 @@ async def test_what_uses_a_machine_is_told_why_it_left(kernels: Service, why: st
         change = asyncio.ensure_future(anext(watch.changes()))
         match why:
             case "asleep":
-                await kernels.sleep(sandbox_id)
+                await kernels.naps.sleep(sandbox_id)
             case "deleted":
                 await kernels.delete(sandbox_id)
             case "elsewhere":
-                await kernels.goto(sandbox_id, "before")
+                await kernels.time_line.goto(sandbox_id, "before")
             case "died":
-                await kernels.core.running(sandbox_id).saved.machine.kill()
+                await kernels.machines.running(sandbox_id).saved.machine.kill()
         for use in (command.next(), change):
             with pytest.raises((MachineLeftError, MachineFailedError)) as raised:
                 async with asyncio.timeout(60):
@@ -150,31 +150,31 @@ async def test_what_uses_a_machine_is_told_why_it_left(kernels: Service, why: st
 
 async def test_a_client_that_asks_a_sleeping_sandbox_wakes_it(kernels: Service) -> None:
     sandbox_id = await kernels.new()
-    await kernels.sleep(sandbox_id)
+    await kernels.naps.sleep(sandbox_id)
     assert await kernels.run(sandbox_id, "print('awake')") == "awake\n"
     assert kernels.get(sandbox_id).state is SandboxState.RUNNING
 
 
 async def test_a_sandbox_that_cannot_be_woken_sleeps_on(kernels: Service, driver: TestDriver) -> None:
     sandbox_id = await kernels.new()
-    await kernels.sleep(sandbox_id)
+    await kernels.naps.sleep(sandbox_id)
     driver.refuses = "not today"
     with pytest.raises(MachineFailedError, match="not today"):
-        await kernels.wake(sandbox_id)
+        await kernels.naps.wake(sandbox_id)
     assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
     driver.refuses = None
-    await kernels.wake(sandbox_id)
+    await kernels.naps.wake(sandbox_id)
 
 
 async def test_a_paused_machine_stands_still_through_a_checkpoint(kernels: Service) -> None:
     sandbox_id = await kernels.new()
-    machine = kernels.core.running(sandbox_id).saved.machine
-    assert (await kernels.pause(sandbox_id)).state is SandboxState.PAUSED
-    await kernels.checkpoint(sandbox_id, name="still")
+    machine = kernels.machines.running(sandbox_id).saved.machine
+    assert (await kernels.naps.pause(sandbox_id)).state is SandboxState.PAUSED
+    await kernels.time_line.checkpoint(sandbox_id, name="still")
     assert machine.state is RunState.PAUSED
     with pytest.raises(SandboxStateError, match="resume it first"):
         await kernels.interrupt(sandbox_id)
-    assert (await kernels.resume(sandbox_id)).state is SandboxState.RUNNING
+    assert (await kernels.naps.resume(sandbox_id)).state is SandboxState.RUNNING
     assert await kernels.run(sandbox_id, "print(1)") == "1\n"
 
 
@@ -182,7 +182,7 @@ async def test_a_kernel_that_dies_is_restarted_and_given_up_at_last(state_dir: P
     async with started_service(state_dir, driver, restart_limit=1) as kernels:
         sandbox_id = await kernels.new()
         kinds = (EventKind.KERNEL_RESTARTING, EventKind.KERNEL_RESTARTED, EventKind.KERNEL_DEAD)
-        async with kernels.core.bus.subscribe() as events:
+        async with kernels.bus.subscribe() as events:
             for expected in ((EventKind.KERNEL_RESTARTING, EventKind.KERNEL_RESTARTED), (EventKind.KERNEL_DEAD,)):
                 async with kernels.client(sandbox_id) as client:
                     client.execute("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
@@ -209,13 +209,13 @@ async def test_an_interrupt_ends_a_cell_and_a_restart_its_kernel(kernels: Servic
 async def test_a_machine_that_dies_falls_back_on_its_checkpoint_or_fails(kernels: Service) -> None:
     with_checkpoint, without = await kernels.new(), await kernels.new()
     await kernels.run(with_checkpoint, "open('kept', 'w').write('x')")
-    await kernels.checkpoint(with_checkpoint, name="safe")
+    await kernels.time_line.checkpoint(with_checkpoint, name="safe")
     for sandbox_id in (with_checkpoint, without):
-        os.kill(kernels.core.running(sandbox_id).saved.machine.pid, signal.SIGKILL)
+        os.kill(kernels.machines.running(sandbox_id).saved.machine.pid, signal.SIGKILL)
     await kernels.until(lambda: kernels.get(without).state is SandboxState.FAILED)
     assert "SIGKILL" in str(kernels.get(without).reason)
     with pytest.raises(MachineFailedError):
-        await kernels.wake(without)
+        await kernels.naps.wake(without)
     await kernels.until(lambda: kernels.get(with_checkpoint).state is SandboxState.ASLEEP)
     assert "checkpoint of" in str(kernels.get(with_checkpoint).reason)
     assert await kernels.run(with_checkpoint, "print(open('kept').read())") == "x\n"
@@ -234,9 +234,9 @@ async def test_spare_machines_are_given_out_once(state_dir: Path, driver: TestDr
     async with started_service(state_dir, driver, pool_size=1) as kernels:
         await kernels.prepare(progress=lambda text: None)
         async with asyncio.timeout(60):
-            while kernels.pool_ready() < 1:  # noqa: ASYNC110 - nothing tells
+            while kernels.pool.ready_count() < 1:  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(0.01)
-        spare = kernels.core.launcher.pool
+        spare = kernels.pool
         sandbox_id = await kernels.new(env={"COLOUR": "red"})
-        assert spare.ready_count() == 0 or kernels.core.running(sandbox_id)
+        assert spare.ready_count() == 0 or kernels.machines.running(sandbox_id)
         assert await kernels.run(sandbox_id, "import os; print(os.environ['COLOUR'])") == "red\n"

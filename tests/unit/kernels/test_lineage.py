@@ -14,10 +14,10 @@ from tests.unit.kernels.conftest import Service
 def test_a_family_outlives_an_inner_node_and_its_root(service: Service, restarted: bool) -> None:
     for sandbox_id, parent_id in (("a", None), ("b", "a"), ("x", "a"), ("c", "b"), ("d", "b"), ("stranger", None)):
         service.add(sandbox_id, parent_id)
-    registry = service.core.registry
+    registry = service.registry
 
     def seen_by(sandbox_id: str) -> list[tuple[str, str | None]]:
-        return [(member.id, member.parent_id) for member in service.tree(sandbox_id)]
+        return [(member.id, member.parent_id) for member in service.forks.tree(sandbox_id)]
 
     def remove(sandbox_id: str) -> None:
         registry.remove(sandbox_id)
@@ -38,7 +38,7 @@ def test_a_family_outlives_an_inner_node_and_its_root(service: Service, restarte
     remove("x")
     assert seen_by("d") == [("d", None)]
     remove("d")
-    assert service.core.registry._index.ancestors() == {}
+    assert service.registry._index.ancestors() == {}
 
 
 async def test_a_sandbox_is_deleted_with_its_descendants_if_asked(service: Service) -> None:
@@ -46,17 +46,17 @@ async def test_a_sandbox_is_deleted_with_its_descendants_if_asked(service: Servi
         service.add(sandbox_id, parent_id)
     await service.delete("c")
     await service.delete("b", descendants=True)
-    assert [sandbox.id for sandbox in service.list()] == ["a", "x"]
+    assert [sandbox.id for sandbox in service.registry.sandboxes()] == ["a", "x"]
 
 
 def test_who_becomes_its_child_has_the_childs_children(service: Service) -> None:
     for sandbox_id, parent_id in (("a", None), ("b", "a"), ("c", "b"), ("d", "c"), ("e", "b")):
         service.add(sandbox_id, parent_id)
-    service.core.registry.remove("c")
-    service.core.registry.adopt("b", "a")
-    service.core.registry.remove("b")
-    assert service.core.registry.lineage.children("a") == ["e"]
-    assert [member.parent_id for member in service.tree("d")] == [None, "a", "a"]
+    service.registry.remove("c")
+    service.registry.adopt("b", "a")
+    service.registry.remove("b")
+    assert service.registry.lineage.children("a") == ["e"]
+    assert [member.parent_id for member in service.forks.tree("d")] == [None, "a", "a"]
     assert service.get("e").parent_id == "a"
 
 

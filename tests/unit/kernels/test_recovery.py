@@ -20,9 +20,9 @@ from vm_runtime.states import RunState
 
 async def leave(kernels: Service) -> None:
     """What a killed gateway leaves: machines that run on, and records as they were last written."""
-    for sandbox_id in list(kernels.core.live):
-        await kernels.core.detach(sandbox_id)
-    kernels.core.registry._records.clear()
+    for sandbox_id in list(kernels.machines.live):
+        await kernels.machines.detach(sandbox_id)
+    kernels.registry._records.clear()
 
 
 @pytest.mark.parametrize("left", [SandboxState.RUNNING, SandboxState.PAUSED])
@@ -31,16 +31,16 @@ async def test_a_machine_that_runs_is_found_again(state_dir: Path, driver: TestD
         sandbox_id = await kernels.new()
         await kernels.run(sandbox_id, "x = 42")
         if left is SandboxState.PAUSED:
-            await kernels.pause(sandbox_id)
-        pid = kernels.core.running(sandbox_id).saved.machine.pid
+            await kernels.naps.pause(sandbox_id)
+        pid = kernels.machines.running(sandbox_id).saved.machine.pid
         await leave(kernels)
     async with started_driver(state_dir) as later, started_service(state_dir, later) as kernels:
         assert kernels.get(sandbox_id).state is left
-        machine = kernels.core.running(sandbox_id).saved.machine
+        machine = kernels.machines.running(sandbox_id).saved.machine
         assert machine.pid == pid
         if left is SandboxState.PAUSED:
             assert machine.state is RunState.PAUSED
-            await kernels.resume(sandbox_id)
+            await kernels.naps.resume(sandbox_id)
         assert await kernels.run(sandbox_id, "print(x)") == "42\n"
 
 
@@ -50,7 +50,7 @@ async def test_one_that_cannot_be_paused_again_is_not_lost(
     async with started_service(state_dir, driver) as kernels:
         sandbox_id = await kernels.new()
         await kernels.run(sandbox_id, "x = 42")
-        await kernels.pause(sandbox_id)
+        await kernels.naps.pause(sandbox_id)
         await leave(kernels)
 
     async def fail(machine: FakeMachine) -> None:
@@ -68,14 +68,14 @@ async def test_machines_that_died_meanwhile_fall_back_or_fail_and_sleepers_sleep
 ) -> None:
     async with started_service(state_dir, driver) as kernels:
         safe, lost, asleep = [await kernels.new() for _ in range(3)]
-        await kernels.checkpoint(safe, name="safe")
-        await kernels.sleep(asleep)
-        pids = [kernels.core.running(each).saved.machine.pid for each in (safe, lost)]
+        await kernels.time_line.checkpoint(safe, name="safe")
+        await kernels.naps.sleep(asleep)
+        pids = [kernels.machines.running(each).saved.machine.pid for each in (safe, lost)]
         await leave(kernels)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     async with started_driver(state_dir) as later, started_service(state_dir, later) as kernels:
-        states = {each.id: each.state for each in kernels.list()}
+        states = {each.id: each.state for each in kernels.registry.sandboxes()}
         assert states == {safe: SandboxState.ASLEEP, lost: SandboxState.FAILED, asleep: SandboxState.ASLEEP}
         for sandbox_id in (safe, asleep):
             assert await kernels.run(sandbox_id, "print(1)") == "1\n"
@@ -83,11 +83,11 @@ async def test_machines_that_died_meanwhile_fall_back_or_fail_and_sleepers_sleep
 
 async def test_machines_that_nobody_knows_are_ended(state_dir: Path, driver: TestDriver) -> None:
     async with started_service(state_dir, driver) as kernels:
-        settings = kernels.core.settings
-        image = kernels.core.images.current()["tiny"]
+        settings = kernels._settings
+        image = kernels._images.current()["tiny"]
         spec = MachineSpec(shape=MachineShape(memory_mib=256, vcpus=1, disk_mib=1024), image=image.files)
         place = new_place(settings.state_dir, settings.run_dir)
-        stray = await kernels.core.launcher.saver.boot(spec, place=place, guest=b"", timeout_s=60.0)
+        stray = await kernels.saver.boot(spec, place=place, guest=b"", timeout_s=60.0)
         await stray.detach()
         (settings.state_dir / "machines" / "0123").mkdir(parents=True)
     async with started_driver(state_dir) as later, started_service(state_dir, later):
@@ -100,7 +100,7 @@ async def test_a_clean_stop_puts_all_to_sleep(state_dir: Path, driver: TestDrive
     async with started_service(state_dir, driver, stop_means_sleep=True) as kernels:
         sandbox_id = await kernels.new()
         await kernels.run(sandbox_id, "open('kept', 'w').write('x')")
-        pid = kernels.core.running(sandbox_id).saved.machine.pid
+        pid = kernels.machines.running(sandbox_id).saved.machine.pid
     assert start_time_ticks(pid) is None
     async with started_service(state_dir, driver) as kernels:
         assert kernels.get(sandbox_id).state is SandboxState.ASLEEP

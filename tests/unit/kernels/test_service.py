@@ -14,10 +14,10 @@ from tests.unit.kernels.conftest import Service
 async def test_nothing_is_kept_of_ids_that_name_no_sandbox(service: Service) -> None:
     for _ in range(100):
         with pytest.raises(UnknownSandboxError):
-            await service.sleep(str(uuid.uuid4()))
+            await service.naps.sleep(str(uuid.uuid4()))
         with pytest.raises(UnknownSandboxError):
-            await service.goto(str(uuid.uuid4()), "1")
-    assert not service.core._locks
+            await service.time_line.goto(str(uuid.uuid4()), "1")
+    assert not service.machines._locks
 
 
 async def test_who_waits_for_a_sandbox_that_is_deleted_comes_after_the_others(service: Service) -> None:
@@ -26,17 +26,17 @@ async def test_who_waits_for_a_sandbox_that_is_deleted_comes_after_the_others(se
     order = []
 
     async def use(name: str) -> None:
-        async with service.core.lock("a"):
+        async with service.machines.lock("a"):
             order.append(f"{name} begins")
             await asyncio.sleep(0)
             order.append(f"{name} ends")
 
-    async with asyncio.TaskGroup() as group, service.core.lock("a"):
+    async with asyncio.TaskGroup() as group, service.machines.lock("a"):
         group.create_task(use("second"))
         await asyncio.sleep(0)
-        await service.core.forget("a")
+        await service.naps.forget("a")
         group.create_task(use("third"))
         await asyncio.sleep(0)
         order.append("first ends")
     assert order == ["first ends", "second begins", "second ends", "third begins", "third ends"]
-    assert not service.core._locks
+    assert not service.machines._locks

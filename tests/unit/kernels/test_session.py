@@ -79,7 +79,7 @@ async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
 
 
 async def test_exits_that_a_kernel_cannot_have_had_are_not_queued(kernels: Service) -> None:
-    live = kernels.core.running(await kernels.new())
+    live = kernels.machines.running(await kernels.new())
     for pid in range(FLOOD):
         live.on_event(KernelExited(pid=pid, reason="It exited."))
     assert live._exits.qsize() < 10

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels.core import pin_name
 from kernels.models import Checkpoint
+from kernels.snapshots import pin_name
 from kernels.time_line import MAX_CHECKPOINTS, too_many
 from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_service
 from tests.unit.snapshots.small_snapshots import publish
@@ -50,11 +50,11 @@ async def test_what_takes_disk_is_thinned_out_whatever_took_it(state_dir: Path, 
         taken = []
         for name in (None, "kept", None, None, None, None, None):
             await kernels.run(sandbox_id, f"import os; open('big', 'wb').write(os.urandom({WRITTEN_BYTES}))")
-            taken.append(await kernels.checkpoint(sandbox_id, name=name))
+            taken.append(await kernels.time_line.checkpoint(sandbox_id, name=name))
         assert all(checkpoint.bytes > WRITTEN_BYTES for checkpoint in taken)
         deadline = time.monotonic() + LIMIT_S
         # The newest is what the sandbox is in, and not counted.
-        while _bytes((left := await kernels.checkpoints(sandbox_id))[:-1]) > BUDGET_BYTES:
+        while _bytes((left := await kernels.time_line.checkpoints(sandbox_id))[:-1]) > BUDGET_BYTES:
             assert time.monotonic() < deadline, left
             await asyncio.sleep(0.05)
         # Of the others as many stay as are within the budget.
@@ -64,7 +64,7 @@ async def test_what_takes_disk_is_thinned_out_whatever_took_it(state_dir: Path, 
 
 
 async def test_what_others_need_stays_when_a_sandbox_with_many_checkpoints_is_deleted(service: Service) -> None:
-    store = service.core.store
+    store = service._store
     ids = [publish(store, number, layers=[number], disks=[number]).id for number in range(300)]
     named = publish(store, 300, name="kept")
     for sandbox_id, snapshot_id in (("one", ids[-1]), ("child", ids[7])):
