@@ -180,25 +180,25 @@ class ContentHandler(EndpointHandler):
     head = get
 
     def _describe(self, download: FileDownload, part: ByteRange | None) -> None:
-        chunked = CHUNKS in self.request.headers.get("Accept", "")
+        found, chunked = download.part, CHUNKS in self.request.headers.get("Accept", "")
         self.set_header("Content-Type", CHUNKS if chunked else OCTETS)
         self.set_header("Accept-Ranges", "bytes")
         self.set_header("Vary", "Accept")
-        self.set_header("X-File-Mode", f"{download.mode:04o}")
-        size, is_head = download.size_bytes, self.request.method == "HEAD"
+        self.set_header("X-File-Mode", f"{found.mode:04o}")
+        size, is_head = found.size_bytes, self.request.method == "HEAD"
         if is_head:
-            if download.length is not None and not chunked:
+            if found.length is not None and not chunked:
                 self.set_header("Content-Length", str(size))
             return
-        if part is not None and download.length is not None:
-            if download.length == 0:
+        if part is not None and found.length is not None:
+            if found.length == 0:
                 self._size_bytes = size
                 raise ApiError(416, "range_not_satisfiable", f"The file has {size} bytes, none of them in the range.")
             self.set_status(206)
-            last = download.offset + download.length - 1
-            self.set_header("Content-Range", f"bytes {download.offset}-{last}/{size}")
-        if download.length is not None and not chunked:
-            self.set_header("Content-Length", str(download.length))
+            last = found.offset + found.length - 1
+            self.set_header("Content-Range", f"bytes {found.offset}-{last}/{size}")
+        if found.length is not None and not chunked:
+            self.set_header("Content-Length", str(found.length))
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         if self._size_bytes is not None:

@@ -6,16 +6,17 @@ Knows nothing of sandboxes' lives or of HTTP.
 from __future__ import annotations
 
 import json
-import re
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from kernels.errors import GuestRefusedError, MachineFailedError, RequestError
-from kernels.guest_values import asking, guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from pydantic import Field
+
+from kernels.errors import GuestRefusedError, RequestError
+from kernels.guest_values import Count, GuestValue, Moment, Text, asking, guest_errors, parse_json, read_json
 from kernels.session import GuestSession
 from vm_runtime.wire.command_frames import (
     MAX_REQUEST_BYTES,
@@ -25,8 +26,6 @@ from vm_runtime.wire.command_frames import (
 )
 from vm_runtime.wire.payloads import encode_text
 from vm_runtime.wire.stream import Stream
-
-_COMMAND_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # A guest ends a command itself when its time is up, within its own GRACE_S; one that has not after this long hangs.
 OVERTIME_S = 30.0
@@ -70,47 +69,28 @@ class CommandRequest:
         return REQUEST_HEADER.pack(len(data)) + data
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommandInfo:
-    """A command that runs or has ended. started_at: seconds since 1970, by the guest's clock."""
+class StartedCommand(GuestValue):
+    """command_id: becomes a part of URLs and headers."""
 
-    command_id: str
-    pid: int
-    command: str
-    cwd: str | None
+    command_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    pid: Count
+
+
+class CommandInfo(StartedCommand):
+    """A command that runs or has ended. started_at: seconds since 1970, by the guest's clock. out_of_memory: an older
+    agent cannot tell."""
+
+    command: Text
+    cwd: Text | None = None
     background: bool
     tty: bool
-    started_at: float
-    output_bytes: int
+    started_at: Moment
+    output_bytes: Count
     running: bool
-    exit_code: int | None
-    signal: int | None
+    exit_code: Count | None = Field(None, validation_alias="exit_status")
+    signal: Count | None = None
     timed_out: bool
-    out_of_memory: bool
-
-    @classmethod
-    def parse(cls, value: Any) -> CommandInfo:
-        """Errors: MachineFailedError."""
-        return cls(
-            command_id=_id_of(value),
-            pid=number_of(value, "pid"),
-            command=text_of(value, "command"),
-            cwd=text_of(value, "cwd", optional=True),
-            background=value_of(value, "background", bool),
-            tty=value_of(value, "tty", bool),
-            started_at=time_of(value, "started_at"),
-            output_bytes=number_of(value, "output_bytes"),
-            running=value_of(value, "running", bool),
-            exit_code=number_of(value, "exit_status", optional=True),
-            signal=number_of(value, "signal", optional=True),
-            timed_out=value_of(value, "timed_out", bool),
-            out_of_memory=_is_out_of_memory(value),
-        )
-
-
-def _is_out_of_memory(value: Any) -> bool:
-    """An older agent cannot tell."""
-    return value_of(value, "out_of_memory", bool, optional=True) is True
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +99,20 @@ class CommandOutput:
     data: bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputSkipped:
+class OutputSkipped(GuestValue):
     """Output that the guest keeps no more: before one attached, or because one read too slowly."""
 
-    skipped_bytes: int
+    skipped_bytes: Count = Field(validation_alias="bytes")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommandExited:
+class CommandExited(GuestValue):
     """exit_code or signal is None. timed_out: it was ended because its time was up; out_of_memory: because the machine
     has too little."""
 
-    exit_code: int | None
-    signal: int | None
+    exit_code: Count | None = Field(None, validation_alias="exit_status")
+    signal: Count | None = None
     timed_out: bool
-    out_of_memory: bool
+    out_of_memory: bool = False
 
 
 CommandEvent = CommandOutput | OutputSkipped | CommandExited
@@ -216,10 +194,10 @@ class SandboxCommands:
                 stream.reset()
                 raise
         (_, payload), *rest = found
-        started = parse_json(payload)
+        started = StartedCommand.parse(parse_json(payload))
         limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
         limit = self._deadlines.within(limit_s, "the end of a command")
-        command = AttachedCommand(stream, command_id=_id_of(started), pid=number_of(started, "pid"), limit=limit)
+        command = AttachedCommand(stream, command_id=started.command_id, pid=started.pid, limit=limit)
         command._frames = frames
         command._events.extend(_event(kind, data) for kind, data in rest)
         return command
@@ -261,14 +239,6 @@ class SandboxCommands:
                 return stream.result
 
 
-def _id_of(value: Any) -> str:
-    """A command's id, which becomes a part of URLs and headers. Errors: MachineFailedError."""
-    found: str = text_of(value, "command_id")
-    if not _COMMAND_ID.fullmatch(found):
-        raise MachineFailedError("The guest answered a command's id that is none.")
-    return found
-
-
 def _event(kind: CommandFrame, payload: bytes) -> CommandEvent:
     """Errors: MachineFailedError."""
     match kind:
@@ -277,12 +247,6 @@ def _event(kind: CommandFrame, payload: bytes) -> CommandEvent:
         case CommandFrame.STDERR:
             return CommandOutput(source="stderr", data=payload)
         case CommandFrame.SKIPPED:
-            return OutputSkipped(skipped_bytes=number_of(parse_json(payload), "bytes"))
+            return OutputSkipped.parse(parse_json(payload))
         case _:
-            value = parse_json(payload)
-            return CommandExited(
-                exit_code=number_of(value, "exit_status", optional=True),
-                signal=number_of(value, "signal", optional=True),
-                timed_out=value_of(value, "timed_out", bool),
-                out_of_memory=_is_out_of_memory(value),
-            )
+            return CommandExited.parse(parse_json(payload))

@@ -6,21 +6,18 @@ Paths are text that is passed on: nothing here touches a file of the host.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from kernels.deadlines import Deadlines
 from kernels.errors import MachineFailedError
-from kernels.guest_values import asking, guest_errors, number_of, parse_json, read_json, text_of, time_of, value_of
+from kernels.guest_values import Count, GuestValue, Mode, Moment, Text, asking, guest_errors, parse_json, read_json
 from kernels.session import GuestSession
 from vm_runtime.wire.chunks import ChunkReader, ChunkWriter
 from vm_runtime.wire.stream import Stream
 
 FileKind = Literal["file", "directory", "link", "pipe", "socket", "device"]
 ChangeEvent = Literal["created", "modified", "attributes", "deleted", "renamed", "overflow"]
-_KINDS = frozenset({"file", "directory", "link", "pipe", "socket", "device"})
-_EVENTS = frozenset({"created", "modified", "attributes", "deleted", "renamed", "overflow"})
 
 # As much as a stream's window takes.
 READ_BYTES = 256 * 1024
@@ -30,63 +27,51 @@ WRITE_BYTES = 256 * 1024
 MAX_CHANGE_BYTES = 64 * 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileInfo:
+class FileInfo(GuestValue):
     """mode: permission bits. modified_at: seconds since 1970. target: where a link leads, else None."""
 
-    name: str
-    path: str
+    name: Text
+    path: Text
     kind: FileKind
-    size_bytes: int
-    mode: int
-    uid: int
-    gid: int
-    modified_at: float
-    target: str | None
-
-    @classmethod
-    def parse(cls, value: Any) -> FileInfo:
-        """Errors: MachineFailedError."""
-        kind = text_of(value, "kind")
-        if kind not in _KINDS:
-            raise MachineFailedError("The guest answered a file of a kind that there is not.")
-        return cls(
-            name=text_of(value, "name"),
-            path=text_of(value, "path"),
-            kind=kind,
-            size_bytes=number_of(value, "size_bytes"),
-            mode=number_of(value, "mode") & 0o7777,
-            uid=number_of(value, "uid"),
-            gid=number_of(value, "gid"),
-            modified_at=time_of(value, "modified_at"),
-            target=text_of(value, "target", optional=True),
-        )
+    size_bytes: Count
+    mode: Mode
+    uid: Count
+    gid: Count
+    modified_at: Moment
+    target: Text | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
+class Listing(GuestValue):
     """path: absolute. truncated: there is more than was asked for, or than one answer holds. next: where it goes on,
     for another listing's `after` (None: the guest's agent is too old to say)."""
 
-    path: str
+    path: Text
     entries: list[FileInfo]
     truncated: bool
-    next: str | None
+    next: Text | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    size_bytes: int
-    crc32: int
+class Written(GuestValue):
+    size_bytes: Count
+    crc32: Count
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileChange:
+class FileChange(GuestValue):
     """old_path: what a renamed one was called. `overflow`: changes were missed; look again."""
 
     event: ChangeEvent
-    path: str
-    old_path: str | None
+    path: Text
+    old_path: Text | None = None
+
+
+class FilePart(GuestValue):
+    """length: of the part; None where only reading tells. size_bytes: of the whole."""
+
+    size_bytes: Count
+    offset: Count
+    length: Count | None = None
+    mode: Mode
+    modified_at: Moment
 
 
 class _Transfer:
@@ -111,15 +96,11 @@ class _Transfer:
 
 
 class FileDownload(_Transfer):
-    """A part of a file. length: of the part; None where only reading tells. size_bytes: of the whole."""
+    """A part of a file, and which."""
 
     def __init__(self, stream: Stream, deadlines: Deadlines) -> None:
         super().__init__(stream, deadlines)
-        self.size_bytes = int(number_of(stream.result, "size_bytes"))
-        self.offset = int(number_of(stream.result, "offset"))
-        self.length: int | None = number_of(stream.result, "length", optional=True)
-        self.mode = int(number_of(stream.result, "mode")) & 0o7777
-        self.modified_at = time_of(stream.result, "modified_at")
+        self.part = FilePart.parse(stream.result)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Its chunks as the guest made them, for a client that checks them itself."""
@@ -177,8 +158,7 @@ class FileUpload(_Transfer):
             if self._plain:
                 await self._stream.write(self._chunks.end())
             self._stream.end()
-            value = await read_json(self._stream)
-        written = Written(size_bytes=number_of(value, "size_bytes"), crc32=number_of(value, "crc32"))
+            written = Written.parse(await read_json(self._stream))
         if self._plain and written != Written(size_bytes=self._chunks.size_bytes, crc32=self._chunks.crc32):
             raise MachineFailedError("The guest wrote other content than was sent.")
         return written
@@ -196,12 +176,7 @@ class FileWatch(_Transfer):
                 if len(pending) > MAX_CHANGE_BYTES:
                     raise MachineFailedError(f"The guest told a change of more than {MAX_CHANGE_BYTES} bytes.")
                 for line in lines:
-                    value = parse_json(line)
-                    event = text_of(value, "event")
-                    if event not in _EVENTS:
-                        raise MachineFailedError("The guest told a change that there is not.")
-                    old_path = text_of(value, "old_path", optional=True)
-                    yield FileChange(event=event, path=text_of(value, "path"), old_path=old_path)
+                    yield FileChange.parse(parse_json(line))
 
 
 class SandboxFiles:
@@ -233,13 +208,7 @@ class SandboxFiles:
         """At most `limit` entries, from `Listing.next` of an earlier one on."""
         which = {"path": path, "depth": depth, "limit": limit, "after": after}
         async with asking(self._deadlines, "files.list"), await self._stream("files.list", **which) as stream:
-            value = await read_json(stream)
-        return Listing(
-            path=text_of(value, "path"),
-            entries=[FileInfo.parse(entry) for entry in value_of(value, "entries", list)],
-            truncated=value_of(value, "truncated", bool),
-            next=text_of(value, "next", optional=True),
-        )
+            return Listing.parse(await read_json(stream))
 
     async def stat(self, path: str, *, follow: bool = True) -> FileInfo:
         return FileInfo.parse(await self._call("files.stat", path=path, follow=follow))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kernels.deadlines import CALL_TIMEOUT_S, Deadlines
 from kernels.errors import LEFT, GuestRefusedError, MachineFailedError, MachineLeftError
@@ -65,32 +67,31 @@ def parse_json(data: bytes | bytearray) -> Any:
         raise MachineFailedError("The guest answered what is no JSON.") from error
 
 
-def value_of(values: Any, name: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
-    """values[name] if it is of that type (bool is no number). optional: None counts, too. Errors:
-    MachineFailedError."""
-    found = values.get(name) if isinstance(values, Mapping) else None
-    if found is None and optional:
-        return None
-    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-        raise MachineFailedError(f"The guest answered without a {name} that could be one.")
-    return found
+def _clamped(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return float(min(max(value, 0), 253402300799)) if value == value else 0.0
 
 
-def number_of(values: Any, name: str, *, optional: bool = False) -> Any:
-    """An int from 0 to 2**63 - 1. Errors: MachineFailedError."""
-    found = value_of(values, name, int, optional=optional)
-    if found is not None and not 0 <= found < 2**63:
-        raise MachineFailedError(f"The guest answered a {name} that cannot be one.")
-    return found
+# An int from 0 to 2**63 - 1.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Mode = Annotated[Count, AfterValidator(lambda mode: mode & 0o7777)]
+# A str that can be encoded.
+Text = Annotated[str, BeforeValidator(lambda value: encode_text(value).decode() if isinstance(value, str) else value)]
+# Seconds since 1970, in years that people have (a guest's clock and files may say anything).
+Moment = Annotated[float, BeforeValidator(_clamped)]
 
 
-def time_of(values: Any, name: str) -> float:
-    """Seconds since 1970, in years that people have (a guest's clock and files may say anything)."""
-    found: float = value_of(values, name, (int, float))
-    return min(max(found, 0.0), 253402300799.0) if found == found else 0.0
+class GuestValue(BaseModel):
+    """A value as a guest sends it. Fields that are not known here, of a newer agent, are left out."""
 
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", populate_by_name=True)
 
-def text_of(values: Any, name: str, *, optional: bool = False) -> Any:
-    """A str that can be encoded. Errors: MachineFailedError."""
-    found = value_of(values, name, str, optional=optional)
-    return None if found is None else encode_text(found).decode()
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """Errors: MachineFailedError."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors(include_input=False, include_url=False)[0]["loc"]))
+            raise MachineFailedError(f"The guest answered without a {where or 'value'} that could be one.") from error

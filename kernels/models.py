@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from kernels.guest_values import Count, GuestValue
+
 
 class SandboxState(StrEnum):
     """The life of a sandbox (the transitions are in kernels/states.py). `failed` is terminal and carries a reason."""
@@ -132,16 +134,15 @@ class SandboxUsage:
     guest: GuestUsage | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuestUsage:
+class GuestUsage(GuestValue):
     """cpu_percent: of all its processors together, just now. cpu_used_ms: since its machine was booted."""
 
-    cpu_percent: int
-    cpu_used_ms: int
-    memory_total_bytes: int
-    memory_used_bytes: int
-    disk_total_bytes: int
-    disk_used_bytes: int
+    cpu_percent: Count
+    cpu_used_ms: Count
+    memory_total_bytes: Count
+    memory_used_bytes: Count
+    disk_total_bytes: Count
+    disk_used_bytes: Count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,14 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from kernels.deadlines import CALL_TIMEOUT_S, Deadlines
 from kernels.errors import GuestRefusedError, MachineFailedError, MachineUnresponsiveError
-from kernels.guest_values import number_of
+from kernels.guest_values import Count, GuestValue
 from kernels.models import GuestUsage
 from vm_runtime.wire.carriers import Carrier
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, WireError
@@ -50,33 +52,38 @@ READS_AT_ONCE = 200.0
 EVENTS_PER_READ = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelStatus:
-    """The guest says that its kernel is `busy`, `idle` or `starting`. cell: the number of the last cell that ended, if
-    it said so. next_waits: whether the next one waits until the host lets it begin."""
+def _requests(value: Any) -> tuple[Mapping[str, Any], ...]:
+    requests = tuple(each for each in value if isinstance(each, dict)) if isinstance(value, list | tuple) else ()
+    return requests if len(json.dumps(requests)) <= MAX_UNANSWERED_BYTES else ()
 
-    state: str
-    cell: int | None = None
+
+# Requests for cells: {"idents": [base64], "header": {...}}.
+Requests = Annotated[tuple[Mapping[str, Any], ...], BeforeValidator(_requests)]
+
+
+class KernelStatus(GuestValue):
+    """The guest's kernel changed its state. cell: the number of the last cell that ended, if the guest names it.
+    next_waits: whether the next one waits until the host lets it begin."""
+
+    state: Literal["busy", "idle", "starting"]
+    cell: Count | None = Field(None, validation_alias="execution_count")
     next_waits: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class LastCell:
-    """The guest's answer to `hold_cells`. held: no cell runs, and none begins. cell: the last that ended, if said.
-    unanswered: the requests of cells that run or wait, if asked for ({"idents": [base64], "header": {...}})."""
+class LastCell(GuestValue):
+    """The guest's answer to `hold_cells`. held: no cell runs, and none begins. cell: the last that ended, if named.
+    unanswered: the requests of cells that run or wait, if asked for."""
 
     held: bool
-    cell: int | None
-    unanswered: tuple[Mapping[str, Any], ...] = ()
+    cell: Count | None = Field(None, validation_alias="execution_count")
+    unanswered: Requests = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unanswered:
-    """What a kernel has not answered. count: requests of all kinds. cells: those for cells, as far as it names them
-    ({"idents": [base64], "header": {...}})."""
+class Unanswered(GuestValue):
+    """What a kernel has not answered. count: requests of all kinds. cells: those for cells, as far as it names them."""
 
-    count: int
-    cells: tuple[Mapping[str, Any], ...] = ()
+    count: Count = Field(validation_alias="unanswered")
+    cells: Requests = ()
 
     def cells_but(self, others: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any]]:
         """Those for cells that are none of these."""
@@ -84,15 +91,25 @@ class Unanswered:
         return [each for each in self.cells if _message_id(each) not in known]
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelExited:
-    """The guest says that the kernel process `pid` ended; `reason` is a sentence. shut_down: as a client had asked.
-    out_of_memory: for lack of memory."""
+class KernelExited(GuestValue):
+    """The guest's kernel process `pid` ended. shut_down: as a client had asked. out_of_memory: for lack of memory."""
 
     pid: int
-    reason: str
     shut_down: bool = False
     out_of_memory: bool = False
+    signal: int | None = None
+    exit_code: int | None = Field(None, validation_alias="exit_status")
+
+    @property
+    def reason(self) -> str:
+        """A sentence for people."""
+        if self.shut_down:
+            return "The kernel was shut down by a client."
+        if self.out_of_memory:
+            return "The kernel ran out of memory."
+        if self.signal is not None:
+            return f"The kernel was killed by signal {self.signal}."
+        return "The kernel ended." if self.exit_code is None else f"The kernel exited with status {self.exit_code}."
 
 
 GuestEvent = KernelStatus | KernelExited
@@ -144,8 +161,7 @@ class GuestSession:
         self.kernel_exited: KernelExited | None = None
         if kernel is None:
             found = _event_in(extra.get("kernel_exited"))
-            unknown = KernelExited(pid=0, reason="The kernel had ended.")
-            self.kernel_exited = found if isinstance(found, KernelExited) else unknown
+            self.kernel_exited = found if isinstance(found, KernelExited) else KernelExited(pid=0)
         link.on_open = self._accept
 
     @classmethod
@@ -217,8 +233,7 @@ class GuestSession:
         """Asks the kernel to let no cell begin until `kernel.release`, at most for `limit_s` (0: it is only asked what
         it does). Errors: as `call`."""
         answer = await self.call("kernel.hold", {"limit_s": limit_s, "unanswered": unanswered}, timeout_s=timeout_s)
-        cells = _requests(answer.get("unanswered"))
-        return LastCell(held=answer.get("held") is True, cell=_cell(answer), unanswered=cells)
+        return LastCell.parse(answer)
 
     async def quiesce(self, *, quiet: bool) -> Unanswered | None:
         """What the kernel has and has not answered, now that it has looked at all that its sockets have. None from an
@@ -230,17 +245,14 @@ class GuestSession:
             return None
         if self.kernel_exited is not None:
             return Unanswered(count=0)
-        answer = await self.call("kernel.quiesce", {"quiet": quiet}, timeout_s=QUIESCE_TIMEOUT_S)
-        count = answer.get("unanswered")
-        return Unanswered(count=count if isinstance(count, int) else 0, cells=_requests(answer.get("cells")))
+        return Unanswered.parse(await self.call("kernel.quiesce", {"quiet": quiet}, timeout_s=QUIESCE_TIMEOUT_S))
 
     async def usage(self) -> GuestUsage | None:
         """What the guest uses of its machine; None from one that does not answer, or is older than this question."""
         if not self.knows("machine.usage"):
             return None
         try:
-            answer = await self.call("machine.usage", timeout_s=USAGE_TIMEOUT_S)
-            return GuestUsage(**{each.name: number_of(answer, each.name) for each in fields(GuestUsage)})
+            return GuestUsage.parse(await self.call("machine.usage", timeout_s=USAGE_TIMEOUT_S))
         except MachineFailedError as error:
             log.debug("A guest did not tell what it uses: %s", error)
             return None
@@ -340,24 +352,13 @@ def parse_event(line: bytes) -> GuestEvent | None:
 
 
 def _event_in(value: Any) -> GuestEvent | None:
-    match value:
-        case {"event": "kernel.status", "state": "busy" | "idle" | "starting" as state}:
-            return KernelStatus(state=state, cell=_cell(value), next_waits=value.get("next_waits") is True)
-        case {"event": "kernel.exited", "pid": int(pid)}:
-            match value:
-                case {"shut_down": True}:
-                    return KernelExited(pid=pid, reason="The kernel was shut down by a client.", shut_down=True)
-                case {"out_of_memory": True}:
-                    return KernelExited(pid=pid, reason="The kernel ran out of memory.", out_of_memory=True)
-                case {"signal": int(number)}:
-                    reason = f"The kernel was killed by signal {number}."
-                case {"exit_status": int(number)}:
-                    reason = f"The kernel exited with status {number}."
-                case _:
-                    reason = "The kernel ended."
-            return KernelExited(pid=pid, reason=reason)
-        case _:
-            return None
+    with contextlib.suppress(MachineFailedError):
+        match value:
+            case {"event": "kernel.status"}:
+                return KernelStatus.parse(value)
+            case {"event": "kernel.exited"}:
+                return KernelExited.parse(value)
+    return None
 
 
 def _message_id(request: Mapping[str, Any] | None) -> str:
@@ -367,13 +368,3 @@ def _message_id(request: Mapping[str, Any] | None) -> str:
             return message_id
         case _:
             return ""
-
-
-def _requests(value: Any) -> tuple[Mapping[str, Any], ...]:
-    requests = tuple(each for each in value if isinstance(each, dict)) if isinstance(value, list) else ()
-    return requests if len(json.dumps(requests)) <= MAX_UNANSWERED_BYTES else ()
-
-
-def _cell(value: Mapping[str, Any]) -> int | None:
-    count = value.get("execution_count")
-    return count if isinstance(count, int) and count >= 0 else None

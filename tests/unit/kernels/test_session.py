@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -20,12 +21,12 @@ from vm_runtime.wire.serving import serve
 FLOOD = 5000
 
 
-def status(state: str, cell: int | None = None) -> KernelStatus:
+def status(state: Literal["busy", "idle"], cell: int | None = None) -> KernelStatus:
     return KernelStatus(state=state, cell=cell)
 
 
 def test_of_many_changes_of_state_the_last_two_count() -> None:
-    exited = KernelExited(pid=1, reason="It exited.")
+    exited = KernelExited(pid=1)
     flood: list[GuestEvent] = [status("busy"), status("idle", 1), exited] * 100
     assert condensed([*flood, status("busy"), status("idle", 7)]) == [exited] * 100 + [
         status("busy"),
@@ -81,5 +82,5 @@ async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
 async def test_exits_that_a_kernel_cannot_have_had_are_not_queued(kernels: Service) -> None:
     live = kernels.machines.running(await kernels.new())
     for pid in range(FLOOD):
-        live.on_event(KernelExited(pid=pid, reason="It exited."))
+        live.on_event(KernelExited(pid=pid))
     assert live._exits.qsize() < 10
