@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
+from kernels.background import all_logged
 from kernels.errors import KernelsError
 from kernels.templates import Template
 from vm_runtime.errors import VmRuntimeError
@@ -156,7 +157,7 @@ class Pool(Generic[S]):
         machines = [*self._doomed, *(warm for shelf in self._shelves.values() for warm in shelf.ready)]
         self._doomed.clear()
         self._shelves.clear()
-        await asyncio.gather(*(_end(warm) for warm in machines))
+        await all_logged(_end(warm) for warm in machines)
 
 
 async def _end(warm: Spare) -> None:

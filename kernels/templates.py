@@ -64,7 +64,6 @@ class Template:
     """A template that can be restored. digest: see `template_digest`."""
 
     digest: str
-    name: str
     snapshot: Manifest
 
 
@@ -125,16 +124,17 @@ class TemplateStore:
         self._known: dict[str, Template] = {}
         self._builds: dict[str, asyncio.Task[Template]] = {}
 
-    def find(self, image: Image, shape: MachineShape) -> Template | None:
-        """The template for this image and shape if it has been built. A damaged one counts as not built."""
-        digest = template_digest(image.files.digest, shape, self._driver.identity())
+    def _digest(self, image: Image, shape: MachineShape) -> str:
+        return template_digest(image.files.digest, shape, self._driver.identity())
+
+    def _find(self, digest: str) -> Template | None:
+        """The template if it has been built. A damaged one counts as not built."""
         if digest not in self._known:
             try:
                 record = TemplateRecord.model_validate_json((self._directory / f"{digest}.json").read_bytes())
-                snapshot = self._store.get(record.snapshot)
+                self._known[digest] = Template(digest=digest, snapshot=self._store.get(record.snapshot))
             except (FileNotFoundError, ValidationError, SnapshotError):
                 return None
-            self._known[digest] = Template(digest=digest, name=image.manifest.recipe.name, snapshot=snapshot)
         return self._known[digest]
 
     async def ensure(self, image: Image, shape: MachineShape, *, progress: Progress) -> Template:
@@ -142,10 +142,9 @@ class TemplateStore:
 
         A build goes on when whoever asked for it gives up: the next who asks wants the same.
         """
-        found = self.find(image, shape)
-        if found is not None:
+        digest = self._digest(image, shape)
+        if (found := self._find(digest)) is not None:
             return found
-        digest = template_digest(image.files.digest, shape, self._driver.identity())
         build = self._builds.get(digest)
         if build is None:
             build = self._builds[digest] = asyncio.create_task(self._ensure(image, shape, progress))
@@ -166,12 +165,7 @@ class TemplateStore:
 
     async def _ensure(self, image: Image, shape: MachineShape, progress: Progress) -> Template:
         async with self._lock, self._file_lock():
-            found = self.find(image, shape)
-            if found is None:
-                await self._build(image, shape, progress)
-                found = self.find(image, shape)
-            assert found is not None
-            return found
+            return self._find(self._digest(image, shape)) or await self._build(image, shape, progress)
 
     async def remove_stale(self, images: Iterable[Image]) -> None:
         """Removes templates that no new kernel can be restored from: of another image, VMM, CPU model or agent."""
@@ -198,10 +192,10 @@ class TemplateStore:
                     await asyncio.sleep(0.5)
             yield
 
-    async def _build(self, image: Image, shape: MachineShape, progress: Progress) -> None:
+    async def _build(self, image: Image, shape: MachineShape, progress: Progress) -> Template:
         for stale in self._directory.glob(".building-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        digest = template_digest(image.files.digest, shape, self._driver.identity())
+        digest = self._digest(image, shape)
         work = self._directory / f".building-{digest[:12]}"
         work.mkdir()
         started = time.monotonic()
@@ -213,6 +207,7 @@ class TemplateStore:
             snapshot = await self._boot_and_save(image, shape, work, step)
             await asyncio.to_thread(self._publish, TemplateRecord(digest=digest, snapshot=snapshot.id))
             step(f"Template {digest[:12]} is ready")
+            return Template(digest=digest, snapshot=snapshot)
         except (VmRuntimeError, SnapshotError, MachineFailedError, OSError) as error:
             name = image.manifest.recipe.name
             raise TemplateError(f"The template for {name} could not be built: {error}") from error

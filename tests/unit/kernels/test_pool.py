@@ -15,7 +15,7 @@ from kernels.templates import Template
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 
-TEMPLATE = Template(digest="d", name="python3", snapshot=cast(Manifest, None))
+TEMPLATE = Template(digest="d", snapshot=cast(Manifest, None))
 
 
 class Warm:
