@@ -18,13 +18,12 @@ from kernels.errors import CellRunsError, KernelsError, LimitError, MachineFaile
 from kernels.events import EventQueue
 from kernels.index import SandboxRecord
 from kernels.launcher import new_key
-from kernels.live import LiveSandbox
 from kernels.machines import Machines, identity_of
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
 from kernels.naps import Naps
 from kernels.outcomes import Outcome, Outcomes
 from kernels.registry import Registry
-from kernels.session import Greeting, Unanswered
+from kernels.session import Greeting
 from kernels.settings import ServiceSettings
 from kernels.snapshots import Snapshots
 from kernels.warm import WarmMachine, new_place, new_sandbox_id
@@ -60,7 +59,7 @@ class Forks:
         registry, lineage = self._registry, self._registry.lineage
         family = lineage.family(sandbox_id)
         # Oldest first: parents come before their children.
-        members = [record.sandbox for record in registry.records() if record.sandbox.id in family]
+        members = [sandbox for sandbox in registry.sandboxes() if sandbox.id in family]
         return [replace(member, parent_id=lineage.parent(member.id)) for member in members]
 
     async def fork(
@@ -229,7 +228,7 @@ class Forks:
             extra = {
                 "calls": {offer.call_id: {"result": {"became": parent_id}}},
                 # What the child knows nothing of was asked of the state that its parent leaves.
-                "aborted": _unanswered(parent).cells_but(_unanswered(live).cells),
+                "aborted": parent.unanswered.cells_but(live.unanswered.cells) if parent is not None else [],
             }
             snapshot = None
             try:
@@ -247,9 +246,7 @@ class Forks:
                     raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
                 raise
             await self._snapshots.keep(parent_id, snapshot)
-            await self._machines.take_down(parent_id, "elsewhere")
-            self._registry.move(parent_id, SandboxState.ASLEEP)
-            await self._machines.go_live(parent_id, warm, quiet=True, snapshot=snapshot)
+            await self._machines.exchange(parent_id, warm, snapshot)
             self._registry.adopt(child_id, parent_id)
             await self.outcomes.adopt(child_id, parent_id)
             await self._naps.forget(child_id)
@@ -293,8 +290,3 @@ class Forks:
             await self.outcomes.record(
                 Outcome(child_id=sandbox.id, parent_id=sandbox.parent_id, state="crashed", message=message[:4000])
             )
-
-
-def _unanswered(live: LiveSandbox | None) -> Unanswered:
-    """What was not answered when it was let go."""
-    return live.unanswered if live is not None and live.unanswered is not None else Unanswered(count=0)

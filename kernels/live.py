@@ -23,7 +23,6 @@ from kernels.session import CallHandler, GuestEvent, KernelExited, KernelStatus,
 from kernels.warm import WarmMachine
 from vm_runtime.saving.threads import gather_all
 from vm_runtime.states import RunState
-from vm_runtime.wire.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class LiveSandbox:
         self.kernel_started_at: datetime | None = None
         self.next_waits = False
         self.is_let_go = False
-        self.unanswered: Unanswered | None = None
+        self.unanswered = Unanswered(count=0)
         self._cell_ended = asyncio.Event()
         self._endpoints = endpoints
         self._identity = warm.identity
@@ -110,13 +109,13 @@ class LiveSandbox:
         self._is_dead = was_dead and self.session.kernel_exited is not None
         if self.session.kernel_exited is not None:
             self._exits.put_nowait(self.session.kernel_exited)
-        warm.take(self.on_event)
+        self.session.on_event = self.on_event
 
     def start(self) -> None:
         """From now on clients reach this machine's kernel."""
         self.is_let_go = False
         greeted, self._greeted = self._greeted, {}
-        self._endpoints.attach(self._open_channel, greeted)
+        self._endpoints.attach(self.session.open_channel, greeted)
 
     @property
     def asked_at(self) -> float:
@@ -136,14 +135,15 @@ class LiveSandbox:
     async def let_go(self) -> Unanswered | None:
         """Before the machine stands still: its clients wait from now on, and nothing that is under way between them and
         its kernel is lost. What the kernel has not answered, None if it does not say; also in `unanswered`."""
-        self.is_let_go, self.unanswered = True, None
+        self.is_let_go, self.unanswered = True, Unanswered(count=0)
         try:
             self.unanswered = await self._endpoints.quiesce(self._quiet)
+            return self.unanswered
         except MachineFailedError as error:
             log.info("A kernel does not say what it has not answered: %s", error)
+            return None
         finally:
             await self._endpoints.detach()
-        return self.unanswered
 
     async def _quiet(self) -> Unanswered:
         if self._is_dead:
@@ -229,9 +229,6 @@ class LiveSandbox:
         if self.session.kernel_exited is not None:
             return "restarting"
         return "busy" if self.session.kernel_busy else "idle"
-
-    async def interrupt(self) -> None:
-        await self.session.call("kernel.interrupt")
 
     async def restart(self) -> None:
         """A new kernel process in the same machine: files stay, variables go. Errors: MachineUnresponsiveError (only
@@ -376,9 +373,6 @@ class LiveSandbox:
         self._registry.unresponsive(self.id, unless_since)
         if unless_since is None:
             self._registry.execution_state(self.id, self.execution_state)
-
-    async def _open_channel(self, name: str) -> Stream:
-        return await self.session.open_channel(name)
 
     async def detach(self) -> None:
         """Lets go of the session and leaves the machine running, for the next gateway to adopt."""

@@ -166,6 +166,14 @@ class Machines:
         else:
             live.start()
 
+    async def exchange(self, sandbox_id: str, warm: WarmMachine, snapshot: Manifest) -> None:
+        """The sandbox continues in a machine that has been restored from a snapshot (`restore`); the one it has ends.
+        Errors: as `go_live`."""
+        if sandbox_id in self.live:
+            await self.take_down(sandbox_id, "elsewhere")
+            self._registry.move(sandbox_id, SandboxState.ASLEEP)
+        await self.go_live(sandbox_id, warm, quiet=True, snapshot=snapshot)
+
     async def _supervise(self, live: LiveSandbox) -> None:
         try:
             reason = await live.run()
@@ -186,8 +194,8 @@ class Machines:
         extra: dict[str, Any] | None = None,
         on_running: Callable[[Machine], None] = lambda machine: None,
     ) -> WarmMachine:
-        """A machine in the state of a snapshot that knows itself as this sandbox, for `go_live`, quiet; the one that
-        the sandbox has stays what it is.
+        """A machine in the state of a snapshot that knows itself as this sandbox, for `exchange`; the one that the
+        sandbox has stays what it is.
 
         drop_requests: cells that waited in the kernel to be run are not, since they ran after the snapshot, or were
         asked of the state that is left; else they run now, as they would have. on_running, errors: as

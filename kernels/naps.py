@@ -140,7 +140,7 @@ class Naps:
             # One that lost its machine went back to a checkpoint; one that was put to sleep does what it was asked.
             drop = sandbox.reason is not None
             warm = await self._machines.restore(sandbox_id, snapshot, keep_random=True, drop_requests=drop)
-            await self._machines.go_live(sandbox_id, warm, quiet=True, snapshot=snapshot)
+            await self._machines.exchange(sandbox_id, warm, snapshot)
         except CapacityError:
             raise
         except (SnapshotError, VmRuntimeError, KernelsError) as error:
@@ -232,8 +232,7 @@ class Naps:
         """Puts idle sandboxes to sleep and ends those whose life time is over, until cancelled."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            for record in self._registry.records():
-                sandbox = record.sandbox
+            for sandbox in self._registry.sandboxes():
                 if self._is_over(sandbox):
                     end = self._sleep_at_end if sandbox.on_timeout == "sleep" else self.end
                     self._background.spawn(end(sandbox.id))

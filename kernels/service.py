@@ -252,7 +252,7 @@ class SandboxService:
 
     async def _bring_back(self, snapshot: Manifest, sandbox_id: str) -> None:
         warm = await self.machines.restore(sandbox_id, snapshot, keep_random=False, drop_requests=True)
-        await self.machines.go_live(sandbox_id, warm, quiet=True, snapshot=snapshot)
+        await self.machines.exchange(sandbox_id, warm, snapshot)
         # It falls back on it until it has a checkpoint of its own.
         await self.snapshots.keep(sandbox_id, snapshot)
         record, live = self.registry.record(sandbox_id), self.machines.running(sandbox_id)
@@ -269,8 +269,7 @@ class SandboxService:
 
     def _left_behind(self, request: CreateSandbox, sandbox_id: str) -> Sandbox | None:
         """The sleeping sandbox that a Jupyter client deleted and now asks for again, by its id or its notebook."""
-        for record in self.registry.records():
-            sandbox = record.sandbox
+        for sandbox in self.registry.sandboxes():
             same = sandbox.id == sandbox_id or (request.notebook is not None and sandbox.notebook == request.notebook)
             left = sandbox.released or sandbox.state is SandboxState.ASLEEP
             if left and same and (sandbox.owner, sandbox.template) == (request.owner, request.template):
@@ -308,7 +307,7 @@ class SandboxService:
         if sandbox.state is SandboxState.ASLEEP and sandbox.execution_state != "busy":
             return
         await self._ready_to_answer(sandbox_id)
-        await self.machines.running(sandbox_id).interrupt()
+        await self.machines.running(sandbox_id).session.call("kernel.interrupt")
 
     async def restart(self, sandbox_id: str) -> None:
         """A new kernel in the same machine; in a new one, with the files of the last checkpoint, where this one does

@@ -300,10 +300,7 @@ class TimeLine:
             if live is not None and state is SandboxState.RUNNING:
                 await live.go_on()
             raise
-        if live is not None:
-            await self._machines.take_down(sandbox_id, "elsewhere")
-            self._registry.move(sandbox_id, SandboxState.ASLEEP)
-        await self._machines.go_live(sandbox_id, warm, quiet=True, snapshot=manifest)
+        await self._machines.exchange(sandbox_id, warm, manifest)
         return self._registry.get(sandbox_id)
 
     def _find(self, sandbox_id: str, target: str) -> SnapshotEntry:
@@ -333,8 +330,7 @@ def timer_minutes(policy: str) -> int | None:
 def _answers(entry: SnapshotEntry, reply_to: Mapping[str, Any] | None, live: LiveSandbox | None) -> dict[str, Any]:
     """What the state that is gone to tells the clients of the one that is left (docs/sandbox_calls.md): that what they
     had asked for is not run, and the cell that asked for this, that it is done."""
-    left = live.unanswered if live is not None else None
-    answers: dict[str, Any] = {"aborted": left.cells_but([reply_to]) if left is not None else []}
+    answers: dict[str, Any] = {"aborted": live.unanswered.cells_but([reply_to]) if live is not None else []}
     if reply_to is not None:
         cell = cell_of(entry)
         text = f"Went back to the checkpoint of {entry.created_at:%Y-%m-%d %H:%M:%S} UTC"

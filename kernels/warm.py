@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from kernels.endpoints import Greeted
-from kernels.session import GREETING_TIMEOUT_S, Greeting, GuestEvent, GuestSession
+from kernels.session import GREETING_TIMEOUT_S, Greeting, GuestSession
 from vm_runtime.drivers.base import MachinePlace
 from vm_runtime.saving.machine import SavedMachine
 
@@ -60,10 +60,6 @@ class WarmMachine:
     @property
     def dead(self) -> bool:
         return self.saved.machine.is_dead
-
-    def take(self, on_event: Callable[[GuestEvent], None]) -> None:
-        """From now on the guest's events go to `on_event`."""
-        self.session.on_event = on_event
 
     async def close(self) -> None:
         """Ends session and machine; twice is harmless."""
