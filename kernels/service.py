@@ -1,6 +1,6 @@
-"""Sandboxes: all that the gateway can do with them, each operation delegated to the module that knows it.
+"""All that the gateway can do with sandboxes: the parts that do it, composed, and what takes several of them.
 
-The one class that the gateway talks to. Knows nothing of HTTP; what a machine is, is the driver's business.
+Knows nothing of HTTP; what a machine is, is the driver's business.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class SandboxService:
     """`async with SandboxService(settings, driver) as service:`. All methods belong to one event loop.
 
     On entry everything that an earlier gateway left is found again. On exit everything sleeps, or ends, as
-    `ServiceSettings.stop_means_sleep` says; `say` is told how far that is.
+    `ServiceSettings.stop_means_sleep` says; `say` is called with how far that is.
+
+    registry: the records of all sandboxes. bus: their events. naps, time_line, forks, snapshots: what can be done with
+    them. machines: those that run. pool: spare ones. saver: makes and restores machines.
     """
 
     def __init__(self, settings: ServiceSettings, driver: Driver, *, say: Progress = log.info) -> None:
