@@ -187,7 +187,11 @@ class GuestSession:
         if link.welcome is not None and (problems := link.welcome.extra.get("problems")):
             log.warning("A guest could not renew all of itself: %.1000s", problems)
         session = cls(link, hello.next_marker)
-        await session.correct_clock(time.monotonic() - greeted_at)
+        try:
+            await session.correct_clock(time.monotonic() - greeted_at)
+        except BaseException:
+            await session.close()
+            raise
         return session
 
     async def correct_clock(self, late_s: float) -> None:

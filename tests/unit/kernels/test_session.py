@@ -17,6 +17,7 @@ from vm_runtime.wire.greeting import Hello, Welcome
 from vm_runtime.wire.link import Link
 from vm_runtime.wire.protocol import BOOT_MARKER
 from vm_runtime.wire.serving import serve
+from vm_runtime.wire.stream import Incoming
 
 FLOOD = 5000
 
@@ -77,6 +78,36 @@ async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
         await session.close()
         await served.wait()
     assert len(events) < FLOOD / 10
+
+
+async def test_a_session_that_is_given_up_while_it_begins_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CLOCK_LATE_S", -1.0)
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def welcome(hello: Hello) -> Welcome:
+        return Welcome(agent_version="1", kernel=None, extra={})
+
+    async def never_answer(incoming: Incoming) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async def session(link: Link) -> None:
+        link.on_open = never_answer
+        await link.wait_closed()
+        ended.set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve(SocketCarrier(reader, writer), session, make_welcome=welcome)
+
+    path = tmp_path / "wire.sock"
+    async with await asyncio.start_unix_server(accept, path), asyncio.timeout(30):
+        greeting = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
+        opening = asyncio.create_task(GuestSession.open(lambda: SocketCarrier.connect_unix(path), greeting))
+        await asked.wait()
+        opening.cancel()
+        await ended.wait()
 
 
 async def test_exits_that_a_kernel_cannot_have_had_are_not_queued(kernels: Service) -> None:
