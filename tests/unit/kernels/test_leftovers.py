@@ -18,7 +18,7 @@ from tests.unit.kernels.conftest import started_driver, started_service
 async def main():
     state_dir = Path(sys.argv[1])
     async with started_driver(state_dir) as driver, started_service(state_dir, driver) as kernels:
-        print(kernels.core.running(await kernels.new()).saved.machine.pid, flush=True)
+        print(kernels.machines.running(await kernels.new()).saved.machine.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 asyncio.run(main())
 """
