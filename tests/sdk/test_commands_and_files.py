@@ -87,9 +87,10 @@ def test_ctrl_c_in_a_callback_lets_the_command_be_followed_again(sandbox: Sandbo
         if len(heard) == 1:
             raise KeyboardInterrupt
 
-    with sandbox.commands.start("echo one; sleep 1; echo two", on_stdout=stop_once) as command:
+    with sandbox.commands.start("echo one; read line; echo two", stdin=True, on_stdout=stop_once) as command:
         with pytest.raises(KeyboardInterrupt):
             command.wait()
+        command.write("go on\n")
         assert command.wait().stdout == "one\ntwo\n"
     assert heard == ["one\n", "two\n"]
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -68,14 +67,12 @@ async def test_a_wrong_token_on_a_websocket(at_gateway: RunningGateway, sandbox:
             await transport.connect(f"/api/sandboxes/{sandbox.id}/exec")
 
 
-def test_no_gateway_is_told_at_once() -> None:
+def test_no_gateway_is_told() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    began = time.monotonic()
     with pytest.raises(NoGatewayError, match="does not answer"):
         Sandbox.create(url=url, token="any")
-    assert time.monotonic() - began < 5
 
 
 def test_an_unknown_id(at_gateway: RunningGateway) -> None:

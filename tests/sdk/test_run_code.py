@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,8 +54,13 @@ def test_displays_are_updated_in_place(sandbox: Sandbox) -> None:
 def test_callbacks_run_in_the_caller_s_thread_as_output_comes(sandbox: Sandbox) -> None:
     heard: list[tuple[str, int]] = []
     results: list[Result] = []
-    code = "import time\nprint('a', flush=True)\ntime.sleep(0.5)\nprint('b', flush=True)\n'end'"
-    sandbox.run_code(code, on_stdout=lambda text: heard.append((text, threading.get_ident())), on_result=results.append)
+    code = "import os, time\nprint('a', flush=True)\nwhile not os.path.exists('heard'): time.sleep(0.01)\n"
+
+    def hear(text: str) -> None:
+        heard.append((text, threading.get_ident()))
+        sandbox.files.write("heard", "")
+
+    sandbox.run_code(f"{code}print('b', flush=True)\n'end'", on_stdout=hear, on_result=results.append)
     assert [text for text, _ in heard] == ["a\n", "b\n"]
     assert {thread for _, thread in heard} == {threading.get_ident()}
     assert [result.text for result in results] == ["'end'"]
@@ -114,8 +118,8 @@ def test_a_limit_of_the_whole_call(sandbox: Sandbox) -> None:
             assert not raised.value.interrupted
         sandbox.run_code("free = True", context=sandbox.create_context())
         assert holding.result(60).error is None
-    with pytest.raises(CodeTimeoutError, match="longer than 1 s") as raised:
-        sandbox.run_code("while True: pass", timeout_s=60, total_timeout_s=1)
+    with pytest.raises(CodeTimeoutError, match="longer than 5 s") as raised:
+        sandbox.run_code("while True: pass", timeout_s=60, total_timeout_s=5)
     assert raised.value.interrupted
 
 
@@ -164,7 +168,7 @@ async def test_a_callback_that_gives_up_far_behind_holds_nothing(async_sandbox: 
         (pending,) = async_sandbox._kernel._pending.values()
         while not pending.messages.full():  # noqa: ASYNC110 (nothing tells)
             await asyncio.sleep(0.01)
-        # And one message more, for which the reader waits.
+        # And one message more, for which the reader waits; nothing tells, and without it the same must come out.
         await asyncio.sleep(0.5)
         raise ZeroDivisionError
 
@@ -176,14 +180,15 @@ async def test_a_callback_that_gives_up_far_behind_holds_nothing(async_sandbox: 
 
 async def test_limits_and_cancelling_leave_other_clients_code_alone(async_sandbox: AsyncSandbox) -> None:
     began = asyncio.Event()
-    code = "print('on', flush=True)\nimport time; time.sleep(4); 'theirs'"
+    # Longer than what another's limit counts from its own beginning.
+    code = "print('on', flush=True)\nimport time; time.sleep(7); 'theirs'"
     async with await AsyncSandbox.connect(async_sandbox.id) as other:
         theirs = asyncio.create_task(other.run_code(code, on_stdout=lambda text: began.set()))
         await began.wait()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await async_sandbox.run_code("withdrawn = True")
-        ours = await async_sandbox.run_code("'ours'", timeout_s=1)
+        ours = await async_sandbox.run_code("'ours'", timeout_s=5)
         assert ((await theirs).text, ours.text) == ("'theirs'", "'ours'")
 
 
@@ -221,13 +226,3 @@ async def test_a_broken_connection_loses_no_output(async_sandbox: AsyncSandbox) 
     assert websocket is not None
     websocket.transport.abort()
     assert (await running).stdout == "".join(f"{i}\n" for i in range(30))
-
-
-def test_the_sdk_adds_little_to_a_round_trip(sandbox: Sandbox) -> None:
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        sandbox.run_code("1+1")
-        times.append(time.perf_counter() - began)
-    # Loose: what it adds to the bare WebSocket is measured by the benchmark, on an idle machine.
-    assert sorted(times)[10] < 2.0

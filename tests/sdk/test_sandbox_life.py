@@ -29,8 +29,9 @@ def test_with_kills_what_it_made_and_leaves_what_it_found(at_gateway: RunningGat
 
 def test_sleep_at_the_end_of_its_time_and_tags(at_gateway: RunningGateway) -> None:
     tags = {"of": "test_sandbox_life", "what": "time"}
-    with Sandbox.create(timeout_s=2, on_timeout="sleep", tags=tags, checkpoints="off") as sandbox:
+    with Sandbox.create(timeout_s=600, on_timeout="sleep", tags=tags, checkpoints="off") as sandbox:
         sandbox.run_code("value = 'kept'")
+        sandbox.set_timeout(1)
         deadline = time.monotonic() + 60
         while sandbox.info().state != "asleep":
             assert time.monotonic() < deadline
@@ -188,8 +189,8 @@ async def test_events(at_gateway: RunningGateway) -> None:
                 seen.append(event)
 
         following = asyncio.create_task(follow())
-        await asyncio.sleep(0.5)
-        await sandbox.run_code("1")
+        while not seen:
+            await sandbox.run_code("1")
         other = await AsyncSandbox.connect(sandbox.id)
         await other.kill()
         await asyncio.wait_for(following, 60)
