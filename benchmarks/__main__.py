@@ -135,24 +135,28 @@ async def _measured(options: argparse.Namespace) -> tuple[Report, Path]:
     lines: list[Line] = []
     state_dir: Path | None = None
     if set(names) - WITHOUT_MACHINES:
-        state_dir = await build_state_dir(options.cache_dir, options.state_dir, scikit_learn="state" in names, say=_say)
-    bench = Bench(state_dir=state_dir or options.state_dir, cache_dir=options.cache_dir, quick=options.quick, say=_say)
+        state_dir = await build_state_dir(
+            options.cache_dir, options.state_dir, scikit_learn="state" in names, progress=_progress
+        )
+    bench = Bench(
+        state_dir=state_dir or options.state_dir, cache_dir=options.cache_dir, quick=options.quick, progress=_progress
+    )
     try:
         async with AsyncExitStack() as stack:
             setup = await _set_up(options, bench, stack) if compared else None
             for name in compared:
                 assert setup is not None
-                _say(f"{name} ...")
+                _progress(f"{name} ...")
                 rows += await GATEWAY_TOPICS[name](setup)
         for name in OWN_TOPICS:
             if name in names:
-                _say(f"{name} ...")
+                _progress(f"{name} ...")
                 async with aclosing(OWN_TOPICS[name](bench)) as found:
                     async for some in found:
                         lines += some
     except BaseException:
         if rows or lines:
-            _say(f"What was measured until then: {_write(_report(options, state_dir, rows, lines))}")
+            _progress(f"What was measured until then: {_write(_report(options, state_dir, rows, lines))}")
         raise
     report = _report(options, state_dir, rows, lines)
     return report, _write(report)
@@ -181,21 +185,21 @@ async def _set_up(options: argparse.Namespace, bench: Bench, stack: AsyncExitSta
     if options.url is not None:
         pooled = await stack.enter_async_context(given(options.url, options.token))
     else:
-        _say("Hypercell with a pool ...")
+        _progress("Hypercell with a pool ...")
         pooled = await stack.enter_async_context(
             hypercell(name="hypercell, pool", source_dir=bench.state_dir, pool_size=POOL_SIZE)
         )
-        _say("Hypercell without a pool ...")
+        _progress("Hypercell without a pool ...")
         unpooled = await stack.enter_async_context(
             hypercell(name="hypercell, no pool", source_dir=bench.state_dir, pool_size=0)
         )
-    _say("jupyter_kernel_gateway ...")
+    _progress("jupyter_kernel_gateway ...")
     baseline = await stack.enter_async_context(jupyter_kernel_gateway())
     return Setup(
         state_dir=bench.state_dir,
         cache_dir=bench.cache_dir,
         quick=bench.quick,
-        say=bench.say,
+        progress=bench.progress,
         baseline=baseline,
         pooled=pooled,
         unpooled=unpooled,
@@ -207,7 +211,7 @@ def _shown(path: Path) -> str:
     return str(absolute.relative_to(ROOT)) if absolute.is_relative_to(ROOT) else str(absolute)
 
 
-def _say(text: str) -> None:
+def _progress(text: str) -> None:
     print(f"benchmarks: {text}", file=sys.stderr, flush=True)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 from benchmarks.messages import BenchmarkError
 from benchmarks.raw_zmq import RawKernel, raw_kernel
 from benchmarks.state_dirs import borrowed_state_dir, service_settings, started_driver
+from kernels.connected import new_paths
 from kernels.errors import KernelsError
 from kernels.models import CreateSandbox, Sandbox
 from kernels.service import SandboxService
-from kernels.warm import new_place
-from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.values import Description, Taken, Then
+from vm_runtime.saving.values import AfterCapture, Description, Taken
 from vm_runtime.snapshots.manifest import Manifest
 
 
@@ -47,7 +47,7 @@ class Lab(SandboxService):
     async def take(self, sandbox_id: str) -> Taken:
         """A checkpoint, with its times."""
         async with self.machines.lock(sandbox_id):
-            return await self.snapshots.take(sandbox_id, then=Then.RESUME)
+            return await self.snapshots.take(sandbox_id, then=AfterCapture.RESUME)
 
     @contextmanager
     def noting_taken(self, taken: list[Taken]) -> Iterator[None]:
@@ -96,7 +96,7 @@ class Lab(SandboxService):
     async def restore_ms(self, snapshot: Manifest) -> float:
         """A machine in the state of a snapshot, from the call until its vCPUs run; it is ended again."""
         began = perf_counter()
-        saved = await self.saver.restore(snapshot, place=self._place())
+        saved = await self.saver.restore(snapshot, paths=self._paths())
         took = 1000 * (perf_counter() - began)
         await saved.kill()
         return took
@@ -113,9 +113,9 @@ class Lab(SandboxService):
         async with self.machines.lock(sandbox_id):
             live = self.machines.running(sandbox_id)
             description = self.snapshots.description(live, name=None)
-            places = [self._place() for _ in range(count)]
+            child_paths = [self._paths() for _ in range(count)]
             began = perf_counter()
-            forked = await self.saver.fork(live.saved, description, places=places, hooks=[Noting()])
+            forked = await self.saver.fork(live.saved, description, child_paths=child_paths, hooks=[Noting()])
             stored_ms = 1000 * (perf_counter() - began)
             await self.snapshots.keep(sandbox_id, forked.taken.manifest)
         for child in forked.children:
@@ -148,15 +148,15 @@ class Lab(SandboxService):
         finally:
             await self.delete(sandbox_id)
 
-    def _place(self) -> MachinePlace:
-        return new_place(self._settings.state_dir, self._settings.run_dir)
+    def _paths(self) -> MachinePaths:
+        return new_paths(self._settings.state_dir, self._settings.run_dir)
 
 
 @asynccontextmanager
 async def open_lab(state_dir: Path, *, names: Sequence[str]) -> AsyncIterator[Lab]:
     """A lab on a temporary state directory with these images and their templates."""
     with borrowed_state_dir(state_dir, names=names) as borrowed:
-        async with started_driver(borrowed) as driver, Lab(service_settings(borrowed), driver, say=_quiet) as lab:
+        async with started_driver(borrowed) as driver, Lab(service_settings(borrowed), driver, progress=_quiet) as lab:
             yield lab
 
 

@@ -30,13 +30,13 @@ class LocalKernel:
     pid: int
 
 
-async def build_venv(cache_dir: Path, *, say: Callable[[str], None]) -> Path:
+async def build_venv(cache_dir: Path, *, progress: Callable[[str], None]) -> Path:
     """The Python of `cache_dir/venv`, with local-requirements.txt installed; made where it is missing or outdated."""
     venv = cache_dir / "venv"
     python, stamp = venv / "bin" / "python", venv / "installed.txt"
     wanted = REQUIREMENTS.read_text()
     if not stamp.exists() or stamp.read_text() != wanted:
-        say("Installing Kishu, dill and scikit-learn for local kernels (a minute, once) ...")
+        progress("Installing Kishu, dill and scikit-learn for local kernels (a minute, once) ...")
         await _run(sys.executable, "-m", "venv", "--clear", str(venv))
         await _run(str(python), "-m", "pip", "install", "-q", "-r", str(REQUIREMENTS))
         stamp.write_text(wanted)

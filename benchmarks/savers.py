@@ -76,7 +76,7 @@ class HypercellSaver(StateSaver):
 
     async def restore(self) -> float:
         began = perf_counter()
-        await self._lab.time_line.goto(self._id, self._checkpoint)
+        await self._lab.checkpoints.goto(self._id, self._checkpoint)
         return 1000 * (perf_counter() - began)
 
     async def restore_anew(self) -> float:

@@ -15,12 +15,12 @@ T = TypeVar("T")
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """state_dir: where images and templates are. cache_dir: for what the benchmark itself builds once. quick: few
-    repetitions. say: prints a line of progress."""
+    repetitions. progress: prints a line of progress."""
 
     state_dir: Path
     cache_dir: Path
     quick: bool
-    say: Callable[[str], None]
+    progress: Callable[[str], None]
 
     def times(self, full: int, *, quick: int) -> int:
         """How often to repeat."""

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.messages import BenchmarkError
-from gateway.presence import state_lock
+from gateway.runtime_files import state_lock
 from kernels.directories import run_dir_of
 from kernels.service import SandboxService
 from kernels.settings import ServiceSettings
@@ -28,7 +28,7 @@ from vm_runtime.images.store import ImageStore
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 SCIKIT_LEARN = "scikit-learn"
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,30 +36,30 @@ RECIPES = Path(__file__).parent / "recipes"
 ACCELERATOR_FILE = "accelerator.json"
 
 
-async def build_state_dir(cache_dir: Path, source_dir: Path, *, scikit_learn: bool, say: Say) -> Path:
+async def build_state_dir(cache_dir: Path, source_dir: Path, *, scikit_learn: bool, progress: Progress) -> Path:
     """`cache_dir/state` with images and templates of the present code: taken from `source_dir`, or built and kept."""
     state_dir = cache_dir / "state"
     state_dir.mkdir(parents=True, exist_ok=True)
     # Two benchmarks at once would take each other's template machines for strays.
     with state_lock(state_dir):
-        await _build(state_dir, source_dir, scikit_learn=scikit_learn, say=say)
+        await _build(state_dir, source_dir, scikit_learn=scikit_learn, progress=progress)
     return state_dir
 
 
-async def _build(state_dir: Path, source_dir: Path, *, scikit_learn: bool, say: Say) -> None:
+async def _build(state_dir: Path, source_dir: Path, *, scikit_learn: bool, progress: Progress) -> None:
     await asyncio.to_thread(_share, source_dir, state_dir, (DEFAULT_RECIPE,))
     images = ImageStore(state_dir / "images")
     if DEFAULT_RECIPE not in images.current():
-        say("Building the default image (minutes, once) ...")
-        await images.build(load_recipe(DEFAULT_RECIPE), by_line(say))
+        progress("Building the default image (minutes, once) ...")
+        await images.build(load_recipe(DEFAULT_RECIPE), by_line(progress))
     if scikit_learn and SCIKIT_LEARN not in images.current():
-        say("Building an image with scikit-learn (minutes, once) ...")
-        await images.build(load_recipe(RECIPES / f"{SCIKIT_LEARN}.toml"), by_line(say))
+        progress("Building an image with scikit-learn (minutes, once) ...")
+        await images.build(load_recipe(RECIPES / f"{SCIKIT_LEARN}.toml"), by_line(progress))
     async with (
         started_driver(state_dir) as driver,
-        SandboxService(service_settings(state_dir), driver, say=say) as service,
+        SandboxService(service_settings(state_dir), driver, progress=progress) as service,
     ):
-        await service.prepare(progress=say)
+        await service.prepare(progress=progress)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ async def started_driver(state_dir: Path) -> AsyncIterator[Driver]:
     """The driver that `serve` would choose."""
     image = next(iter(ImageStore(state_dir / "images").current().values()), None)
     settings = DriverSettings(state_dir=state_dir, image=image.files if image is not None else None)
-    driver = await find_driver(DEFAULT_DRIVER).start(settings, say=lambda text: None)
+    driver = await find_driver(DEFAULT_DRIVER).start(settings, progress=lambda text: None)
     try:
         yield driver
     finally:

@@ -15,7 +15,7 @@ from tornado.routing import Rule
 from gateway.channels import ChannelsHandler
 from gateway.command_socket import AttachSocket, ExecSocket
 from gateway.endpoint import Call, Endpoint, EndpointHandler, NotFoundHandler, Routes
-from gateway.handlers import events, files, forks, kernels, kernelspecs, sandboxes, server, sessions, time_line
+from gateway.handlers import checkpoints, events, files, forks, kernels, kernelspecs, sandboxes, server, sessions
 from gateway.handlers import exec as commands
 from gateway.openapi import openapi_document
 from gateway.sandbox_socket import WebSocketMatches
@@ -27,7 +27,7 @@ log = logging.getLogger("gateway.access")
 
 def all_endpoints() -> tuple[Endpoint, ...]:
     """Everything that speaks plain HTTP, the description of it included."""
-    modules = (server, kernelspecs, kernels, sessions, events, sandboxes, forks, time_line, commands, files)
+    modules = (server, kernelspecs, kernels, sessions, events, sandboxes, forks, checkpoints, commands, files)
     described = [endpoint for module in modules for endpoint in module.routes]
     document: dict[str, Any] = {}
     description = Routes()

@@ -1,6 +1,6 @@
 """The WebSocket of a kernel: `GET /api/kernels/{id}/channels`.
 
-Tornado's side only: who may open it, its frames, whether the client still lives. Messages go on in `connection.py`.
+Tornado's side only: who may open it, its frames, whether the client still lives. Messages continue in `connection.py`.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
                 await self.gateway.service.ready(kernel_id)
         except UnknownSandboxError as error:
             raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
-        self.gateway.hub.check_room(kernel_id, self._session_id)
+        self.gateway.clients.check_room(kernel_id, self._session_id)
         # Before it opens: what others cause from then on must not be missed.
-        self._iopub = await self.gateway.hub.subscribe(kernel_id, self._session_id)
+        self._iopub = await self.gateway.clients.subscribe(kernel_id, self._session_id)
         try:
             await super().get(kernel_id)
         finally:
@@ -121,7 +121,7 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
         client = Client(write=self._write, close=self._close_with, legacy=self._legacy)
         iopub, self._iopub = self._iopub, None
         try:
-            self._connection = self.gateway.hub.attach(self._kernel_id, self._session_id, client, iopub=iopub)
+            self._connection = self.gateway.clients.attach(self._kernel_id, self._session_id, client, iopub=iopub)
         except KernelsError as error:
             self._close_with(CLOSE_FAILED, str(error))
 
@@ -137,7 +137,7 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
         self.close(code, reason.encode()[:MAX_REASON_BYTES].decode("utf-8", "ignore"))
 
     async def on_message(self, data: str | bytes) -> None:
-        self.heard()
+        self.received()
         connection = self._connection
         if connection is None:
             return
@@ -156,4 +156,4 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
     def on_close(self) -> None:
         self.end_watching()
         if self._connection is not None:
-            self.gateway.hub.detach(self._kernel_id, self._connection)
+            self.gateway.clients.detach(self._kernel_id, self._connection)

@@ -24,7 +24,7 @@ from kernels.exec import AttachedCommand, CommandExited, CommandOutput, OutputSk
 
 # The first byte of a binary message.
 SOURCES = {"stdout": b"\x01", "stderr": b"\x02"}
-# A client that opens an exec WebSocket says at once what to run.
+# A client that opens an exec WebSocket sends at once what to run.
 START_TIMEOUT_S = 60.0
 
 
@@ -66,7 +66,7 @@ class _CommandSocket(SandboxSocket):
 
     async def on_message(self, message: str | bytes) -> None:
         """Tornado reads the next message when this has returned: a command that takes no input holds its client."""
-        self.heard()
+        self.received()
         try:
             await self._take(message)
         except ValidationError as error:
@@ -77,7 +77,7 @@ class _CommandSocket(SandboxSocket):
                 await self.send({"type": "refused", "message": answer.message, "code": answer.code})
 
     async def _take(self, message: str | bytes) -> None:
-        # Not before it runs; and not at all if it never does (`serve` says why, and closes).
+        # Not before it runs; and not at all if it never does (`serve` sends the reason, and closes).
         command = await asyncio.shield(self._command)
         assert self._commands is not None
         self.gateway.service.registry.touch(self.sandbox_id)
@@ -103,7 +103,7 @@ class _CommandSocket(SandboxSocket):
 
 
 class ExecSocket(_CommandSocket):
-    """`/api/sandboxes/{id}/exec`: the first message says what to run."""
+    """`/api/sandboxes/{id}/exec`: the first message has what to run."""
 
     def initialize(self, gateway: Gateway) -> None:
         super().initialize(gateway)

@@ -17,7 +17,7 @@ from gateway.pending import RESTARTED, PendingRequests
 class State(Enum):
     """WAITING: the client's messages wait, for sockets of a kernel that starts, or until no output can be missed.
     PASSING: both ways, also to a kernel that sleeps. DEAD: the kernel does not come back by itself; each message is
-    answered with that. CLOSED: the client has gone."""
+    answered with that. CLOSED: the client has disconnected."""
 
     WAITING = "waiting"
     PASSING = "passing"
@@ -44,7 +44,7 @@ class Client:
 
 
 class Connection:
-    """Made by `KernelHub.attach`; ends with `release`. Each method moves it along TRANSITIONS."""
+    """Made by `ClientRegistry.attach`; ends with `release`. Each method moves it along TRANSITIONS."""
 
     def __init__(self, client: Client, session_id: str, metrics: Metrics) -> None:
         self.session_id = session_id
@@ -97,7 +97,7 @@ class Connection:
         self._death = reason
 
     def lose(self, state: str, reason: str | None) -> None:
-        """The kernel is gone, and is `restarting` or `dead`: its client gets the last that it sent, and an answer to
+        """The kernel has ended, and is `restarting` or `dead`: its client gets the last that it sent, and an answer to
         what it has not answered."""
         if state == "dead":
             self.die(reason)
@@ -106,7 +106,7 @@ class Connection:
         self._put(self._end_link().last_words(state, reason))
 
     def unlink(self) -> None:
-        """The kernel is gone, since someone asked for a restart; as with `lose`, but that this is no news."""
+        """The kernel has ended, since someone asked for a restart; as with `lose`, but that this is no news."""
         self._move(State.WAITING)
         self._put(self._end_link().answers(RESTARTED))
 

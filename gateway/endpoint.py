@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
-# How many mistakes of one request are told.
+# How many mistakes of one request its answer lists.
 MAX_PROBLEMS = 5
 # How often the largest body that is taken fits into the largest one that is read before it is refused.
 DRAINED_BODIES = 64
@@ -36,7 +36,7 @@ DRAINED_BODIES = 64
 CORS_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 CORS_HEADERS = "Authorization, Content-Type, X-XSRFToken, Cache-Control, Range, X-Content-Crc32"
 CORS_MAX_AGE_S = 600
-# As jupyter_server's API says it (base/handlers.py, APIHandler).
+# As jupyter_server's API sends it (base/handlers.py, APIHandler).
 CONTENT_SECURITY_POLICY = "frame-ancestors 'self'; report-uri /api/security/csp-report; default-src 'none'"
 
 
@@ -55,12 +55,17 @@ Run = Callable[..., Coroutine[Any, Any, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """name: the operationId. run: None where the endpoint's own handler does it.
+    """name: the operationId.
+    run: None where the endpoint's own handler does it.
 
-    body, query: models of the request; no body, and null, count as `{}`. reply: type of a success, or None for no body.
-    media: what a success is made of. headers: those of a success, described. errors: statuses that may be answered
-    beside those every operation has. public: needs no token. request_media: what the body is made of where it is no
-    JSON. ends_with_client: `run` is cancelled when the client goes.
+    body, query: models of the request; no body, and null, count as `{}`.
+    reply: type of a success, or None for no body.
+    media: what a success is made of.
+    headers: those of a success, described.
+    errors: statuses that may be answered beside those every operation has.
+    public: needs no token.
+    request_media: what the body is made of where it is no JSON.
+    ends_with_client: `run` is cancelled when the client goes.
     """
 
     name: str
@@ -101,7 +106,10 @@ class Routes:
         return iter(self._endpoints.values())
 
     def __call__(self, route: str, *, status: int | None = None, **options: Any) -> Callable[[Run], Run]:
-        """route: method and path. status: of a success, else 200, or 204 for no body. options: see `Operation`."""
+        """route: method and path.
+        status: of a success, else 200, or 204 for no body.
+        options: see `Operation`.
+        """
         method, path = route.split()
 
         def add(run: Run) -> Run:
@@ -141,7 +149,7 @@ class JsonHandler(web.RequestHandler):
                 self.set_header("Access-Control-Expose-Headers", "Location")
 
     def compute_etag(self) -> None:
-        """None: answers say what is the case now."""
+        """None: answers have what is the case now."""
 
     def check_host(self) -> None:
         """Errors: ApiError 403."""
@@ -298,7 +306,7 @@ class EndpointHandler(JsonHandler):
                 answer = await self._cancellable
             except asyncio.CancelledError:
                 if self._client_gone:
-                    self._auto_finish = False  # nobody is there to be answered
+                    self._auto_finish = False  # the client has disconnected
                     return
                 raise
         else:

@@ -24,7 +24,7 @@ class StartError(GatewayError):
 
 
 class FrameError(GatewayError):
-    """A WebSocket message that is not a kernel message; the connection cannot go on."""
+    """A WebSocket message that is not a kernel message; the connection cannot continue."""
 
 
 class ApiError(GatewayError):

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Content in chunks with a running checksum (vm_runtime/wire/chunks.py), which pass through the gateway as they are.
 CHUNKS = "application/vnd.hypercell.chunks"
-# A client may say beforehand what the content's CRC-32 is; otherwise it compares the one that is answered.
+# A client may send the content's CRC-32 beforehand; otherwise it compares the one that is answered.
 CRC_HEADER = "X-Content-Crc32"
 # After an upload has failed, so much of it is still read, that clients which send before they listen get the answer:
 # more than any file, so that only content without an end is cut off.
@@ -214,11 +214,11 @@ class ContentHandler(EndpointHandler):
                     await self.flush()
                 self.gateway.service.registry.touch(sandbox_id)
         except (StreamClosedError, TimeoutError):
-            self._abort()  # the client has gone, or takes nothing any more
+            self._abort()  # the client has disconnected, or reads nothing any more
         except KernelsError as error:
             if not self._headers_written:
                 raise
-            # Half of it is sent: only a connection that is cut tells the client that this was not all.
+            # Half of it is sent: only a connection that is cut shows the client that this was not all.
             log.info("A download from sandbox %s was cut off: %s", sandbox_id, error)
             self._abort()
 

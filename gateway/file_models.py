@@ -112,8 +112,8 @@ class FileAnswer(Answer):
 
 
 class ListingAnswer(Answer):
-    """path: absolute. truncated: there is more; `next` is where it goes on, for `after` of the next request (null: the
-    sandbox is too old to say; list it directory by directory)."""
+    """path: absolute. truncated: there is more; `next` is where it continues, for `after` of the next request (null:
+    the sandbox is too old to report it; list it directory by directory)."""
 
     path: str
     entries: list[FileAnswer]

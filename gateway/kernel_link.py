@@ -33,7 +33,7 @@ SUBSCRIBE_TIMEOUT_S = 60.0
 # cell has ended.
 BUSY_SUBSCRIBE_TIMEOUT_S = 1.0
 
-# What the kernel says about a nudge is of no use to clients, and harmful: a control message that ends is `idle`, also
+# What the kernel answers to a nudge is of no use to clients, and harmful: a control message that ends is `idle`, also
 # where a cell runs on.
 _OURS = f'"{SESSION}"'.encode()
 
@@ -120,7 +120,7 @@ class KernelLink:
                     return
                 if channel == "iopub":
                     self._subscribed.set()
-                    # A greeting to any subscriber reaches all of them; it says nothing to a Jupyter client.
+                    # A greeting to any subscriber reaches all of them; it means nothing to a Jupyter client.
                     if b'"iopub_welcome"' in bytes(message.header[:1024]) or _OURS in bytes(message.parent[:1024]):
                         return
                 self._pending.received(message)
@@ -163,7 +163,7 @@ class KernelLink:
         return any(socket.has_unread for socket in self._sockets().values())
 
     def end(self) -> PendingRequests:
-        """The kernel is gone: delivers what has arrived from it already, and closes. What it has not answered."""
+        """The kernel has ended: delivers what has arrived from it already, and closes. What it has not answered."""
         for socket in self._sockets().values():
             socket.drain()
         self.close()

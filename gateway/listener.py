@@ -1,6 +1,6 @@
 """Where the gateway listens: from before there is anything to serve until after the last kernel sleeps.
 
-While there is no application, every request is answered with 503 and a word about what is being done. Knows neither
+While there is no application, every request is answered with 503 and a sentence about what is being done. Knows neither
 kernels nor settings but the address.
 """
 
@@ -28,7 +28,7 @@ RETRY_AFTER_S = 3
 class Listener(httputil.HTTPServerConnectionDelegate):
     """Passes requests to `application` while there is one. url: where it listens, without a slash at the end.
 
-    doing: "starting" or "stopping", while there is none; `tell(text)` says how far that is.
+    doing: "starting" or "stopping", while there is none; `set_progress(text)` has how far that is.
     """
 
     def __init__(self, url: str) -> None:
@@ -38,7 +38,7 @@ class Listener(httputil.HTTPServerConnectionDelegate):
         self._progress = ""
         self._closed = web.Application([(".*", _Closed, {"listener": self})], log_function=lambda handler: None)
 
-    def tell(self, text: str) -> None:
+    def set_progress(self, text: str) -> None:
         """What is being done, as a sentence."""
         self._progress = text
 

@@ -1,4 +1,4 @@
-"""Whether the client of a WebSocket still lives: pings, and the end of one that takes nothing and says nothing.
+"""Whether the client of a WebSocket still lives: pings, and the end of one that reads nothing and sends nothing.
 
 Knows Tornado and TCP, not what is sent.
 """
@@ -25,10 +25,10 @@ _BYTES_ACKED_OFFSET = 120
 
 
 class WatchedSocket(WebSocketHandler):
-    """Call `begin_watching` when it is open, `heard` for each message, `end_watching` when it is closed."""
+    """Call `begin_watching` when it is open, `received` for each message, `end_watching` when it is closed."""
 
     gateway: Gateway
-    _heard = False
+    _has_received = False
     _acked = 0
     _silent_since = 0.0
     _timer: asyncio.TimerHandle | None = None
@@ -46,24 +46,24 @@ class WatchedSocket(WebSocketHandler):
         if self._timer is not None:
             self._timer.cancel()
 
-    def heard(self) -> None:
-        """The client has said something."""
-        self._heard = True
+    def received(self) -> None:
+        """A message of the client has arrived."""
+        self._has_received = True
 
     def on_pong(self, data: bytes) -> None:
-        self._heard = True
+        self._has_received = True
 
     def _watch(self) -> None:
-        """Pings, and ends a connection whose client takes nothing and says nothing for too long."""
+        """Pings, and ends a connection whose client reads nothing and sends nothing for too long."""
         if self.ws_connection is None:
             return
         loop = asyncio.get_running_loop()
         settings = self.gateway.settings
         acked = self._bytes_acked()
         # What arrives there counts, since a pong waits behind it until the client's program reads; but for our pings.
-        if self._heard or acked > self._acked + PING_BYTES:
+        if self._has_received or acked > self._acked + PING_BYTES:
             self._silent_since = loop.time()
-        self._heard, self._acked = False, acked
+        self._has_received, self._acked = False, acked
         left_s = self._silent_since + settings.client_timeout_s - loop.time()
         if left_s <= 0:
             log.info("A client of %s was disconnected: nothing from it for a while", self.request.path)

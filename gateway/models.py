@@ -59,7 +59,7 @@ def timestamp(moment: datetime) -> str:
 
 
 def _moment(value: Any) -> Any:
-    # Guests tell seconds since 1970.
+    # Guests send seconds since 1970.
     moment = datetime.fromtimestamp(value, UTC) if isinstance(value, float | int) else value
     return timestamp(moment) if isinstance(moment, datetime) else moment
 
@@ -185,7 +185,7 @@ class KernelAnswer(Answer):
         if sandbox.state is SandboxState.FAILED:
             state = "dead"
         elif sandbox.state is SandboxState.ASLEEP and state != "dead":
-            state = "idle"  # a cell that sleeps in the middle goes on after the wake, but nothing is done now
+            state = "idle"  # a cell that sleeps in the middle continues after the wake, but nothing is done now
         if sandbox.unresponsive_since is not None:
             reason = f"Its machine has not answered since {timestamp(sandbox.unresponsive_since)}."
         return cls(
@@ -229,7 +229,7 @@ class SessionKernel(JupyterRequest):
 
 
 def _lifted(value: Any) -> Any:
-    """Clients of before 2016 say {"notebook": {"path"}} instead of path, as jupyter_server still understands it."""
+    """Clients of before 2016 send {"notebook": {"path"}} instead of path, as jupyter_server still understands it."""
     if isinstance(value, dict) and "path" not in value and isinstance(value.get("notebook"), dict):
         return {"type": "notebook", **value, "path": value["notebook"].get("path")}
     return value
@@ -258,7 +258,7 @@ class PatchSession(JupyterRequest):
 
 
 class NotebookAnswer(Answer):
-    """jupyter_server still says it for clients of before 2016."""
+    """jupyter_server still sends it for clients of before 2016."""
 
     path: str
     name: str | None

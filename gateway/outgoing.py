@@ -24,7 +24,7 @@ Write = Callable[[bytes, bool], "asyncio.Future[None]"]
 
 
 class Outgoing:
-    """`put` takes any message at any time; `on_full` and `on_drained` tell the source when to pause and to go on.
+    """`put` takes any message at any time; `on_full` and `on_drained` have the source pause and continue.
 
     write(data, binary): begins to send; its future ends when the data has left this process.
     """

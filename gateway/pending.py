@@ -9,8 +9,8 @@ from typing import Any
 from gateway.frames import KernelMessage, Part
 from gateway.own_messages import make_message
 
-# Of one client, as many as the kernel itself remembers (vm_runtime/guest/unanswered.py): a notebook that is run as a
-# whole. What is beyond is not answered here.
+# Of one client, as many as the kernel itself remembers (vm_runtime/guest/pending_requests.py): a notebook that is run
+# as a whole. What is beyond is not answered here.
 REQUESTS_MAX = 500
 # Headers of Jupyter's clients have some 200 bytes. A longer one is not read, and its request not remembered.
 HEADER_BYTES_MAX = 4096

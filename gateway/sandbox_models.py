@@ -209,7 +209,7 @@ class ConnectionAnswer(Answer):
 
 class ForkRequest(SandboxRequest):
     """POST /api/sandboxes/{id}/fork. name: of the children, else the parent's. same_random: the children's user-level
-    random numbers go on as the parent's would. mid_cell: do not wait for the end of the cell that runs."""
+    random numbers continue as the parent's would. mid_cell: do not wait for the end of the cell that runs."""
 
     count: Annotated[Size, Field(le=MAX_FORK_COUNT)] = 1
     name: Name | None = None
@@ -300,7 +300,7 @@ class GuestUsageAnswer(Answer):
 class UsageAnswer(Answer):
     """What a sandbox's machine takes of the host's memory; 0 without one (asleep). unique: what would be free if it
     ended. shared: pages that others use as well. guest: what runs in it uses of its machine; null while it sleeps or is
-    paused, and where its agent does not say."""
+    paused, and where its agent does not report it."""
 
     memory_unique_bytes: int
     memory_shared_bytes: int

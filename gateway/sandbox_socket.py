@@ -31,7 +31,7 @@ CLOSE_FAILED = 1011
 
 
 class WebSocketMatches(PathMatches):
-    """A path, for requests that want a WebSocket: others go on to the endpoint of the same path."""
+    """A path, for requests that want a WebSocket: others are passed on to the endpoint of the same path."""
 
     def match(self, request: Any) -> dict[str, Any] | None:
         if request.headers.get("Upgrade", "").lower() != "websocket":
@@ -40,8 +40,8 @@ class WebSocketMatches(PathMatches):
 
 
 class SandboxSocket(JsonHandler, WatchedSocket):
-    """A subclass does its work in `serve`, which is cancelled when the client goes. Errors are told as a last message
-    {"type": "error", "reason", "message", "code"}."""
+    """A subclass does its work in `serve`, which is cancelled when the client disconnects. Errors are sent as a last
+    message {"type": "error", "reason", "message", "code"}."""
 
     def initialize(self, gateway: Gateway) -> None:
         self.gateway = gateway
@@ -76,7 +76,7 @@ class SandboxSocket(JsonHandler, WatchedSocket):
         await super().get(sandbox_id, **path)
 
     async def begin(self, **path: str) -> None:
-        """Before the WebSocket is there: what fails here is answered in HTTP."""
+        """Before the WebSocket is open: what fails here is answered in HTTP."""
 
     async def serve(self) -> None:
         """All that is done on the open WebSocket; it is closed afterwards."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from gateway.app import make_application
-from gateway.hub import KernelHub
+from gateway.clients import ClientRegistry
 from gateway.listener import Listener
 from gateway.metrics import Metrics
 from gateway.sessions import SessionStore
@@ -42,7 +42,7 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
     async with AsyncExitStack() as stack:
         sessions = SessionStore(settings.state_dir / "gateway.sqlite")
         stack.callback(sessions.close)
-        hub = await stack.enter_async_context(KernelHub(service, settings, metrics).running())
+        clients = await stack.enter_async_context(ClientRegistry(service, settings, metrics).running())
         token = settings.token or secrets.token_urlsafe(TOKEN_BYTES)
         gateway = Gateway(
             settings=settings,
@@ -50,10 +50,10 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
             token=token,
             service=service,
             sessions=sessions,
-            hub=hub,
+            clients=clients,
             metrics=metrics,
         )
-        for follow in (hub.follow, lambda events: _follow_sessions(sessions, events)):
+        for follow in (clients.follow, lambda events: _follow_sessions(sessions, events)):
             events = await stack.enter_async_context(service.bus.subscribe())
             task = asyncio.create_task(_keep_following(service, events, follow))
             stack.push_async_callback(_cancelled, task)
@@ -63,7 +63,7 @@ async def serving(settings: GatewaySettings, service: SandboxService, listener: 
         finally:
             listener.application, listener.doing = None, "stopping"
             # Kernels sleep while their clients still receive: all that they have sent arrives.
-            hub.hold()
+            clients.hold()
             await service.stop()
 
 

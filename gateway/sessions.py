@@ -91,7 +91,7 @@ class SessionStore:
         self._db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
     def remove_kernel(self, kernel_id: str) -> None:
-        """Forgets the sessions of a kernel that is gone."""
+        """Forgets the sessions of a kernel that no longer exists."""
         self._db.execute("DELETE FROM sessions WHERE kernel_id = ?", (kernel_id,))
 
     def close(self) -> None:

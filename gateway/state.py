@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from weakref import WeakValueDictionary
 
+from gateway.clients import CLOSE_NORMAL, ClientRegistry
 from gateway.errors import ApiError, api_error
-from gateway.hub import CLOSE_NORMAL, KernelHub
 from gateway.metrics import Metrics
 from gateway.models import KernelAnswer
 from gateway.sessions import SessionStore
@@ -25,15 +25,18 @@ TOUCH_INTERVAL_S = 1.0
 
 @dataclass
 class Gateway:
-    """url: where it listens, without a slash at the end. token: what clients must show. started: aware UTC time.
-    session_locks: by path, while a session is made."""
+    """url: where it listens, without a slash at the end.
+    token: what clients must show.
+    started: aware UTC time.
+    session_locks: by path, while a session is made.
+    """
 
     settings: GatewaySettings
     url: str
     token: str
     service: SandboxService
     sessions: SessionStore
-    hub: KernelHub
+    clients: ClientRegistry
     metrics: Metrics
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     session_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
@@ -82,10 +85,10 @@ class Gateway:
 
     async def release(self, kernel_id: str) -> None:
         """A Jupyter client deletes a kernel: its clients and sessions go. Errors: as `SandboxService.release`."""
-        self.hub.close_clients(kernel_id, CLOSE_NORMAL, "the kernel was deleted")
+        self.clients.close_clients(kernel_id, CLOSE_NORMAL, "the kernel was deleted")
         await self.service.release(kernel_id)
         self.sessions.remove_kernel(kernel_id)
 
     def kernel(self, sandbox: Sandbox) -> KernelAnswer:
         """Jupyter's model of it."""
-        return KernelAnswer.of_sandbox(sandbox, self.hub.connection_count(sandbox.id))
+        return KernelAnswer.of_sandbox(sandbox, self.clients.connection_count(sandbox.id))

@@ -1,4 +1,4 @@
-"""The WebSocket that tells changes of files: `/api/sandboxes/{id}/files/watch`."""
+"""The WebSocket that reports changes of files: `/api/sandboxes/{id}/files/watch`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gateway.sandbox_socket import SandboxSocket
 
 
 class WatchSocket(SandboxSocket):
-    """Sends {"type": "watching"} when every later change will be told, then the changes. Messages of the client are
+    """Sends {"type": "watching"} when every later change will be reported, then the changes. Messages of the client are
     ignored."""
 
     async def begin(self, **path: str) -> None:

@@ -22,8 +22,8 @@ MESSAGES_PER_TURN = 64
 RECEIVE_HIGH_WATER = 4
 # Messages on their way to a kernel that does not read (busy in a cell); beyond it the client is made to wait.
 SEND_HIGH_WATER = 32
-# zmq allocates what a message's length says before its bytes come, so a hostile guest must not say terabytes. Beyond it
-# zmq drops the connection.
+# zmq allocates the length that a message announces before its bytes come, so a hostile guest must not announce
+# terabytes. Beyond it zmq drops the connection.
 MAX_MESSAGE_BYTES = 512 * 1024 * 1024
 
 
@@ -81,7 +81,7 @@ class ZmqSocket:
         self._soon()
 
     async def wait_readable(self) -> None:
-        """Until a message is there, before `start`; or the socket is closed."""
+        """Until a message has come, before `start`; or the socket is closed."""
         self._soon()
         await self._readable.wait()
 
@@ -100,7 +100,7 @@ class ZmqSocket:
             return
 
     def drain(self) -> None:
-        """Delivers at once what has already arrived, paused or not: the last words of a kernel that is gone."""
+        """Delivers at once what has already arrived, paused or not: the last messages of a kernel that has ended."""
         paused, self._paused = self._paused, False
         self._receive(limit=MESSAGES_PER_TURN)
         self._paused = self._paused or paused

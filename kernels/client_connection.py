@@ -30,7 +30,7 @@ MAX_WAITING_BYTES = 256 * 1024
 # Kept for a client that takes nothing while its machine is left: what libzmq holds for it there (16 messages of 1 MiB)
 # and the wire's window.
 MAX_PARTING_BYTES = 32 << 20
-# Nothing tells that the other end of a socket has read it empty.
+# Nothing signals that the other end of a socket has read it empty.
 LOOK_INTERVAL_S = 0.005
 
 
@@ -113,7 +113,7 @@ class ClientConnection:
         return whole and len(self._subscriptions) < MAX_WAITING_BYTES
 
     async def _greet(self) -> bool:
-        """Answers the handshake in the kernel's place. False if the client has gone."""
+        """Answers the handshake in the kernel's place. False if the client has disconnected."""
         self._writer.write(GREETING)
         while not self.handshake.done:
             data = await self._reader.read(READ_BYTES)
@@ -160,7 +160,7 @@ class ClientConnection:
         self._stream, self._kernel_ended, self._to_kernel, self._to_client = stream, False, Frames(), Frames()
         try:
             if self.channel == "stdin":
-                await stream.write(ping(b"known"))  # iopub says so by itself
+                await stream.write(ping(b"known"))  # iopub sends that by itself
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._pass_to_kernel(stream, may_send))
                 await self._pass_to_client(stream, bytes(kernel.rest))
@@ -233,7 +233,7 @@ class ClientConnection:
             await self.settle()
 
     async def settle(self) -> None:
-        """Until the kernel's socket has taken in what it was sent, and sent out what its owner had said before that.
+        """Until the kernel's socket has taken in what it was sent, and sent out what its owner had sent before that.
         Errors: WireError."""
         self._pings += 1
         context = str(self._pings).encode()
@@ -242,7 +242,7 @@ class ClientConnection:
         while self.is_joined and not self._kernel_ended and self._to_client.pong != context:
             await self._change()
 
-    # Leaving a machine that goes on later: `stand`, `finish`, `settle`, `part`, each after the one before has returned,
+    # Leaving a machine that runs on later: `stand`, `finish`, `settle`, `part`, each after the one before has returned,
     # then `leave`. Where there is no machine they do nothing.
 
     def stand(self) -> None:
@@ -261,7 +261,7 @@ class ClientConnection:
             await self._stream.write(UNSUBSCRIBE)
 
     async def part(self) -> None:
-        """Until the kernel's socket knows that this client has gone."""
+        """Until the kernel's socket knows that this client has disconnected."""
         if self._stream is not None:
             self._stream.end()
         while self.is_joined and not self._kernel_ended:

@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Greeted:
-    """A connection to a kernel's socket that no client has yet: greetings are exchanged, the socket has said READY and
-    waits for the client's, which tells who it is. kernel: the socket's side."""
+    """A connection to a kernel's socket that no client has yet: greetings are exchanged, the socket has sent READY and
+    waits for the client's, which names it. kernel: the socket's side."""
 
     stream: Stream
     kernel: Handshake
@@ -111,7 +111,7 @@ class Endpoints:
         return any(connection.has_request for connection in self._connections)
 
     def attach(self, open_channel: OpenChannel, greeted: Mapping[str, Greeted] | None = None) -> None:
-        """A machine is there: connections go to its kernel. greeted: from `greet_ahead`, owned by this from now on."""
+        """There is a machine: connections go to its kernel. greeted: from `greet_ahead`, owned by this from now on."""
         self._open_channel = open_channel
         self._greeted = dict(greeted or {})
         self._attached.set()
@@ -121,7 +121,7 @@ class Endpoints:
         await self._all(ClientConnection.rejoined)
 
     async def quiesce(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Before `detach` from a machine that goes on later: what is under way between clients and kernel arrives, and
+        """Before `detach` from a machine that runs on later: what is under way between clients and kernel arrives, and
         what clients send from now on waits here.
 
         ask: awaited when the kernel's sockets have all that clients have sent; its answer. It must have the kernel keep
@@ -154,7 +154,7 @@ class Endpoints:
                 await asyncio.gather(*(step(each) for each in list(self._connections)), return_exceptions=True)
 
     async def detach(self) -> None:
-        """The machine is gone, or is about to be. Twice is harmless."""
+        """The machine has ended, or is about to. Twice is harmless."""
         self._hide_machine()
         await asyncio.gather(*(connection.leave() for connection in self._connections))
 
@@ -166,7 +166,7 @@ class Endpoints:
 
     async def drop_connections(self) -> None:
         """Ends every connection to a kernel, keeps listening: clients connect anew (their ZMQ sockets do so by
-        themselves). Those that wait for a machine stay: what their clients have said already would be lost."""
+        themselves). Those that wait for a machine stay: what their clients have sent already would be lost."""
         while self._greeted:
             self._greeted.popitem()[1].stream.reset()
         joined = [connection for connection in self._connections if connection.is_joined]
@@ -221,19 +221,19 @@ class Endpoints:
     async def _join(self, connection: ClientConnection) -> tuple[Stream, Handshake]:
         while self._open_channel is None:
             await self._attached.wait()
-        said = connection.handshake.said
+        received = connection.handshake.received
         greeted = self._greeted.pop(connection.channel, None)
         if greeted is not None:
             stream, kernel = greeted.stream, greeted.kernel
         else:
             stream, kernel = await self._open_channel(connection.channel), Handshake()
         try:
-            # Step by step: libzmq takes no READY before its own greeting has gone out.
+            # Step by step: libzmq takes no READY before its own greeting has been sent.
             if greeted is None:
-                await stream.write(bytes(said[:GREETING_BYTES]))
-                while len(kernel.said) < GREETING_BYTES:
+                await stream.write(bytes(received[:GREETING_BYTES]))
+                while len(kernel.received) < GREETING_BYTES:
                     kernel.feed(await _some(stream))
-            await stream.write(bytes(said[GREETING_BYTES:]))
+            await stream.write(bytes(received[GREETING_BYTES:]))
             while not kernel.done:
                 kernel.feed(await _some(stream))
         except BaseException:

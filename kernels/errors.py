@@ -125,7 +125,7 @@ LEFT = {
 
 
 class StorageError(KernelsError):
-    """The snapshot store is full, or what is in it cannot be read; sandboxes that run go on."""
+    """The snapshot store is full, or what is in it cannot be read; sandboxes that run are not affected."""
 
 
 class CellRunsError(KernelsError):

@@ -35,9 +35,11 @@ OVERTIME_S = 30.0
 class CommandRequest:
     """What to run: a command line for a shell, or a program with its arguments.
 
-    cwd: from the kernel user's home, which it is where None. size: (rows, columns) of a terminal, None for pipes.
-    stdin: whether it has any (a terminal always has). background: it stays when its client goes. as_root: not as the
-    kernel's user.
+    cwd: from the kernel user's home, which it is where None.
+    size: (rows, columns) of a terminal, None for pipes.
+    stdin: whether it has any (a terminal always has).
+    background: it stays when its client goes.
+    as_root: not as the kernel's user.
     """
 
     command: str | tuple[str, ...]
@@ -78,7 +80,7 @@ class StartedCommand(GuestValue):
 
 class CommandInfo(StartedCommand):
     """A command that runs or has ended. started_at: seconds since 1970, by the guest's clock. out_of_memory: an older
-    agent cannot tell."""
+    agent does not report it."""
 
     command: Text
     cwd: Text | None = None

@@ -28,7 +28,10 @@ MAX_CHANGE_BYTES = 64 * 1024
 
 
 class FileInfo(GuestValue):
-    """mode: permission bits. modified_at: seconds since 1970. target: where a link leads, else None."""
+    """mode: permission bits.
+    modified_at: seconds since 1970.
+    target: where a link leads, else None.
+    """
 
     name: Text
     path: Text
@@ -42,8 +45,10 @@ class FileInfo(GuestValue):
 
 
 class Listing(GuestValue):
-    """path: absolute. truncated: there is more than was asked for, or than one answer holds. next: where it goes on,
-    for another listing's `after` (None: the guest's agent is too old to say)."""
+    """path: absolute.
+    truncated: there is more than was asked for, or than one answer holds.
+    next: where it continues, for another listing's `after` (None: the guest's agent is too old to report it).
+    """
 
     path: Text
     entries: list[FileInfo]
@@ -65,7 +70,7 @@ class FileChange(GuestValue):
 
 
 class FilePart(GuestValue):
-    """length: of the part; None where only reading tells. size_bytes: of the whole."""
+    """length: of the part; None where only reading shows it. size_bytes: of the whole."""
 
     size_bytes: Count
     offset: Count
@@ -165,7 +170,7 @@ class FileUpload(_Transfer):
 
 
 class FileWatch(_Transfer):
-    """Changes below a path, until it is gone."""
+    """Changes below a path, until it is removed."""
 
     async def changes(self) -> AsyncIterator[FileChange]:
         """Errors: GuestRefusedError, MachineFailedError."""
@@ -217,13 +222,13 @@ class SandboxFiles:
         await self._call("files.remove", path=path, recursive=recursive)
 
     async def rename(self, old_path: str, new_path: str) -> FileInfo:
-        """Replaces a file that is there, as rename(2) does."""
+        """Replaces an existing file, as rename(2) does."""
         return FileInfo.parse(await self._call("files.rename", old_path=old_path, new_path=new_path))
 
     async def mkdir(
         self, path: str, *, mode: int | None = None, parents: bool = True, exist_ok: bool = False
     ) -> FileInfo:
-        """parents: make those that are missing. exist_ok: be content with a directory that is there."""
+        """parents: make those that are missing. exist_ok: an existing directory is no error."""
         return FileInfo.parse(await self._call("files.mkdir", path=path, mode=mode, parents=parents, exist_ok=exist_ok))
 
     async def symlink(self, path: str, target: str) -> FileInfo:

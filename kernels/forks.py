@@ -14,22 +14,22 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kernels.capacity import Capacity
+from kernels.child_results import ChildResult, ChildResults
+from kernels.connected import ConnectedMachine, new_paths, new_sandbox_id
 from kernels.errors import CellRunsError, KernelsError, LimitError, MachineFailedError, SandboxStateError
 from kernels.events import EventQueue
 from kernels.index import SandboxRecord
 from kernels.launcher import new_key
+from kernels.lifecycle import Lifecycle
 from kernels.machines import Machines, identity_of
 from kernels.models import EventKind, Sandbox, SandboxEvent, SandboxState
-from kernels.naps import Naps
-from kernels.outcomes import Outcome, Outcomes
 from kernels.registry import Registry
 from kernels.session import Greeting
 from kernels.settings import ServiceSettings
 from kernels.snapshots import Snapshots
-from kernels.warm import WarmMachine, new_place, new_sandbox_id
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.values import Then
+from vm_runtime.saving.values import AfterCapture
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.states import RunState
@@ -42,15 +42,15 @@ IDLE_WAIT_S = 30.0
 
 @dataclass(eq=False)
 class Forks:
-    """Forks of one service's sandboxes. `outcomes`: how their children ended. Run `watch()` as a task."""
+    """Forks of one service's sandboxes. `child_results`: how their children ended. Run `watch()` as a task."""
 
     _settings: ServiceSettings
     _registry: Registry
     _machines: Machines
     _snapshots: Snapshots
-    _naps: Naps
+    _lifecycle: Lifecycle
     _capacity: Capacity
-    outcomes: Outcomes
+    child_results: ChildResults
 
     def tree(self, sandbox_id: str) -> list[Sandbox]:
         """A sandbox's whole family as far as it exists, parents before children, each with the nearest ancestor that
@@ -76,7 +76,7 @@ class Forks:
 
         mid_cell: do not wait for the running cell's end. call_id: of `sandbox.fork()` inside, which then returns in
         each child, too. Errors: UnknownSandboxError, LimitError and CapacityError (before the first child is made),
-        SandboxStateError, MachineFailedError (no snapshot could be taken; the parent goes on).
+        SandboxStateError, MachineFailedError (no snapshot could be taken; the parent runs on).
         """
         parent = self._registry.record(sandbox_id)
         self._check_limits(parent, count)
@@ -90,7 +90,7 @@ class Forks:
             snapshot, machines = await self._split(sandbox_id, len(children), mid_cell=mid_cell)
         except BaseException as error:
             for child in children:
-                await self._naps.forget(child.sandbox.id)
+                await self._lifecycle.forget(child.sandbox.id)
             if isinstance(error, SnapshotError | VmRuntimeError):
                 raise MachineFailedError(f"The sandbox could not be forked and runs on: {error}") from error
             raise
@@ -103,9 +103,9 @@ class Forks:
                     for child, machine in zip(children, machines, strict=True)
                 ]
             return [each.result() for each in made]
-        except BaseException:  # cancelled: nobody was told of them
+        except BaseException:  # cancelled: nobody knows of them
             for child in children:
-                await self._naps.forget(child.sandbox.id)
+                await self._lifecycle.forget(child.sandbox.id)
             raise
 
     def _check_limits(self, parent: SandboxRecord, count: int) -> None:
@@ -169,14 +169,14 @@ class Forks:
         self, sandbox_id: str, count: int, *, mid_cell: bool
     ) -> tuple[Manifest, Sequence[SavedMachine | Exception]]:
         """The snapshot and a machine for each child. A cell that has just begun is waited for, unless mid_cell."""
-        places = [new_place(self._settings.state_dir, self._settings.run_dir) for _ in range(count)]
+        child_paths = [new_paths(self._settings.state_dir, self._settings.run_dir) for _ in range(count)]
         deadline = asyncio.get_running_loop().time() + IDLE_WAIT_S
         async with self._registry.bus.subscribe() as events:
             while True:
                 async with self._machines.lock(sandbox_id):
                     try:
                         with self._capacity.room(self._registry.get(sandbox_id).memory_mib, count=count):
-                            return await self._snapshots.fork(sandbox_id, places, strict=not mid_cell)
+                            return await self._snapshots.fork(sandbox_id, child_paths, strict=not mid_cell)
                     except CellRunsError as error:
                         log.info("Sandbox %s is forked after the cell that runs: %s", sandbox_id, error)
                 await self._next_idle(sandbox_id, events, deadline)
@@ -203,58 +203,59 @@ class Forks:
                 marker=snapshot.wire_marker, identity=identity_of(sandbox), key=child.key, restored=True,
                 keep_random=same_random, extra=extra,
             )  # fmt: skip
-            warm = await WarmMachine.greet(machine, greeting)
+            connected = await ConnectedMachine.greet(machine, greeting)
             async with self._machines.lock(sandbox.id):
-                await self._machines.go_live(sandbox.id, warm, snapshot=snapshot)
+                await self._machines.go_live(sandbox.id, connected, snapshot=snapshot)
                 await self._snapshots.keep(sandbox.id, snapshot)
             return self._registry.get(sandbox.id)
         except (KernelsError, VmRuntimeError, SnapshotError) as error:
-            await self._naps.forget(sandbox.id)
+            await self._lifecycle.forget(sandbox.id)
             return error if isinstance(error, KernelsError) else MachineFailedError(str(error))
 
     async def become(self, parent_id: str, child_id: str) -> Sandbox:
-        """The parent goes on in the state of its child, which waits in an offer; the child's sandbox is then gone.
+        """The parent continues in the state of its child, which waits in an offer; the child's sandbox is then removed.
 
         Errors: SandboxStateError (no such offer), MachineFailedError.
         """
-        offer = self.outcomes.get(child_id)
+        offer = self.child_results.get(child_id)
         if offer is None or offer.state != "offered" or offer.parent_id != parent_id:
             raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
         async with self._machines.lock(parent_id), self._machines.lock(child_id):
             parent, live = self._machines.live.get(parent_id), self._machines.running(child_id)
             run = [each for each in (parent, live) if each and each.saved.machine.state is RunState.RUNNING]
             for each in run:
-                await each.let_go()
+                await each.hold_clients()
             extra = {
                 "calls": {offer.call_id: {"result": {"became": parent_id}}},
                 # What the child knows nothing of was asked of the state that its parent leaves.
-                "aborted": parent.unanswered.cells_but(live.unanswered.cells) if parent is not None else [],
+                "aborted": parent.pending_requests.cells_but(live.pending_requests.cells) if parent is not None else [],
             }
             snapshot = None
             try:
-                snapshot = (await self._snapshots.take(child_id, then=Then.STOP, heir_id=parent_id)).manifest
-                warm = await self._machines.restore(
+                snapshot = (await self._snapshots.take(child_id, then=AfterCapture.STOP, heir_id=parent_id)).manifest
+                connected = await self._machines.restore(
                     parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra
                 )
             except BaseException as error:
                 # Neither has given up anything yet: the parent runs, and the child only has to run on.
                 for each in run:
-                    await each.go_on()
+                    await each.resume()
                 if snapshot is not None:
                     await self._snapshots.remove(snapshot.id)
                 if isinstance(error, SnapshotError | VmRuntimeError | KernelsError):
                     raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
                 raise
             await self._snapshots.keep(parent_id, snapshot)
-            await self._machines.exchange(parent_id, warm, snapshot)
+            await self._machines.exchange(parent_id, connected, snapshot)
             self._registry.adopt(child_id, parent_id)
-            await self.outcomes.adopt(child_id, parent_id)
-            await self._naps.forget(child_id)
-        await self.outcomes.forget(child_id=child_id)
+            await self.child_results.adopt(child_id, parent_id)
+            await self._lifecycle.forget(child_id)
+        await self.child_results.forget(child_id=child_id)
         return self._registry.get(parent_id)
 
     async def watch(self) -> None:
-        """Records children that end without a word as crashed, and drops the outcomes of parents that are gone."""
+        """Records children that end without a result as crashed, and drops the results of parents that no longer
+        exist."""
         while True:
             async with self._registry.bus.subscribe() as events:
                 async for event in events:
@@ -273,20 +274,20 @@ class Forks:
                 sandbox = self._registry.get(event.sandbox_id)
                 await self._crashed(sandbox, str(event.data.get("reason") or "The kernel died."))
         elif event.kind is EventKind.EXECUTION_STATE:
-            self.outcomes.poke(event.sandbox_id)
+            self.child_results.notify(event.sandbox_id)
         elif event.kind is EventKind.DELETED:
             parent_id = event.data.get("parent_id")
             if isinstance(parent_id, str) and parent_id in self._registry:
-                await self.outcomes.record(
-                    Outcome(
+                await self.child_results.record(
+                    ChildResult(
                         child_id=event.sandbox_id, parent_id=parent_id, state="crashed",
                         message="The child was deleted before it ended.",
                     )
                 )  # fmt: skip
-            await self.outcomes.forget(parent_id=event.sandbox_id)
+            await self.child_results.forget(parent_id=event.sandbox_id)
 
     async def _crashed(self, sandbox: Sandbox, message: str) -> None:
         if sandbox.parent_id is not None:
-            await self.outcomes.record(
-                Outcome(child_id=sandbox.id, parent_id=sandbox.parent_id, state="crashed", message=message[:4000])
+            await self.child_results.record(
+                ChildResult(child_id=sandbox.id, parent_id=sandbox.parent_id, state="crashed", message=message[:4000])
             )

@@ -15,14 +15,14 @@ from weakref import WeakValueDictionary
 from pydantic import TypeAdapter
 
 from kernels.background import Background
+from kernels.checkpoints import Checkpoints
+from kernels.child_results import MAX_VALUE_BYTES, ChildResult
 from kernels.errors import KernelsError, MachineFailedError, RequestError, UnknownSandboxError
 from kernels.forks import Forks
+from kernels.lifecycle import Lifecycle
 from kernels.models import Checkpoint, Sandbox
-from kernels.naps import Naps
-from kernels.outcomes import MAX_VALUE_BYTES, Outcome
 from kernels.registry import Registry
 from kernels.session import CallHandler
-from kernels.time_line import TimeLine
 from vm_runtime.wire.errors import OpenRejectedError
 from vm_runtime.wire.stream import Incoming, Stream
 
@@ -45,12 +45,12 @@ class GuestCalls:
     """Gives each sandbox the handler of its calls."""
 
     def __init__(
-        self, registry: Registry, naps: Naps, time_line: TimeLine, forks: Forks, background: Background
+        self, registry: Registry, lifecycle: Lifecycle, checkpoints: Checkpoints, forks: Forks, background: Background
     ) -> None:
         self._registry = registry
         self._background = background
-        self._naps = naps
-        self._time_line = time_line
+        self._lifecycle = lifecycle
+        self._checkpoints = checkpoints
         self._forks = forks
         self._receiving: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._ops: dict[str, Callable[[str, Incoming], Awaitable[None]]] = {
@@ -64,7 +64,7 @@ class GuestCalls:
             "become": self._become,
             "kill": self._kill,
             "snapshot": self._snapshot,
-            "checkpoints": self._checkpoints,
+            "checkpoints": self._list_checkpoints,
             "restore": partial(self._goto, field="name"),
             "goto": self._goto,
             "undo": self._undo,
@@ -98,7 +98,7 @@ class GuestCalls:
     async def _kill(self, me: str, incoming: Incoming) -> None:
         target = self._descendant(me, _text(incoming, "id"))
         # Not broken off with the stream: half-forgotten, it would be nobody's.
-        await self._away(self._naps.end(target))
+        await self._away(self._lifecycle.end(target))
         await incoming.answer()
 
     # Forks
@@ -117,7 +117,7 @@ class GuestCalls:
     async def _exit(self, me: str, incoming: Incoming) -> None:
         value = await self._value(me, await incoming.accept())
         await self._record(me, incoming, "exited", value)
-        self._background.spawn(self._naps.end(me))
+        self._background.spawn(self._lifecycle.end(me))
 
     async def _offer(self, me: str, incoming: Incoming) -> None:
         stream = await incoming.accept()
@@ -133,8 +133,8 @@ class GuestCalls:
     async def _record(self, me: str, incoming: Incoming, state: Any, value: bytes) -> None:
         parent_id = self._registry.get(me).parent_id
         if parent_id is not None:
-            await self._forks.outcomes.record(
-                Outcome(
+            await self._forks.child_results.record(
+                ChildResult(
                     child_id=me, parent_id=parent_id, state=state, status=_text(incoming, "status", "ok") or "ok",
                     call_id=_text(incoming, "call_id"),
                 ),
@@ -143,16 +143,16 @@ class GuestCalls:
 
     async def _result(self, me: str, incoming: Incoming) -> None:
         child_id = _text(incoming, "id")
-        outcome = self._outcome_of(me, child_id)
-        if outcome is None:
+        result = self._result_of(me, child_id)
+        if result is None:
             self._descendant(me, child_id)
-            outcome = await self._wait_for(me, [child_id], _timeout(incoming))
-        if outcome is None:
+            result = await self._wait_for(me, [child_id], _timeout(incoming))
+        if result is None:
             running = child_id in self._registry and self._registry.get(child_id).execution_state == "busy"
             await incoming.answer({"state": "running" if running else "idle"})
             return
-        value = await asyncio.to_thread(self._forks.outcomes.value, child_id)
-        stream = await incoming.accept({"state": outcome.state, "status": outcome.status, "message": outcome.message})
+        value = await asyncio.to_thread(self._forks.child_results.value, child_id)
+        stream = await incoming.accept({"state": result.state, "status": result.status, "message": result.message})
         await stream.write(value)
         stream.end()
 
@@ -164,26 +164,26 @@ class GuestCalls:
             raise RequestError(f"ids must be a list of at most {MAX_WAITED_IDS} children's ids.")
         descendants = set(self._registry.lineage.descendants(me))
         for child_id in ids:
-            if self._outcome_of(me, child_id) is None and child_id not in descendants:
+            if self._result_of(me, child_id) is None and child_id not in descendants:
                 raise UnknownSandboxError(child_id)
-        outcome = await self._wait_for(me, ids, _timeout(incoming))
-        if outcome is not None:
-            await incoming.answer({"id": outcome.child_id})
+        result = await self._wait_for(me, ids, _timeout(incoming))
+        if result is not None:
+            await incoming.answer({"id": result.child_id})
             return
         idle = [each for each in ids if each in self._registry and self._registry.get(each).execution_state != "busy"]
         await incoming.answer({"id": idle[0] if idle else None})
 
-    async def _wait_for(self, me: str, ids: list[str], timeout_s: float | None) -> Outcome | None:
-        """The first outcome; None when the time is over or one of them is idle: its cell ended without a word."""
+    async def _wait_for(self, me: str, ids: list[str], timeout_s: float | None) -> ChildResult | None:
+        """The first result; None when the time is over or one of them is idle: its cell ended without a result."""
 
         def is_idle(child_id: str) -> bool:
             return child_id in self._registry and self._registry.get(child_id).execution_state == "idle"
 
-        return await self._forks.outcomes.wait(ids, timeout_s=timeout_s, is_over=is_idle)
+        return await self._forks.child_results.wait(ids, timeout_s=timeout_s, is_over=is_idle)
 
-    def _outcome_of(self, me: str, child_id: str) -> Outcome | None:
-        outcome = self._forks.outcomes.get(child_id)
-        return outcome if outcome is not None and outcome.parent_id == me else None
+    def _result_of(self, me: str, child_id: str) -> ChildResult | None:
+        result = self._forks.child_results.get(child_id)
+        return result if result is not None and result.parent_id == me else None
 
     async def _become(self, me: str, incoming: Incoming) -> None:
         child_id = self._descendant(me, _text(incoming, "id"))
@@ -191,23 +191,23 @@ class GuestCalls:
 
     # Its own states
 
-    async def _checkpoints(self, me: str, incoming: Incoming) -> None:
-        checkpoints = await self._time_line.checkpoints(me)
+    async def _list_checkpoints(self, me: str, incoming: Incoming) -> None:
+        checkpoints = await self._checkpoints.all(me)
         newest = [_CHECKPOINT.dump_python(each, mode="json") for each in checkpoints[-MAX_LISTED_CHECKPOINTS:]]
         await incoming.answer({"checkpoints": newest})
 
     async def _snapshot(self, me: str, incoming: Incoming) -> None:
-        checkpoint = await self._time_line.checkpoint(me, name=_text(incoming, "name"))
+        checkpoint = await self._checkpoints.checkpoint(me, name=_text(incoming, "name"))
         await incoming.answer(_CHECKPOINT.dump_python(checkpoint, mode="json"))
 
     async def _goto(self, me: str, incoming: Incoming, *, field: str = "target") -> None:
-        await self._away(self._time_line.goto(me, _text(incoming, field), reply_to=_reply_to(incoming)))
+        await self._away(self._checkpoints.goto(me, _text(incoming, field), reply_to=_reply_to(incoming)))
 
     async def _undo(self, me: str, incoming: Incoming) -> None:
-        await self._away(self._time_line.undo(me, reply_to=_reply_to(incoming)))
+        await self._away(self._checkpoints.undo(me, reply_to=_reply_to(incoming)))
 
     async def _sleep(self, me: str, incoming: Incoming) -> None:
-        await self._away(self._naps.sleep(me))
+        await self._away(self._lifecycle.sleep(me))
 
     def _descendant(self, me: str, target: str) -> str:
         """The id of a descendant from its id or the beginning of it. Errors: UnknownSandboxError."""

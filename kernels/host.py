@@ -15,8 +15,9 @@ from vm_runtime.images.store import ImageStore
 
 
 @asynccontextmanager
-async def open_service(settings: ServiceSettings, *, say: Progress) -> AsyncIterator[SandboxService]:
-    """A running service. say: is told what the driver found out about the host, and at the end what is put to sleep.
+async def open_service(settings: ServiceSettings, *, progress: Progress) -> AsyncIterator[SandboxService]:
+    """A running service. progress: receives what the driver found out about the host, and at the end what is put to
+    sleep.
 
     Errors: DriverUnavailableError (no such driver, or it cannot work here), KernelsError.
     """
@@ -27,12 +28,12 @@ async def open_service(settings: ServiceSettings, *, say: Progress) -> AsyncIter
             image=images[0].files if images else None,
             options={"accelerator": settings.accelerator},
         ),
-        say=say,
+        progress=progress,
     )
     try:
         if not (isolation := driver.capabilities.isolation).ok:
-            say(f"WARNING: {isolation.why_not}")
-        async with SandboxService(settings, driver, say=say) as service:
+            progress(f"WARNING: {isolation.why_not}")
+        async with SandboxService(settings, driver, progress=progress) as service:
             yield service
     finally:
         await driver.close()

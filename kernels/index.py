@@ -22,9 +22,11 @@ class SandboxRecord(BaseModel):
     """All that must be known of a sandbox to find it again. `sandbox` is what users see; the rest is the service's.
 
     machine_id: its machine ("" where there is none).
-    key: the kernel's HMAC key. marker: what opens the next session on its wire (hex). env, cwd: as asked for.
-    depth: generations of forks above it. resumes: it was put to sleep in the middle of something, by a gateway that
-    stopped; the next one wakes it.
+    key: the kernel's HMAC key.
+    marker: what opens the next session on its wire (hex).
+    env, cwd: as asked for.
+    depth: generations of forks above it.
+    resumes: it was put to sleep in the middle of something, by a gateway that stopped; the next one wakes it.
     boot_id, born_s: a boot of the host, and what its CLOCK_BOOTTIME was, or would have been, when the sandbox was made.
     """
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from weakref import WeakSet
 
 from kernels.capacity import Capacity
-from kernels.exercise import exercise
+from kernels.connected import ConnectedMachine, new_paths
 from kernels.pool import Pool
+from kernels.prewarm import prewarm
 from kernels.session import Greeting
 from kernels.settings import ServiceSettings
 from kernels.templates import Template
-from kernels.warm import WarmMachine, new_place
 from vm_runtime.machine import Machine
 from vm_runtime.saving.saver import Saver
 from vm_runtime.snapshots.manifest import Manifest
@@ -44,30 +44,30 @@ class Launcher:
             has_room=capacity.has_room_for_spare,
         )
 
-    async def launch(self, template: Template, identity: Mapping[str, str]) -> WarmMachine:
+    async def launch(self, template: Template, identity: Mapping[str, str]) -> ConnectedMachine:
         """A machine of the template, from the pool if one is ready. Errors: CapacityError, VmRuntimeError,
         SnapshotError, MachineFailedError."""
-        warm = self.pool.take(template)
+        connected = self.pool.take(template)
         if self.pool.ready_count(template) == 0:
             for machine in self._making:
                 machine.set_background(False)
-        if warm is None:
+        if connected is None:
             return await self.restore(template.snapshot, _first_greeting(template, identity))
-        warm.saved.machine.set_background(False)
-        return warm
+        connected.saved.machine.set_background(False)
+        return connected
 
     async def restore(
         self, snapshot: Manifest, greeting: Greeting, *, on_running: Callable[[Machine], None] = lambda machine: None
-    ) -> WarmMachine:
+    ) -> ConnectedMachine:
         """A machine in the state of a snapshot. on_running: called when its guest runs, before it is greeted.
         Errors: as `launch`."""
         with self._capacity.room(snapshot.shape.memory_mib):
-            place = new_place(self._settings.state_dir, self._settings.run_dir)
-            saved = await self._saver.restore(snapshot, place=place)
+            paths = new_paths(self._settings.state_dir, self._settings.run_dir)
+            saved = await self._saver.restore(snapshot, paths=paths)
             on_running(saved.machine)
-            return await WarmMachine.greet(saved, greeting)
+            return await ConnectedMachine.greet(saved, greeting)
 
-    async def _make_spare(self, template: Template) -> WarmMachine:
+    async def _make_spare(self, template: Template) -> ConnectedMachine:
         """It yields to others, but not while the pool is empty: the next start would then wait for as much work."""
 
         def yielding(machine: Machine) -> None:
@@ -75,15 +75,15 @@ class Launcher:
             machine.set_background(self.pool.ready_count(template) > 0)
 
         greeting = _first_greeting(template, SPARE_IDENTITY)
-        warm = await self.restore(template.snapshot, greeting, on_running=yielding)
+        connected = await self.restore(template.snapshot, greeting, on_running=yielding)
         try:
-            await exercise(warm, self._settings.run_dir, SPARE_IDENTITY)
+            await prewarm(connected, self._settings.run_dir, SPARE_IDENTITY)
         except BaseException:
-            await warm.close()
+            await connected.close()
             raise
-        self._making.discard(warm.saved.machine)
-        warm.saved.machine.set_background(True)
-        return warm
+        self._making.discard(connected.saved.machine)
+        connected.saved.machine.set_background(True)
+        return connected
 
 
 def _first_greeting(template: Template, identity: Mapping[str, str]) -> Greeting:

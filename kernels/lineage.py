@@ -1,4 +1,5 @@
-"""Who came from whom by forks, also through sandboxes that are gone: those stay known while descendants of theirs live.
+"""Who came from whom by forks, also through sandboxes that no longer exist: those stay known while descendants of
+theirs live.
 
 Pure: a tree of ids. Knows nothing of records or of disk.
 """
@@ -42,7 +43,8 @@ class Lineage:
         return forgotten
 
     def adopt(self, sandbox_id: str, parent_id: str) -> list[str]:
-        """The children of `sandbox_id` become those of `parent_id`; answers them, those that are gone included."""
+        """The children of `sandbox_id` become those of `parent_id`; answers them, those that no longer exist
+        included."""
         children = list(self._children.pop(sandbox_id, {}))
         for child_id in children:
             self.add(child_id, parent_id)
@@ -67,7 +69,7 @@ class Lineage:
         return [each for each in found[1:] if each not in self._gone]
 
     def family(self, sandbox_id: str) -> set[str]:
-        """It and all that have an ancestor with it in common, those that are gone excepted."""
+        """It and all that have an ancestor with it in common, those that no longer exist excepted."""
         root = sandbox_id
         for ancestor in self._ancestors(sandbox_id):
             root = ancestor

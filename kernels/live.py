@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from kernels.background import Background
+from kernels.connected import ConnectedMachine
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, MachineUnresponsiveError
 from kernels.models import EventKind
 from kernels.registry import Registry
-from kernels.session import CallHandler, GuestEvent, KernelExited, KernelStatus, Unanswered
-from kernels.warm import WarmMachine
+from kernels.session import CallHandler, GuestEvent, KernelExited, KernelStatus, PendingRequests
 from vm_runtime.saving.threads import gather_all
 from vm_runtime.states import RunState
 
@@ -32,7 +32,7 @@ RELEASE_TIMEOUT_S = 2.0
 CATCH_UP_S = 2.0
 # A kernel ends once, and the one after it when that was started: what comes beyond that is made up by the guest.
 MAX_EXITS = 8
-# Of a kernel that cannot be told to keep its output, but for want of subscribers: until its last has arrived here.
+# Of a kernel that keeps its output for want of subscribers only: until its last has arrived here.
 QUIET_S = 0.1
 # From a cell's reply to its end.
 ENDING_S = 0.1
@@ -65,18 +65,21 @@ class SandboxObserver(Protocol):
 class LiveSandbox:
     """Owns a machine and the session with its guest from construction on, until `close()` or `detach()`.
 
-    `await run()` supervises. endpoints: the sandbox's own, which outlive the machine; attached by `start`.
-    cell: the number of the last cell that ended, None while that is unknown. kernel_started_at: when this kernel took
-    the place of another one in this machine, None where it did not. next_waits: whether the kernel waits with
-    the next one for `release_cells`. is_let_go: its clients wait (`let_go`); unanswered: what it had not answered then.
+    `await run()` supervises.
+
+    endpoints: the sandbox's own, which outlive the machine; attached by `start`.
+    cell: the number of the last cell that ended, None while that is unknown.
+    kernel_started_at: when this kernel took the place of another one in this machine, None where it did not.
+    next_waits: whether the kernel waits with the next one for `release_cells`.
+    holds_clients: its clients wait (`hold_clients`); unanswered: what it had not answered then.
     restart_limit: automatic restarts within `restart_window_s` before the kernel is dead; one that is dead when this
-    begins stays so. Only `restart` changes that.
+        begins stays so. Only `restart` changes that.
     """
 
     def __init__(
         self,
         sandbox_id: str,
-        warm: WarmMachine,
+        connected: ConnectedMachine,
         *,
         endpoints: Endpoints,
         registry: Registry,
@@ -85,18 +88,18 @@ class LiveSandbox:
         restart_window_s: float,
     ) -> None:
         self.id = sandbox_id
-        self.saved = warm.saved
-        self.session = warm.session
-        self.key = warm.key
+        self.saved = connected.saved
+        self.session = connected.session
+        self.key = connected.key
         self.cell: int | None = None
         self.kernel_started_at: datetime | None = None
         self.next_waits = False
-        self.is_let_go = False
-        self.unanswered = Unanswered(count=0)
+        self.holds_clients = False
+        self.pending_requests = PendingRequests(count=0)
         self._cell_ended = asyncio.Event()
         self._endpoints = endpoints
-        self._identity = warm.identity
-        self._greeted = warm.greeted
+        self._identity = connected.identity
+        self._greeted = connected.greeted
         self._registry = registry
         self._observer = observer
         self._restart_limit = restart_limit
@@ -113,7 +116,7 @@ class LiveSandbox:
 
     def start(self) -> None:
         """From now on clients reach this machine's kernel."""
-        self.is_let_go = False
+        self.holds_clients = False
         greeted, self._greeted = self._greeted, {}
         self._endpoints.attach(self.session.open_channel, greeted)
 
@@ -123,41 +126,45 @@ class LiveSandbox:
         return self._endpoints.asked_at
 
     async def has_unanswered(self) -> bool:
-        """Whether the kernel says that it has not answered something."""
+        """Whether the kernel reports that it has not answered something."""
         try:
-            unanswered = await self.session.quiesce(quiet=False)
-            if unanswered is None:
+            pending_requests = await self.session.quiesce(quiet=False)
+            if pending_requests is None:
                 return not (await self.session.hold_cells(limit_s=0.0)).held
         except MachineFailedError:
             return False
-        return unanswered.count > 0
+        return pending_requests.count > 0
 
-    async def let_go(self) -> Unanswered | None:
+    async def hold_clients(self) -> PendingRequests | None:
         """Before the machine stands still: its clients wait from now on, and nothing that is under way between them and
-        its kernel is lost. What the kernel has not answered, None if it does not say; also in `unanswered`."""
-        self.is_let_go, self.unanswered = True, Unanswered(count=0)
+        its kernel is lost. What the kernel has not answered, None if it does not report it; also in
+        `pending_requests`."""
+        self.holds_clients, self.pending_requests = True, PendingRequests(count=0)
         try:
-            self.unanswered = await self._endpoints.quiesce(self._quiet)
-            return self.unanswered
+            self.pending_requests = await self._endpoints.quiesce(self._quiet)
+            return self.pending_requests
         except MachineFailedError as error:
             log.info("A kernel does not say what it has not answered: %s", error)
             return None
         finally:
             await self._endpoints.detach()
 
-    async def _quiet(self) -> Unanswered:
+    async def _quiet(self) -> PendingRequests:
         if self._is_dead:
-            return Unanswered(count=0)
-        unanswered = await self.session.quiesce(quiet=True)
-        if unanswered is None:
+            return PendingRequests(count=0)
+        pending_requests = await self.session.quiesce(quiet=True)
+        if pending_requests is None:
             await self._endpoints.unsubscribe()
             await asyncio.sleep(QUIET_S)
-            last = await self.session.hold_cells(limit_s=0.0, unanswered=True)
-            unanswered = Unanswered(count=len(last.unanswered) or int(not last.held), cells=last.unanswered)
-        return unanswered
+            last = await self.session.hold_cells(limit_s=0.0, pending_requests=True)
+            pending_requests = PendingRequests(
+                count=len(last.pending_requests) or int(not last.held), cells=last.pending_requests
+            )
+        return pending_requests
 
     async def take_back(self) -> None:
-        """Ends what `let_go` began: clients reach the kernel again, each as soon as all that were there are back."""
+        """Ends what `hold_clients` began: clients reach the kernel again, each as soon as all that were there are
+        back."""
         self.start()
         await self._endpoints.rejoined()
         try:
@@ -183,15 +190,15 @@ class LiveSandbox:
                 each.stream.reset()
 
     async def release_cells(self, *, waits: bool) -> None:
-        """The next cell may begin. waits: whether the kernel pauses after it again. One that cannot be told goes on by
-        itself after a moment."""
+        """The next cell may begin. waits: whether the kernel pauses after it again. One that does not receive this
+        continues by itself after a moment."""
         try:
             await self.session.call("kernel.release", {"waits": waits}, timeout_s=RELEASE_TIMEOUT_S)
             self.next_waits = waits
         except MachineFailedError as error:
             log.info("A kernel was not told that its next cell may begin: %s", error)
 
-    async def go_on(self) -> None:
+    async def resume(self) -> None:
         """Resumes the machine, if it was stopped to save its state, its cells, and its clients' way to it."""
         if self.saved.machine.is_dead:
             return
@@ -201,8 +208,8 @@ class LiveSandbox:
         await self.take_back()
 
     async def catch_up(self, *, inside: bool) -> None:
-        """Waits until the guest's word of the last cell that has ended by now has come: clients may hear of its end
-        before we do. What follows from it has begun then.
+        """Waits for the guest's event of the last cell that has ended by now: clients may receive its end before we do.
+        What follows from it has begun then.
 
         inside: it is a cell that asks for this. Else one that runs may be about to end: a reply comes before that.
         """
@@ -376,13 +383,13 @@ class LiveSandbox:
 
     async def detach(self) -> None:
         """Lets go of the session and leaves the machine running, for the next gateway to adopt."""
-        if not self.is_let_go:  # a paused machine was let go before, and would answer nothing now
-            await self.let_go()
+        if not self.holds_clients:  # a paused machine was let go before, and would answer nothing now
+            await self.hold_clients()
         await self.session.close("stopping")
         await self.saved.detach()
 
     async def close(self, why: str) -> None:
-        """Ends session and machine; twice is harmless. why: a word of `kernels.errors.LEFT`."""
+        """Ends session and machine; twice is harmless. why: a key of `kernels.errors.LEFT`."""
         await self._endpoints.detach()
         await self.session.close(why)
         await self.saved.kill()

@@ -1,6 +1,7 @@
 """The machines of sandboxes and their endpoints: bringing one up, taking it down, and the lock of each sandbox.
 
-Knows nothing of HTTP, of snapshots in the store, and of why an operation happens: naps.py, time_line.py, forks.py do.
+Knows nothing of HTTP, of snapshots in the store, and of why an operation happens: lifecycle.py, checkpoints.py,
+forks.py do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
+from kernels.connected import ConnectedMachine
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, SandboxStateError
 from kernels.launcher import Launcher
@@ -21,7 +23,6 @@ from kernels.models import Sandbox, SandboxState
 from kernels.registry import Registry
 from kernels.session import Greeting
 from kernels.settings import ServiceSettings
-from kernels.warm import WarmMachine
 from vm_runtime.machine import Machine
 from vm_runtime.saving.threads import gather_all, uncancelled
 from vm_runtime.snapshots.manifest import Manifest
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 
 
 def identity_of(sandbox: Sandbox) -> dict[str, str]:
-    """What the guest is told of who it is. The host name is the id's first group: short enough for a shell prompt."""
+    """The identity that is sent to the guest. The host name is the id's first group: short enough for a shell
+    prompt."""
     identity = {"sandbox_id": sandbox.id, "hostname": f"sandbox-{sandbox.id.partition('-')[0]}"}
     if sandbox.parent_id is not None:
         identity |= {"parent_id": sandbox.parent_id, "index": str(sandbox.index)}
@@ -119,7 +121,7 @@ class Machines:
     async def go_live(
         self,
         sandbox_id: str,
-        warm: WarmMachine,
+        connected: ConnectedMachine,
         *,
         configure: bool = False,
         quiet: bool = False,
@@ -136,7 +138,7 @@ class Machines:
             record = self._registry.record(sandbox_id)
             live = LiveSandbox(
                 sandbox_id,
-                warm,
+                connected,
                 endpoints=await self.open_endpoints(sandbox_id),
                 registry=self._registry,
                 observer=self._observer,
@@ -157,7 +159,7 @@ class Machines:
             )
             self._registry.move(sandbox_id, SandboxState.RUNNING, execution_state=live.execution_state)
         except BaseException:
-            await warm.close()
+            await connected.close()
             raise
         self.live[sandbox_id] = live
         self._supervisors[sandbox_id] = asyncio.create_task(self._supervise(live))
@@ -166,13 +168,13 @@ class Machines:
         else:
             live.start()
 
-    async def exchange(self, sandbox_id: str, warm: WarmMachine, snapshot: Manifest) -> None:
+    async def exchange(self, sandbox_id: str, connected: ConnectedMachine, snapshot: Manifest) -> None:
         """The sandbox continues in a machine that has been restored from a snapshot (`restore`); the one it has ends.
         Errors: as `go_live`."""
         if sandbox_id in self.live:
             await self.take_down(sandbox_id, "elsewhere")
             self._registry.move(sandbox_id, SandboxState.ASLEEP)
-        await self.go_live(sandbox_id, warm, quiet=True, snapshot=snapshot)
+        await self.go_live(sandbox_id, connected, quiet=True, snapshot=snapshot)
 
     async def _supervise(self, live: LiveSandbox) -> None:
         try:
@@ -193,7 +195,7 @@ class Machines:
         drop_requests: bool,
         extra: dict[str, Any] | None = None,
         on_running: Callable[[Machine], None] = lambda machine: None,
-    ) -> WarmMachine:
+    ) -> ConnectedMachine:
         """A machine in the state of a snapshot that knows itself as this sandbox, for `exchange`; the one that the
         sandbox has stays what it is.
 
@@ -213,13 +215,13 @@ class Machines:
         return await self._launcher.restore(snapshot, greeting, on_running=on_running)
 
     async def take_down(self, sandbox_id: str, why: str) -> None:
-        """Ends the machine, if there is one. The record stays as it is. why: a word of `kernels.errors.LEFT`."""
+        """Ends the machine, if there is one. The record stays as it is. why: a key of `kernels.errors.LEFT`."""
         live = await self._let_go(sandbox_id)
         if live is not None:
             await live.close("stopping" if self.is_stopping else why)
 
     async def detach(self, sandbox_id: str) -> None:
-        """Lets go of the machine, which runs on; a later gateway finds it again."""
+        """Lets go of the machine, which runs on; a later gateway adopts it."""
         live = await self._let_go(sandbox_id)
         if live is not None:
             await live.detach()

@@ -56,12 +56,15 @@ class EventKind(StrEnum):
 class CreateSandbox:
     """A request for a sandbox. None means: as the kernelspec says. Sizes beyond the maxima raise `LimitError`.
 
-    kernel_id: the id to use (a UUID), as Jupyter's gateway clients may choose it. env: for the kernel process.
+    kernel_id: the id to use (a UUID), as Jupyter's gateway clients may choose it.
+    env: for the kernel process.
     cwd: where the kernel starts, inside the guest; falls back to the home directory if it is not there.
     notebook: the path of the notebook it is for: a later request of the same owner for the same path gets the sandbox
-    that was left behind, if there is one. idle_timeout_s: asleep after so long without activity (0: never).
+        that was left behind, if there is one.
+    idle_timeout_s: asleep after so long without activity (0: never).
     max_lifetime_s: deleted so long after its creation (None: never), or put to sleep, as on_timeout says.
-    checkpoints: see `CheckpointPolicy`. snapshot: start from this snapshot (id or name) instead of the template's.
+    checkpoints: see `CheckpointPolicy`.
+    snapshot: start from this snapshot (id or name) instead of the template's.
     tags: words to find it by.
     """
 
@@ -88,11 +91,13 @@ class Sandbox:
     """What a user has: one isolated machine with one kernel. `id` is the Jupyter kernel id (a UUID).
 
     execution_state: Jupyter's word (starting, idle, busy, restarting, dead; unknown while the machine does not answer,
-    since `unresponsive_since`). reason: why it failed, or None.
+        since `unresponsive_since`).
+    reason: why it failed, or None.
     created_at, last_activity: aware UTC times. `name` is the sandbox's own name; `template` the kernelspec's.
-    index: which of its siblings it is, for a child of a fork, else 0. snapshot_id: what it wakes from, or its newest
-    checkpoint. checkpoint_problem: why its last one could not be taken, or why they are rarer than cells; None if
-    neither is so. released: its Jupyter client has deleted it; it is kept asleep for the next who opens `notebook`.
+    index: which of its siblings it is, for a child of a fork, else 0.
+    snapshot_id: what it wakes from, or its newest checkpoint.
+    checkpoint_problem: why its last one could not be taken, or why they are rarer than cells; None if neither is so.
+    released: its Jupyter client has deleted it; it is kept asleep for the next who opens `notebook`.
     crashes: how often its kernel has lost its state without being asked to, and has come back.
     """
 
@@ -127,7 +132,7 @@ class Sandbox:
 @dataclass(frozen=True, kw_only=True)
 class SandboxUsage:
     """What a sandbox takes. memory_unique_bytes: of the host's memory, what would be free if it ended; shared: pages
-    that others use as well. guest: what runs in it uses of its machine; None where nobody can say."""
+    that others use as well. guest: what runs in it uses of its machine; None where that is unknown."""
 
     memory_unique_bytes: int = 0
     memory_shared_bytes: int = 0

@@ -33,7 +33,7 @@ SHRINK_AFTER_S = 60.0
 
 
 class Spare(Protocol):
-    """What the pool keeps (`kernels.warm.WarmMachine`)."""
+    """What the pool keeps (`kernels.connected.ConnectedMachine`)."""
 
     @property
     def dead(self) -> bool: ...
@@ -92,11 +92,11 @@ class Pool(Generic[S]):
             return None
         self._changed.set()
         while shelf.ready:
-            warm = shelf.ready.popleft()
+            spare = shelf.ready.popleft()
             shelf.fewest = min(shelf.fewest, len(shelf.ready))
-            if not warm.dead:
-                return warm
-            self._doomed.append(warm)
+            if not spare.dead:
+                return spare
+            self._doomed.append(spare)
         shelf.wanted = min(self._limit, shelf.wanted + 1)
         return None
 
@@ -123,8 +123,8 @@ class Pool(Generic[S]):
 
     def _sort_out(self, shelf: _Shelf[S]) -> None:
         """Dooms the dead, and what a shelf that has grown did not need lately."""
-        self._doomed += [warm for warm in shelf.ready if warm.dead]
-        shelf.ready = deque(warm for warm in shelf.ready if not warm.dead)
+        self._doomed += [spare for spare in shelf.ready if spare.dead]
+        shelf.ready = deque(spare for spare in shelf.ready if not spare.dead)
         if time.monotonic() - shelf.watched_from >= SHRINK_AFTER_S:
             shelf.wanted = max(self._size, shelf.wanted - shelf.fewest)
             while len(shelf.ready) > shelf.wanted:
@@ -141,8 +141,8 @@ class Pool(Generic[S]):
 
     async def _add(self, shelf: _Shelf[S]) -> None:
         try:
-            warm = await self._make(shelf.template)
-            shelf.ready.append(warm)  # not before: the pool may have sorted out the others meanwhile
+            spare = await self._make(shelf.template)
+            shelf.ready.append(spare)  # not before: the pool may have sorted out the others meanwhile
         except Exception as error:
             # Also what nobody expected: the pool must outlive it.
             expected = isinstance(error, (KernelsError, VmRuntimeError, SnapshotError, OSError))
@@ -154,14 +154,14 @@ class Pool(Generic[S]):
 
     async def close(self) -> None:
         """Ends every machine that was not given out. Cancel `run()` first."""
-        machines = [*self._doomed, *(warm for shelf in self._shelves.values() for warm in shelf.ready)]
+        machines = [*self._doomed, *(spare for shelf in self._shelves.values() for spare in shelf.ready)]
         self._doomed.clear()
         self._shelves.clear()
-        await all_logged(_end(warm) for warm in machines)
+        await all_logged(_end(spare) for spare in machines)
 
 
-async def _end(warm: Spare) -> None:
+async def _end(spare: Spare) -> None:
     try:
-        await warm.close()
+        await spare.close()
     except (VmRuntimeError, OSError) as error:
         log.warning("A machine of the warm pool could not be ended: %s", error)

@@ -1,4 +1,5 @@
-"""What a gateway does with what it finds when it starts: machines that run, records that name them, and neither's rest.
+"""What a gateway does with what it finds when it starts: machines that run, records of sandboxes, and what belongs to
+neither.
 
 Knows nothing of how the earlier gateway ended: every state in which it can have been killed is met here.
 """
@@ -10,17 +11,17 @@ import contextlib
 import logging
 from dataclasses import dataclass
 
+from kernels.connected import ConnectedMachine, paths_of
 from kernels.errors import KernelsError
 from kernels.index import SandboxRecord
+from kernels.lifecycle import Lifecycle
 from kernels.machines import Machines, identity_of
 from kernels.models import SandboxState
-from kernels.naps import Naps
 from kernels.registry import Registry
 from kernels.session import Greeting
 from kernels.settings import ServiceSettings
 from kernels.snapshots import Snapshots
-from kernels.warm import WarmMachine, place_of
-from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.errors import MachineGoneError, VmRuntimeError
 from vm_runtime.saving.saver import Saver
 from vm_runtime.saving.threads import gather_all
@@ -37,21 +38,21 @@ ADOPTION_TIMEOUT_S = 120.0
 
 @dataclass(eq=False)
 class Recovery:
-    """`await find_again()` once, before anything else is done with sandboxes."""
+    """`await recover()` once, before anything else is done with sandboxes."""
 
     _settings: ServiceSettings
     _registry: Registry
     _machines: Machines
     _saver: Saver
     _snapshots: Snapshots
-    _naps: Naps
+    _lifecycle: Lifecycle
 
-    async def find_again(self) -> list[str]:
+    async def recover(self) -> list[str]:
         """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's. The ids of sandboxes that
         were put to sleep in the middle of something because the gateway stopped."""
         for record in self._registry.records():
             if record.sandbox.state is SandboxState.CREATING:
-                await self._naps.forget(record.sandbox.id)  # nobody was told of it
+                await self._lifecycle.forget(record.sandbox.id)  # nobody knows of it
         records = self._registry.records()
         known = {record.machine_id for record in records if record.machine_id}
         found = {path.name for path in (self._settings.run_dir / "m").glob("*")}
@@ -64,12 +65,12 @@ class Recovery:
         records = self._registry.records()
         return [each.sandbox.id for each in records if each.resumes and each.sandbox.state is SandboxState.ASLEEP]
 
-    def _place(self, machine_id: str) -> MachinePlace:
-        return place_of(machine_id, self._settings.state_dir, self._settings.run_dir)
+    def _paths(self, machine_id: str) -> MachinePaths:
+        return paths_of(machine_id, self._settings.state_dir, self._settings.run_dir)
 
     async def _end_stray(self, machine_id: str) -> None:
         try:
-            await self._saver.end(self._place(machine_id))
+            await self._saver.end(self._paths(machine_id))
         except MachineGoneError:
             pass
         except VmRuntimeError as error:
@@ -93,7 +94,7 @@ class Recovery:
         await self._machines.open_endpoints(sandbox.id)
         if not record.machine_id:
             if sandbox.state in (SandboxState.RUNNING, SandboxState.PAUSED):
-                self._naps.machine_lost(sandbox.id, "Its machine had ended when the gateway was killed.")
+                self._lifecycle.machine_lost(sandbox.id, "Its machine had ended when the gateway was killed.")
             return
         if sandbox.state is SandboxState.ASLEEP:
             # Killed between falling asleep and the machine's end.
@@ -103,18 +104,18 @@ class Recovery:
         try:
             await self._machines.go_live(sandbox.id, await self._adopt(record))
         except (KernelsError, VmRuntimeError, SnapshotError) as error:
-            self._naps.machine_lost(sandbox.id, str(error))
+            self._lifecycle.machine_lost(sandbox.id, str(error))
             return
         if sandbox.state is SandboxState.PAUSED:
             try:
-                await self._naps.pause(sandbox.id)
+                await self._lifecycle.pause(sandbox.id)
             except KernelsError as error:
                 # It is found again all the same. One that has just died is its supervisor's business.
                 log.warning("Sandbox %s was paused and runs now: %s", sandbox.id, error)
 
-    async def _adopt(self, record: SandboxRecord) -> WarmMachine:
+    async def _adopt(self, record: SandboxRecord) -> ConnectedMachine:
         """Its machine, which runs afterwards. Errors: MachineFailedError, VmRuntimeError."""
-        saved = await self._saver.adopt(self._place(record.machine_id))
+        saved = await self._saver.adopt(self._paths(record.machine_id))
         if saved.machine.state is RunState.PAUSED:
             # That gateway was killed in the pause of a snapshot, or a user had paused it; a guest that stands still
             # answers no greeting.
@@ -125,4 +126,4 @@ class Recovery:
                 raise
         identity = identity_of(record.sandbox)
         greeting = Greeting(marker=record.marker, identity=identity, key=record.key, restored=False)
-        return await WarmMachine.greet(saved, greeting, timeout_s=ADOPTION_TIMEOUT_S)
+        return await ConnectedMachine.greet(saved, greeting, timeout_s=ADOPTION_TIMEOUT_S)

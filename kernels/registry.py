@@ -199,7 +199,7 @@ class Registry:
             self._publish(sandbox_id, EventKind.DELETED, data)
 
     def adopt(self, sandbox_id: str, parent_id: str) -> None:
-        """The children of a sandbox become those of its parent, which goes on in its state."""
+        """The children of a sandbox become those of its parent, which continues in its state."""
         for child_id in self.lineage.adopt(sandbox_id, parent_id):
             if child_id in self._records:
                 self.change(child_id, parent_id=parent_id)

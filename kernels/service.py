@@ -17,6 +17,9 @@ from typing import Any, Self
 
 from kernels.background import Background, all_logged
 from kernels.capacity import Capacity
+from kernels.checkpoints import Checkpoints, timer_minutes
+from kernels.child_results import ChildResults
+from kernels.connected import new_sandbox_id
 from kernels.errors import (
     LimitError,
     MachineFailedError,
@@ -34,18 +37,15 @@ from kernels.guest_calls import GuestCalls
 from kernels.index import Index, SandboxRecord
 from kernels.kernelspecs import kernelspec_of
 from kernels.launcher import Launcher, new_key
+from kernels.lifecycle import Lifecycle
 from kernels.machines import Machines, identity_of
 from kernels.models import CheckpointPolicy, CreateSandbox, Kernelspec, Sandbox, SandboxState, SandboxUsage
-from kernels.naps import Naps
-from kernels.outcomes import Outcomes
 from kernels.recovery import Recovery
 from kernels.registry import Registry
 from kernels.session import CallHandler, GuestSession
 from kernels.settings import ServiceSettings
 from kernels.snapshots import Snapshots, store_errors
 from kernels.templates import Progress, TemplateStore
-from kernels.time_line import TimeLine, timer_minutes
-from kernels.warm import new_sandbox_id
 from vm_runtime.drivers.base import Driver
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.images.store import Image, ImageStore
@@ -66,16 +66,20 @@ class SandboxService:
     """`async with SandboxService(settings, driver) as service:`. All methods belong to one event loop.
 
     On entry everything that an earlier gateway left is found again. On exit everything sleeps, or ends, as
-    `ServiceSettings.stop_means_sleep` says; `say` is called with how far that is.
+    `ServiceSettings.stop_means_sleep` says; `progress` is called with how far that is.
 
-    registry: the records of all sandboxes. bus: their events. naps, time_line, forks, snapshots: what can be done with
-    them. machines: those that run. pool: spare ones. saver: makes and restores machines.
+    registry: the records of all sandboxes.
+    bus: their events.
+    lifecycle, checkpoints, forks, snapshots: what can be done with them.
+    machines: those that run.
+    pool: spare ones.
+    saver: makes and restores machines.
     """
 
-    def __init__(self, settings: ServiceSettings, driver: Driver, *, say: Progress = log.info) -> None:
+    def __init__(self, settings: ServiceSettings, driver: Driver, *, progress: Progress = log.info) -> None:
         self._settings = settings
         self._driver = driver
-        self._say = say
+        self._progress = progress
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -90,9 +94,9 @@ class SandboxService:
                     await asyncio.to_thread(store.gc)
                 except BrokenSnapshotError as error:
                     log.error("What an earlier gateway left in the store is not removed: %s", error)
-            outcomes = Outcomes(settings.state_dir / "outcomes")
-            await asyncio.to_thread(outcomes.load)
-            self._compose(index, store, outcomes)
+            child_results = ChildResults(settings.state_dir / "outcomes")
+            await asyncio.to_thread(child_results.load)
+            self._compose(index, store, child_results)
             stack.callback(self.snapshots.close)
             for close in (self.saver.close, self._templates.close, self.pool.close):
                 stack.push_async_callback(close)
@@ -100,14 +104,19 @@ class SandboxService:
             stack.push_async_callback(self.stop)
             self.registry.load()
             self._background.spawn(self.pool.run())
-            resuming = await self._recovery.find_again()
-            for work in (self.naps.resume_all(resuming), self.naps.watch(), self.time_line.watch(), self.forks.watch()):
+            resuming = await self._recovery.recover()
+            for work in (
+                self.lifecycle.resume_all(resuming),
+                self.lifecycle.watch(),
+                self.checkpoints.watch(),
+                self.forks.watch(),
+            ):
                 self._background.spawn(work)
             stack.callback(self.bus.close)
             self._stack = stack.pop_all()
         return self
 
-    def _compose(self, index: Index, store: SnapshotStore, outcomes: Outcomes) -> None:
+    def _compose(self, index: Index, store: SnapshotStore, child_results: ChildResults) -> None:
         settings, driver = self._settings, self._driver
         capabilities = driver.capabilities
         background = self._background = Background()
@@ -128,11 +137,11 @@ class SandboxService:
         self.pool = self._launcher.pool
         machines = self.machines = Machines(settings, registry, self._launcher, self)
         snapshots = self.snapshots = Snapshots(store, saver, registry, machines, capabilities.snapshot)
-        naps = self.naps = Naps(registry, machines, store, snapshots, background)
-        self.time_line = TimeLine(registry, machines, store, snapshots, background, settings.checkpoint_budget_mib)
-        self.forks = Forks(settings, registry, machines, snapshots, naps, capacity, outcomes)
-        self._guest_calls = GuestCalls(registry, naps, self.time_line, self.forks, background)
-        self._recovery = Recovery(settings, registry, machines, saver, snapshots, naps)
+        lifecycle = self.lifecycle = Lifecycle(registry, machines, store, snapshots, background)
+        self.checkpoints = Checkpoints(registry, machines, store, snapshots, background, settings.checkpoint_budget_mib)
+        self.forks = Forks(settings, registry, machines, snapshots, lifecycle, capacity, child_results)
+        self._guest_calls = GuestCalls(registry, lifecycle, self.checkpoints, self.forks, background)
+        self._recovery = Recovery(settings, registry, machines, saver, snapshots, lifecycle)
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
@@ -144,25 +153,27 @@ class SandboxService:
         self.machines.is_stopping = True
         await self._background.end()
         if self._settings.stop_means_sleep:
-            awake = await self.naps.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._say)
+            awake = await self.lifecycle.sleep_all(limit_s=self._settings.stop_limit_s, progress=self._progress)
             for sandbox_id in awake:
-                self._say(f"Sandbox {sandbox_id} could not be put to sleep; it runs on, and the next start finds it.")
+                self._progress(
+                    f"Sandbox {sandbox_id} could not be put to sleep; it runs on, and the next start finds it."
+                )
             await all_logged(self.machines.detach(sandbox_id) for sandbox_id in awake)
             self.registry.flush()
             await self.machines.until_clients_have_all()
         else:
-            await all_logged(self.naps.forget(sandbox_id) for sandbox_id in self.registry.ids())
+            await all_logged(self.lifecycle.forget(sandbox_id) for sandbox_id in self.registry.ids())
 
     # As the observer of sandboxes
 
     def cell_ended(self, sandbox_id: str) -> None:
-        self.time_line.cell_ended(sandbox_id)
+        self.checkpoints.cell_ended(sandbox_id)
 
     def client_asks(self, sandbox_id: str) -> None:
-        self.naps.client_asks(sandbox_id)
+        self.lifecycle.client_asks(sandbox_id)
 
     def machine_lost(self, sandbox_id: str, reason: str) -> None:
-        self.naps.machine_lost(sandbox_id, reason)
+        self.lifecycle.machine_lost(sandbox_id, reason)
 
     def calls_of(self, sandbox_id: str) -> CallHandler:
         return self._guest_calls.handler_for(sandbox_id)
@@ -210,7 +221,7 @@ class SandboxService:
         left = self._left_behind(request, sandbox_id)
         if left is not None:
             try:
-                return await self.naps.wake(left.id)
+                return await self.lifecycle.wake(left.id)
             except MachineFailedError as error:
                 if left.id == sandbox_id:
                     raise
@@ -242,7 +253,7 @@ class SandboxService:
             async with self.machines.lock(sandbox_id):
                 await bring_up(sandbox_id)
         except BaseException as error:
-            await self.naps.forget(sandbox_id)
+            await self.lifecycle.forget(sandbox_id)
             if isinstance(error, VmRuntimeError | SnapshotError):
                 raise MachineFailedError(str(error)) from error
             raise
@@ -254,8 +265,8 @@ class SandboxService:
         return policy if can else CheckpointPolicy.OFF
 
     async def _bring_back(self, snapshot: Manifest, sandbox_id: str) -> None:
-        warm = await self.machines.restore(sandbox_id, snapshot, keep_random=False, drop_requests=True)
-        await self.machines.exchange(sandbox_id, warm, snapshot)
+        connected = await self.machines.restore(sandbox_id, snapshot, keep_random=False, drop_requests=True)
+        await self.machines.exchange(sandbox_id, connected, snapshot)
         # It falls back on it until it has a checkpoint of its own.
         await self.snapshots.keep(sandbox_id, snapshot)
         record, live = self.registry.record(sandbox_id), self.machines.running(sandbox_id)
@@ -263,8 +274,8 @@ class SandboxService:
 
     async def _bring_up(self, image: Image, shape: MachineShape, sandbox_id: str) -> None:
         template = await self._templates.ensure(image, shape, progress=log.info)
-        warm = await self._launcher.launch(template, identity_of(self.get(sandbox_id)))
-        await self.machines.go_live(sandbox_id, warm, configure=True)
+        connected = await self._launcher.launch(template, identity_of(self.get(sandbox_id)))
+        await self.machines.go_live(sandbox_id, connected, configure=True)
 
     def _resolve(self, snapshot: str) -> Manifest:
         with store_errors():
@@ -289,8 +300,8 @@ class SandboxService:
             return
         try:
             if sandbox.state is SandboxState.PAUSED:
-                await self.naps.resume(sandbox_id)
-            await self.naps.sleep(sandbox_id)
+                await self.lifecycle.resume(sandbox_id)
+            await self.lifecycle.sleep(sandbox_id)
         except MachineFailedError as error:
             log.warning("Sandbox %s was left by its client: %s", sandbox_id, error)
         self.registry.change(sandbox_id, released=True)
@@ -299,9 +310,9 @@ class SandboxService:
         """Ends a sandbox for good. descendants: and all that came from it by forks, those that are being made
         included. Errors: UnknownSandboxError."""
         self.get(sandbox_id)
-        await self.naps.end(sandbox_id)
+        await self.lifecycle.end(sandbox_id)
         while descendants and (left := self.registry.lineage.descendants(sandbox_id)):
-            await gather_all(*(self.naps.end(each) for each in left))
+            await gather_all(*(self.lifecycle.end(each) for each in left))
 
     async def interrupt(self, sandbox_id: str) -> None:
         """Interrupts the cell that runs; where none does, also for want of a machine, nothing happens. Errors:
@@ -322,15 +333,15 @@ class SandboxService:
                 return
             except MachineUnresponsiveError as error:
                 await self.machines.take_down(sandbox_id, "died")
-                self.naps.machine_lost(sandbox_id, f"Its machine was ended for a restart. {error}")
-        await self.naps.wake(sandbox_id)
+                self.lifecycle.machine_lost(sandbox_id, f"Its machine was ended for a restart. {error}")
+        await self.lifecycle.wake(sandbox_id)
         async with self.machines.lock(sandbox_id):
             await self.machines.running(sandbox_id).restart()
 
     async def ready(self, sandbox_id: str) -> None:
         """Waits until the kernel can be talked to; wakes it if it sleeps. Errors: as `interrupt`."""
         self.registry.touch(sandbox_id)
-        await self.naps.wake(sandbox_id)
+        await self.lifecycle.wake(sandbox_id)
 
     def connection_info(self, sandbox_id: str) -> Mapping[str, Any]:
         """See `Machines.connection_info`."""

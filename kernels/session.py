@@ -30,23 +30,23 @@ from vm_runtime.wire.stream import Incoming, Stream
 
 log = logging.getLogger(__name__)
 
-# A greeting takes 10 to 200 ms; a guest that says nothing for this long hangs (a cold boot has its own limit).
+# A greeting takes 10 to 200 ms; a guest that sends nothing for this long hangs (a cold boot has its own limit).
 GREETING_TIMEOUT_S = 30.0
-# Whoever asks what a sandbox uses is not kept waiting by one that has no time to say.
+# Whoever asks what a sandbox uses is not kept waiting by one that has no time to answer.
 USAGE_TIMEOUT_S = 5.0
-# What the guest is told of the time is as old as its way there; on a host with many guests that can be seconds. It is
-# told again while that took longer than this, a few times.
+# The time that is sent to the guest is as old as its way there; on a host with many guests that can be seconds. It is
+# sent again while that took longer than this, a few times.
 CLOCK_LATE_S = 0.25
 CLOCK_TRIES = 5
 CLOCK_TIMEOUT_S = 10.0
-# Of requests that another state is told of: with the rest of its HELLO it has 32 KiB. A guest names 16 KiB of them.
-MAX_UNANSWERED_BYTES = 20 << 10
+# Of requests that are passed to another state: with the rest of its HELLO it has 32 KiB. A guest names 16 KiB of them.
+MAX_PENDING_REQUESTS_BYTES = 20 << 10
 # A kernel that is asked to be quiet answers within milliseconds, unless its threads get no turn.
 QUIESCE_TIMEOUT_S = 2.0
 # One line of the guest's event stream; ours are under 200 bytes.
 MAX_EVENT_BYTES = 4096
 # A cell has two events, and a kernel runs up to some hundred cells a second. A guest that sends more is read no faster;
-# it keeps the newest (guest/notices.py). What is read at once costs by its length, too.
+# it keeps the newest (guest/events.py). What is read at once costs by its length, too.
 READS_PER_S = 100.0
 READS_AT_ONCE = 200.0
 EVENTS_PER_READ = 20
@@ -54,7 +54,7 @@ EVENTS_PER_READ = 20
 
 def _requests(value: Any) -> tuple[Mapping[str, Any], ...]:
     requests = tuple(each for each in value if isinstance(each, dict)) if isinstance(value, list | tuple) else ()
-    return requests if len(json.dumps(requests)) <= MAX_UNANSWERED_BYTES else ()
+    return requests if len(json.dumps(requests)) <= MAX_PENDING_REQUESTS_BYTES else ()
 
 
 # Requests for cells: {"idents": [base64], "header": {...}}.
@@ -71,15 +71,19 @@ class KernelStatus(GuestValue):
 
 
 class LastCell(GuestValue):
-    """The guest's answer to `hold_cells`. held: no cell runs, and none begins. cell: the last that ended, if named.
-    unanswered: the requests of cells that run or wait, if asked for."""
+    """The guest's answer to `hold_cells`.
+
+    held: no cell runs, and none begins.
+    cell: the last that ended, if named.
+    pending_requests: the requests of cells that run or wait, if asked for.
+    """
 
     held: bool
     cell: Count | None = Field(None, validation_alias="execution_count")
-    unanswered: Requests = ()
+    pending_requests: Requests = ()
 
 
-class Unanswered(GuestValue):
+class PendingRequests(GuestValue):
     """What a kernel has not answered. count: requests of all kinds. cells: those for cells, as far as it names them."""
 
     count: Count = Field(validation_alias="unanswered")
@@ -121,11 +125,12 @@ OpenWire = Callable[[], Awaitable[Carrier]]
 
 @dataclass(frozen=True, kw_only=True)
 class Greeting:
-    """What the host says at the start of a session (docs/wire.md, HELLO).
+    """What the host sends at the start of a session (docs/wire.md, HELLO).
 
-    marker: what opens this session (hex; the last session's `next_marker`, or the boot marker). restored: the machine
-    comes from a snapshot: the guest renews clock, random pool, identity and key. keep_random: leave the user-level
-    generators as they were in the snapshot. extra: what docs/sandbox_calls.md lists (answers to calls that wait).
+    marker: what opens this session (hex; the last session's `next_marker`, or the boot marker).
+    restored: the machine comes from a snapshot: the guest renews clock, random pool, identity and key.
+    keep_random: leave the user-level generators as they were in the snapshot.
+    extra: what docs/sandbox_calls.md lists (answers to calls that wait).
     """
 
     marker: str
@@ -140,10 +145,13 @@ class GuestSession:
     """Use `await GuestSession.open(...)`, then `call`, `open_channel`; `await close()` when done (twice is harmless).
 
     generation: of the agent, which is as old as the snapshot that the machine comes from (docs/wire.md).
-    next_marker: opens the session after this one; the caller must keep it with the machine. kernel_busy: whether a
-    cell runs, as the guest said last. kernel_pid: of the kernel that runs, in the guest; kernel_exited: how the last
-    one ended, if none runs. deadlines: of all that is asked in it. Set `on_event` to be called with each event; the
-    guest's own calls wait until `serve_calls`. `wait_closed` says why the session ended.
+    next_marker: opens the session after this one; the caller must keep it with the machine.
+    kernel_busy: whether a cell runs, as the guest reported last.
+    kernel_pid: of the kernel that runs, in the guest; kernel_exited: how the last one ended, if none runs.
+    deadlines: of all that is asked in it.
+
+    Set `on_event` to be called with each event; the guest's own calls wait until `serve_calls`. `wait_closed` answers
+    why the session ended.
     """
 
     def __init__(self, link: Link, next_marker: str) -> None:
@@ -198,17 +206,17 @@ class GuestSession:
         """Sets the guest's clock if it may be `late_s` behind. A guest that does not answer soon keeps its own."""
         tries = 0
         while late_s > CLOCK_LATE_S and tries < CLOCK_TRIES:
-            told_at = time.monotonic()
+            sent_at = time.monotonic()
             try:
                 await self._link.call("machine.clock", {"wall_clock_ns": time.time_ns()}, timeout_s=CLOCK_TIMEOUT_S)
             except (WireError, TimeoutError) as error:
                 log.info("A guest's clock could not be set again and is %.1f s late: %s", late_s, error)
                 return
-            late_s = time.monotonic() - told_at
+            late_s = time.monotonic() - sent_at
             tries += 1
 
     async def identify(self, identity: Mapping[str, str]) -> None:
-        """Tells a machine that was made for no one who it is from now on, and what time it is. Errors: as `call`."""
+        """Sends a machine that was made for no one its identity from now on, and the time. Errors: as `call`."""
         await self.call("sandbox.identify", {"identity": dict(identity), "wall_clock_ns": time.time_ns()})
 
     async def call(
@@ -232,14 +240,16 @@ class GuestSession:
             await self._link.ping()
 
     async def hold_cells(
-        self, *, limit_s: float, unanswered: bool = False, timeout_s: float = CALL_TIMEOUT_S
+        self, *, limit_s: float, pending_requests: bool = False, timeout_s: float = CALL_TIMEOUT_S
     ) -> LastCell:
         """Asks the kernel to let no cell begin until `kernel.release`, at most for `limit_s` (0: it is only asked what
         it does). Errors: as `call`."""
-        answer = await self.call("kernel.hold", {"limit_s": limit_s, "unanswered": unanswered}, timeout_s=timeout_s)
+        answer = await self.call(
+            "kernel.hold", {"limit_s": limit_s, "unanswered": pending_requests}, timeout_s=timeout_s
+        )
         return LastCell.parse(answer)
 
-    async def quiesce(self, *, quiet: bool) -> Unanswered | None:
+    async def quiesce(self, *, quiet: bool) -> PendingRequests | None:
         """What the kernel has and has not answered, now that it has looked at all that its sockets have. None from an
         agent that is older than this question: nothing is done.
 
@@ -248,8 +258,8 @@ class GuestSession:
         if not self.knows("kernel.quiesce"):
             return None
         if self.kernel_exited is not None:
-            return Unanswered(count=0)
-        return Unanswered.parse(await self.call("kernel.quiesce", {"quiet": quiet}, timeout_s=QUIESCE_TIMEOUT_S))
+            return PendingRequests(count=0)
+        return PendingRequests.parse(await self.call("kernel.quiesce", {"quiet": quiet}, timeout_s=QUIESCE_TIMEOUT_S))
 
     async def usage(self) -> GuestUsage | None:
         """What the guest uses of its machine; None from one that does not answer, or is older than this question."""
@@ -294,7 +304,7 @@ class GuestSession:
         return str(self._link.error)
 
     async def close(self, why: str = "closed") -> None:
-        """Says goodbye; twice is harmless. why: a word of `kernels.errors.LEFT` for those who use its streams."""
+        """Sends GOODBYE; twice is harmless. why: a key of `kernels.errors.LEFT` for those who use its streams."""
         await self._link.close(why)
 
     async def _accept(self, incoming: Incoming) -> None:
@@ -366,7 +376,7 @@ def _event_in(value: Any) -> GuestEvent | None:
 
 
 def _message_id(request: Mapping[str, Any] | None) -> str:
-    """As far as what a guest says is what it should be."""
+    """As far as what a guest sends is what it should be."""
     match request:
         case {"header": {"msg_id": str(message_id)}}:
             return message_id

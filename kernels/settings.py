@@ -1,4 +1,4 @@
-"""What the kernels layer can be told, each with its limits and its description.
+"""The settings of the kernels layer, each with its limits and its description.
 
 The gateway's settings extend these (`gateway/settings.py`), so each is declared once, here. Knows nothing of where the
 values come from.

@@ -1,6 +1,6 @@
 """Snapshots of sandboxes: taken between two cells, kept while a sandbox needs them, removed with it.
 
-The only place that takes them of live sandboxes. Knows nothing of why: naps.py, time_line.py and forks.py do.
+The only place that takes them of live sandboxes. Knows nothing of why: lifecycle.py, checkpoints.py and forks.py do.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from kernels import errors
-from kernels.boundary import CellBoundary
+from kernels.cell_barrier import CellBarrier
 from kernels.live import LiveSandbox
 from kernels.machines import Machines
 from kernels.models import Checkpoint, CheckpointPolicy, SandboxState, Snapshot
 from kernels.registry import Registry
-from vm_runtime.drivers.base import Capability, MachinePlace
+from vm_runtime.drivers.base import Capability, MachinePaths
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.saver import Saver
-from vm_runtime.saving.values import Description, Taken, Then
+from vm_runtime.saving.values import AfterCapture, Description, Taken
 from vm_runtime.snapshots.errors import ChainTooLongError, SnapshotError, SnapshotInUseError, SnapshotRequestError
 from vm_runtime.snapshots.index import SnapshotEntry
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
@@ -104,7 +104,7 @@ class Snapshots:
         self,
         sandbox_id: str,
         *,
-        then: Then,
+        then: AfterCapture,
         name: str | None = None,
         strict: bool = False,
         before_resume: Callable[[], Awaitable[object]] | None = None,
@@ -112,14 +112,14 @@ class Snapshots:
         heir_id: str | None = None,
     ) -> Taken:
         """A snapshot of a running sandbox, kept for it from now on. strict, before_resume, captured: as of
-        `CellBoundary`. heir_id: the sandbox whose snapshot it is to be, if not its own; the caller keeps it then.
+        `CellBarrier`. heir_id: the sandbox whose snapshot it is to be, if not its own; the caller keeps it then.
 
         Errors: UnsupportedError, CheckpointLimitError, SnapshotError, VmRuntimeError, CellRunsError (if strict); the
         machine runs on.
         """
         with self._taking(sandbox_id) as live:
             description = replace(self.description(live, name=name), sandbox_id=heir_id or sandbox_id)
-            boundary = CellBoundary(
+            barrier = CellBarrier(
                 live,
                 then=then,
                 strict=strict,
@@ -128,24 +128,24 @@ class Snapshots:
                 captured=captured,
             )
             kept = [_Kept(self, sandbox_id)] if heir_id is None else []
-            return await live.saved.take(description, then=then, hooks=[boundary, *kept])
+            return await live.saved.take(description, then=then, hooks=[barrier, *kept])
 
     async def fork(
-        self, sandbox_id: str, places: Sequence[MachinePlace], *, strict: bool
+        self, sandbox_id: str, child_paths: Sequence[MachinePaths], *, strict: bool
     ) -> tuple[Manifest, Sequence[SavedMachine | Exception]]:
-        """The state of a sandbox, asleep or not, and at each place a machine in it, for `WarmMachine.greet`, or why
-        there is none. Errors: as `take`."""
+        """The state of a sandbox, asleep or not, and at each place a machine in it, for `ConnectedMachine.greet`, or
+        why there is none. Errors: as `take`."""
         sandbox = self._registry.get(sandbox_id)
         if sandbox.state is SandboxState.ASLEEP:
             snapshot = await asyncio.to_thread(self._store.get, sandbox.snapshot_id or "")
-            restoring = (self._saver.restore(snapshot, place=place) for place in places)
+            restoring = (self._saver.restore(snapshot, paths=paths) for paths in child_paths)
             machines = await asyncio.gather(*restoring, return_exceptions=True)
             return snapshot, [_no_cancel(machine) for machine in machines]
         with self._taking(sandbox_id) as live:
-            boundary = CellBoundary(live, then=Then.RESUME, strict=strict, waits=self._waits(sandbox_id))
+            barrier = CellBarrier(live, then=AfterCapture.RESUME, strict=strict, waits=self._waits(sandbox_id))
             description = self.description(live, name=None)
-            hooks = [boundary, _Kept(self, sandbox_id)]
-            forked = await self._saver.fork(live.saved, description, places=places, hooks=hooks)
+            hooks = [barrier, _Kept(self, sandbox_id)]
+            forked = await self._saver.fork(live.saved, description, child_paths=child_paths, hooks=hooks)
         return forked.taken.manifest, forked.children
 
     def description(self, live: LiveSandbox, *, name: str | None) -> Description:
@@ -206,8 +206,8 @@ class Snapshots:
             await self.removing(self._store.rm, snapshot_id)
 
     async def drop(self, sandbox_id: str, *, stood_on: str | None) -> None:
-        """Removes all that only this sandbox needed, which is gone; what a child still stands on goes with the child
-        (`stood_on`)."""
+        """Removes all that only this sandbox needed, which no longer exists; what a child still stands on goes with the
+        child (`stood_on`)."""
         await self.removing(self._drop, sandbox_id, stood_on)
 
     def _drop(self, sandbox_id: str, stood_on: str | None) -> None:

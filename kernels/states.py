@@ -1,6 +1,6 @@
 """The states of a sandbox, and of the cells of a kernel that is captured, each as a table. Pure.
 
-`Registry.move` is guarded by the first, `CellBoundary` by the second; there is no other way to another state.
+`Registry.move` is guarded by the first, `CellBarrier` by the second; there is no other way to another state.
 """
 
 from __future__ import annotations

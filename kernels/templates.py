@@ -26,12 +26,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels.errors import MachineFailedError, TemplateError
 from kernels.session import Greeting, GuestSession
-from vm_runtime.drivers.base import Driver, MachinePlace
+from vm_runtime.drivers.base import Driver, MachinePaths
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.guest.archive import guest_archive, guest_digest
 from vm_runtime.images.store import Image
 from vm_runtime.saving.saver import Saver
-from vm_runtime.saving.values import Description, Then
+from vm_runtime.saving.values import AfterCapture, Description
 from vm_runtime.snapshots.errors import SnapshotError, SnapshotInUseError, UnknownSnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import Pin, SnapshotStore
@@ -80,7 +80,7 @@ def template_digest(image_digest: str, shape: MachineShape, vmm_identity: str) -
 
 
 def stored_templates(directory: Path, store: SnapshotStore) -> list[tuple[TemplateRecord, Manifest | None]]:
-    """Every template's record, with its snapshot, or None where that is gone or broken. Unreadable records count as
+    """Every template's record, with its snapshot, or None where that is missing or broken. Unreadable records count as
     none. Blocking."""
     found: list[tuple[TemplateRecord, Manifest | None]] = []
     for path in sorted(directory.glob("*.json")):
@@ -140,7 +140,7 @@ class TemplateStore:
     async def ensure(self, image: Image, shape: MachineShape, *, progress: Progress) -> Template:
         """The template for this image and shape; built now (20 to 60 s emulated) if there is none. TemplateError.
 
-        A build goes on when whoever asked for it gives up: the next who asks wants the same.
+        A build continues when whoever asked for it gives up: the next who asks wants the same.
         """
         digest = self._digest(image, shape)
         if (found := self._find(digest)) is not None:
@@ -222,12 +222,12 @@ class TemplateStore:
 
     async def _boot_and_save(self, image: Image, shape: MachineShape, work: Path, step: Progress) -> Manifest:
         machine_id = secrets.token_hex(6)
-        place = MachinePlace(id=machine_id, run_dir=self._run_dir / "m" / machine_id, disk_dir=work)
+        paths = MachinePaths(id=machine_id, run_dir=self._run_dir / "m" / machine_id, disk_dir=work)
         spec = MachineSpec(shape=shape, image=image.files)
         guest = await asyncio.to_thread(guest_archive)
         async with AsyncExitStack() as stack:
             step("Booting the image once")
-            saved = await self._saver.boot(spec, place=place, guest=guest, timeout_s=BOOT_TIMEOUT_S)
+            saved = await self._saver.boot(spec, paths=paths, guest=guest, timeout_s=BOOT_TIMEOUT_S)
             stack.push_async_callback(saved.kill)
             greeting = Greeting(
                 marker=BOOT_MARKER.hex(), identity={"sandbox_id": "", "hostname": "template"}, key=None, restored=False
@@ -244,4 +244,4 @@ class TemplateStore:
                 owner="template", name=None, sandbox_id=None, template=recipe.name, image_digest=image.files.digest,
                 kernel=None, wire_marker=session.next_marker,
             )  # fmt: skip
-            return (await saved.take(description, then=Then.STOP)).manifest
+            return (await saved.take(description, then=AfterCapture.STOP)).manifest

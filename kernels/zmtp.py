@@ -56,12 +56,12 @@ def ping(context: bytes) -> bytes:
 
 @dataclass
 class Handshake:
-    """One side's handshake as it arrives: greeting, then READY. Feed it bytes; it says what comes after.
+    """One side's handshake as it arrives: greeting, then READY. Feed it bytes; it has what comes after.
 
-    said: all bytes of the handshake. rest: what came after it (the first message's begin).
+    received: all bytes of the handshake. rest: what came after it (the first message's begin).
     """
 
-    said: bytearray = field(default_factory=bytearray)
+    received: bytearray = field(default_factory=bytearray)
     rest: bytearray = field(default_factory=bytearray)
     done: bool = False
 
@@ -70,17 +70,17 @@ class Handshake:
         if self.done:
             self.rest += data
             return
-        self.said += data
-        if self.said[:1] != b"\xff"[: len(self.said)]:
+        self.received += data
+        if self.received[:1] != b"\xff"[: len(self.received)]:
             raise HandshakeError("not a ZMTP greeting")
-        if len(self.said) < GREETING_BYTES:
+        if len(self.received) < GREETING_BYTES:
             return
-        if self.said[10] < 3 or bytes(self.said[12:32]).rstrip(b"\0") != b"NULL":
+        if self.received[10] < 3 or bytes(self.received[12:32]).rstrip(b"\0") != b"NULL":
             raise HandshakeError("not ZMTP 3 with the NULL mechanism")
-        end = _command_end(self.said, GREETING_BYTES)
+        end = _command_end(self.received, GREETING_BYTES)
         if end is not None:
-            self.rest += self.said[end:]
-            del self.said[end:]
+            self.rest += self.received[end:]
+            del self.received[end:]
             self.done = True
 
 

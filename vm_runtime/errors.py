@@ -8,7 +8,7 @@ VmRuntimeError
 +-- DriverError               the host's
     +-- DriverUnavailableError    the VMM's program is missing, too old, or no accelerator works
     +-- SpawnError                a VMM process could not be started
-    +-- VmmProtocolError          the VMM's control socket broke, or said what it must not say
+    +-- VmmProtocolError          the VMM's control socket broke, or sent what it must not send
         +-- VmmCommandError           the VMM refused a command
 """
 

@@ -15,8 +15,13 @@ from vm_runtime.wire.carriers import Carrier
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
-    """How a machine ended. reason: a sentence. exit_status or signal: of the VMM process, both None if nobody could
-    see them (an adopted VMM is not our child). requested: by `kill()`. serial_tail: the end of the guest's console."""
+    """How a machine ended.
+
+    reason: a sentence.
+    exit_status or signal: of the VMM process, both None if nobody could see them (an adopted VMM is not our child).
+    requested: by `kill()`.
+    serial_tail: the end of the guest's console.
+    """
 
     reason: str
     exit_status: int | None

@@ -19,7 +19,7 @@ from benchmarks.results import Cell, Line
 from benchmarks.setup import Bench
 from kernels.models import CheckpointPolicy, EventKind
 from vm_runtime.images.recipe import DEFAULT_RECIPE
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.paged.machine import PagedMachine
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.values import Taken
@@ -117,14 +117,14 @@ async def _run_cells(bench: Bench, lab: Lab, sandbox_id: str, course: _Course, f
                     longest.append(parts)
             if number % SPAN == SPAN - 1:
                 course.stored_mb.append(await lab.stored_bytes() / 1e6)
-                bench.say(f"{number + 1} cells: {chains}, {course.stored_mb[-1]:.0f} MB stored")
+                bench.progress(f"{number + 1} cells: {chains}, {course.stored_mb[-1]:.0f} MB stored")
 
 
 def _chains(saved: SavedMachine) -> tuple[int, int, int]:
     """Memory layers and disks of what a machine lies on, and disks that its VMM has open."""
     assert saved.state is not None and isinstance(saved.machine, PagedMachine)
-    ground = Ground.of(saved.state)
-    return len(ground.layers), len(ground.disks), len(saved.machine.disk_chain)
+    backing = BackingChain.of(saved.state)
+    return len(backing.layers), len(backing.disks), len(saved.machine.disk_chain)
 
 
 def _added_bytes(taken: Taken) -> int:
@@ -141,10 +141,10 @@ async def _copies(bench: Bench, lab: Lab, sandbox_id: str) -> _Copies:
         copies.pause_ms.append(split.pause_ms)
         copies.child_ms += split.running_ms
     for _ in range(bench.times(7, quick=3)):
-        await lab.naps.sleep(sandbox_id)
+        await lab.lifecycle.sleep(sandbox_id)
         await lab.settled()
         began = perf_counter()
-        await lab.naps.wake(sandbox_id)
+        await lab.lifecycle.wake(sandbox_id)
         copies.wake_ms.append(1000 * (perf_counter() - began))
         async with raw_kernel(dict(lab.connection_info(sandbox_id)), wait=False) as kernel:
             await kernel.reply("1+1")

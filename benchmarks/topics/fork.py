@@ -33,13 +33,13 @@ IDLE_S = 5.0
 
 
 async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
-    python = await build_venv(bench.cache_dir, say=bench.say)
+    python = await build_venv(bench.cache_dir, progress=bench.progress)
     async with open_lab(bench.state_dir, names=(DEFAULT_RECIPE,)) as lab:
-        bench.say("one child, and sixteen ...")
+        bench.progress("one child, and sixteen ...")
         yield await _of_large_kernels(bench, lab)
-        bench.say("generations ...")
+        bench.progress("generations ...")
         yield await _generations(bench, lab)
-        bench.say("beside other ways ...")
+        bench.progress("beside other ways ...")
         yield await _beside(bench, lab, python)
 
 

@@ -43,7 +43,7 @@ async def measure(setup: Setup) -> list[Row]:
 
         flows = await in_turns((setup.baseline, setup.pooled), rounds, sample)
         rows += _rows(title, flows[setup.pooled.name], flows[setup.baseline.name])
-        setup.say(f"{title}: done")
+        setup.progress(f"{title}: done")
     return rows
 
 

@@ -19,7 +19,7 @@ from time import perf_counter
 
 from benchmarks.results import Cell, Line
 from benchmarks.setup import Bench
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.snapshots.layers import encode_index
 from vm_runtime.snapshots.manifest import Part, PartKind, Shape, SnapshotContents
 from vm_runtime.snapshots.memory import PAGE_SIZE
@@ -112,7 +112,7 @@ class _Chain:
         self.sandbox_id = sandbox_id
         self._store = store
         with store.begin() as draft:
-            self._ground = Ground(base=_base(draft))
+            self._backing = BackingChain(base=_base(draft))
             self._publish(draft, None)
 
     def grow(self, count: int) -> None:
@@ -123,15 +123,15 @@ class _Chain:
         """One more snapshot. How many milliseconds its publishing took."""
         with self._store.begin() as draft:
             layer = draft.add_bytes(PartKind.LAYER, encode_index(_MEMORY_BYTES, [(0, 1)], []) + os.urandom(PAGE_SIZE))
-            self._ground = self._ground.over(layer=layer, disks=(_disk(draft),))
+            self._backing = self._backing.over(layer=layer, disks=(_disk(draft),))
             threading.Event().wait(draft_s)
             began = perf_counter()
             snapshot_id = self._publish(draft, None)
             publish_ms = 1000 * (perf_counter() - began)
         self._store.pin(self.sandbox_id, Pin(snapshots=(snapshot_id,)))
-        if len(self._ground.layers) == LONGEST_CHAIN:
+        if len(self._backing.layers) == LONGEST_CHAIN:
             with self._store.begin() as draft:
-                self._ground = Ground(base=_base(draft), disks=(*self._ground.disks[:1], _disk(draft)))
+                self._backing = BackingChain(base=_base(draft), disks=(*self._backing.disks[:1], _disk(draft)))
                 self._publish(draft, snapshot_id)
         return publish_ms
 
@@ -144,7 +144,7 @@ class _Chain:
             image_digest="0" * 64,
             flattened_from=flattened_from,
             shape=Shape(memory_mib=1, vcpus=1, disk_mib=1),
-            state=self._ground.state(
+            state=self._backing.state(
                 driver="none",
                 format="none",
                 needs={},

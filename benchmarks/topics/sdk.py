@@ -30,11 +30,11 @@ MANY = 50
 async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
     yield await _imports(bench)
     async with hypercell(name="hypercell", source_dir=bench.state_dir, pool_size=1) as peer:
-        bench.say("round trips ...")
+        bench.progress("round trips ...")
         yield await _round_trips(bench, peer)
-        bench.say("files of 200 MB ...")
+        bench.progress("files of 200 MB ...")
         yield await _files(bench, peer)
-        bench.say("fifty sandboxes ...")
+        bench.progress("fifty sandboxes ...")
         yield await _many(bench, peer)
 
 

@@ -57,7 +57,7 @@ class Outcome:
 
 
 async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
-    python = await build_venv(bench.cache_dir, say=bench.say)
+    python = await build_venv(bench.cache_dir, progress=bench.progress)
     async with open_lab(bench.state_dir, names=(SCIKIT_LEARN,)) as lab:
         savers: dict[str, OpenSaver] = {
             OURS: lambda _: hypercell_saver(lab, SCIKIT_LEARN),
@@ -65,19 +65,19 @@ async def measure(bench: Bench) -> AsyncGenerator[list[Line], None]:
             DILL: lambda home: local_saver(DillSaver, python, home),
         }
         for notebook in (FRAME, MODEL, *LIVE):
-            bench.say(f"{notebook.title} ...")
+            bench.progress(f"{notebook.title} ...")
             outcomes = {name: await _outcome(bench, notebook, opened) for name, opened in savers.items()}
             yield _comparison(notebook, outcomes)
     async with open_lab(bench.state_dir, names=(DEFAULT_RECIPE,)) as lab:
-        bench.say("pauses ...")
+        bench.progress("pauses ...")
         yield await _pauses(bench, lab)
-        bench.say("cells with a checkpoint after each ...")
+        bench.progress("cells with a checkpoint after each ...")
         yield await _cells(bench, lab)
-        bench.say("wakes ...")
+        bench.progress("wakes ...")
         yield await _wakes(bench, lab)
-        bench.say("rounds of sleep and wake ...")
+        bench.progress("rounds of sleep and wake ...")
         yield await _rounds(bench, lab)
-    bench.say("sleeping sandboxes ...")
+    bench.progress("sleeping sandboxes ...")
     yield [await _many_asleep(bench)]
 
 
@@ -304,11 +304,11 @@ async def _fresh(lab: Lab) -> _Start:
 
 
 async def _wake(lab: Lab, sandbox_id: str) -> _Start:
-    await lab.naps.sleep(sandbox_id)
+    await lab.lifecycle.sleep(sandbox_id)
     await lab.settled()
     snapshot = lab.snapshot_of(sandbox_id)
     began = perf_counter()
-    await lab.naps.wake(sandbox_id)
+    await lab.lifecycle.wake(sandbox_id)
     return await _first_reply(lab, sandbox_id, began, snapshot)
 
 
@@ -331,9 +331,9 @@ async def _rounds(bench: Bench, lab: Lab) -> list[Line]:
             await kernel.execute("value = list(range(1000)); rounds = 0")
         for round_number in range(count):
             began = perf_counter()
-            await lab.naps.sleep(sandbox_id)
+            await lab.lifecycle.sleep(sandbox_id)
             asleep = perf_counter()
-            await lab.naps.wake(sandbox_id)
+            await lab.lifecycle.wake(sandbox_id)
             sleeps.append(1000 * (asleep - began))
             wakes.append(1000 * (perf_counter() - asleep))
             if round_number % ROUNDS_PER_CELL == 0:

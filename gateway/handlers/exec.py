@@ -69,7 +69,7 @@ async def _feed(command: AttachedCommand, data: bytes) -> None:
         await command.write(data)
         command.end_input()
     except KernelsError:
-        return  # the command ended without reading it; `next` tells how
+        return  # the command ended without reading it; `next` reports how
 
 
 @routes("GET /api/sandboxes/{sandbox_id}/commands", errors=COMMAND_ERRORS)

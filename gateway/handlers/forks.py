@@ -15,8 +15,8 @@ routes = Routes()
     ends_with_client=True,
 )
 async def fork_sandbox(call: Call, body: ForkRequest) -> ForkAnswer:
-    """Children in the state that the sandbox is in, each with a machine of its own. One that fails is told in its place
-    and harms no other."""
+    """Children in the state that the sandbox is in, each with a machine of its own. One that fails is reported in its
+    place and harms no other."""
     service, sandbox_id = call.gateway.service, call.path["sandbox_id"]
     service.registry.touch(sandbox_id)
     children = await service.forks.fork(

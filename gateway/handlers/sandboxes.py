@@ -18,7 +18,7 @@ from gateway.sandbox_models import (
 
 routes = Routes()
 
-# Headers by which a proxy tells that the request came from elsewhere.
+# Headers that a proxy adds to a request that came from elsewhere.
 FORWARDING_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Real-Ip")
 # What anything that needs the sandbox's machine may end with.
 STATE_ERRORS = (404, 409, 413, 502, 504)
@@ -61,26 +61,26 @@ async def change_sandbox(call: Call, body: SandboxChanges) -> SandboxAnswer:
 
 @routes("POST /api/sandboxes/{sandbox_id}/sleep", errors=STATE_ERRORS)
 async def sleep_sandbox(call: Call) -> SandboxAnswer:
-    """Ends the machine and keeps its state on disk; a cell that runs goes on after the wake."""
-    return SandboxAnswer.of(await call.gateway.service.naps.sleep(call.path["sandbox_id"]))
+    """Ends the machine and keeps its state on disk; a cell that runs continues after the wake."""
+    return SandboxAnswer.of(await call.gateway.service.lifecycle.sleep(call.path["sandbox_id"]))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/wake", errors=STATE_ERRORS)
 async def wake_sandbox(call: Call) -> SandboxAnswer:
     """Gives a sleeping sandbox a machine again."""
-    return SandboxAnswer.of(await call.gateway.service.naps.wake(call.path["sandbox_id"]))
+    return SandboxAnswer.of(await call.gateway.service.lifecycle.wake(call.path["sandbox_id"]))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/pause", errors=STATE_ERRORS)
 async def pause_sandbox(call: Call) -> SandboxAnswer:
     """Stops the CPUs; the state stays in memory."""
-    return SandboxAnswer.of(await call.gateway.service.naps.pause(call.path["sandbox_id"]))
+    return SandboxAnswer.of(await call.gateway.service.lifecycle.pause(call.path["sandbox_id"]))
 
 
 @routes("POST /api/sandboxes/{sandbox_id}/resume", errors=STATE_ERRORS)
 async def resume_sandbox(call: Call) -> SandboxAnswer:
-    """Lets a paused sandbox go on."""
-    return SandboxAnswer.of(await call.gateway.service.naps.resume(call.path["sandbox_id"]))
+    """Resumes a paused sandbox."""
+    return SandboxAnswer.of(await call.gateway.service.lifecycle.resume(call.path["sandbox_id"]))
 
 
 @routes("GET /api/sandboxes/{sandbox_id}/metrics", errors=(404, 409, 502, 504))
@@ -91,7 +91,7 @@ async def get_sandbox_usage(call: Call) -> UsageAnswer:
 
 @routes("DELETE /api/sandboxes/{sandbox_id}", errors=(400, 404))
 async def delete_sandbox(call: Call, query: DeleteQuery) -> None:
-    """Ends a sandbox for good; its children by fork go on, unless it is asked to end them, too."""
+    """Ends a sandbox for good; its children by fork run on, unless it is asked to end them, too."""
     await call.gateway.service.delete(call.path["sandbox_id"], descendants=query.descendants)
 
 

@@ -1,4 +1,4 @@
-"""What the server says about itself: version, status, health, metrics, its own description."""
+"""What the server reports about itself: version, status, health, metrics, its own description."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def get_status(call: Call) -> StatusAnswer:
     return StatusAnswer(
         started=timestamp(gateway.started),
         last_activity=timestamp(last_activity),
-        connections=gateway.hub.total_connections(),
+        connections=gateway.clients.total_connections(),
         kernels=len(sandboxes),
     )
 

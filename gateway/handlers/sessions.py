@@ -27,7 +27,7 @@ routes = Routes()
 
 
 def _answer(gateway: Gateway, session: Session) -> SessionAnswer | None:
-    """The session's model; None, and the session is forgotten, when its kernel is gone."""
+    """The session's model; None, and the session is forgotten, when its kernel no longer exists."""
     try:
         sandbox = gateway.kernel_sandbox(session.kernel_id)
     except UnknownSandboxError:

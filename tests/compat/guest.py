@@ -22,6 +22,7 @@ class FirstAgent(FakeAgent):
     def __init__(self, settings: AgentSettings, *, marker_path: Path) -> None:
         paths = replace(settings.paths, code=Path(vm_runtime.__path__[0]).parent)  # type: ignore[call-arg]
         super().__init__(replace(settings, paths=paths), marker_path=marker_path)
+        self._kernel_manager = self._keeper  # type: ignore[attr-defined]  # its name in that agent
 
     async def _welcome(self, hello: Any) -> Any:
         welcome = await super()._welcome(hello)  # type: ignore[misc]  # that agent has it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from tests.unit.kernels.test_checkpoints import *  # noqa: F403
 from tests.unit.kernels.test_forks import *  # noqa: F403
-from tests.unit.kernels.test_life import *  # noqa: F403
+from tests.unit.kernels.test_lifecycle import *  # noqa: F403
 from tests.unit.kernels.test_recovery import *  # noqa: F403
-from tests.unit.kernels.test_time_line import *  # noqa: F403

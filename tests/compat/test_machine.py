@@ -49,10 +49,10 @@ def images_dir(gateway: RunningGateway) -> Iterator[Path]:
 async def opened(state_dir: Path) -> AsyncIterator[Service]:
     settings = ServiceSettings(state_dir=state_dir, pool_size=0, checkpoints="cell")
     driver = await find_driver("qemu").start(
-        DriverSettings(state_dir=state_dir, image=None, options={"accelerator": "tcg"}), say=print
+        DriverSettings(state_dir=state_dir, image=None, options={"accelerator": "tcg"}), progress=print
     )
     try:
-        async with Service(settings, driver, say=print) as service:
+        async with Service(settings, driver, progress=print) as service:
             yield service
     finally:
         await driver.close()
@@ -75,12 +75,12 @@ async def test_what_slept_before_an_upgrade_goes_on_after_it(images_dir: Path) -
         assert isinstance(event, CommandExited) and event.exit_code == 3
         assert (await (await kernels.files(sandbox_id)).stat("/tmp/open")).size_bytes == 4
         (first, *_) = await kernels.checkpointed(sandbox_id, 2)
-        await kernels.time_line.goto(sandbox_id, first)
+        await kernels.checkpoints.goto(sandbox_id, first)
         assert await kernels.run(sandbox_id, CHECK) == "2 0 kept\n"
         assert await kernels.run(sandbox_id, FORK) == "3 True 3 True\n"
         (child,) = await kernels.forks.fork(sandbox_id, count=1)
         assert isinstance(child, Sandbox)
-        await kernels.naps.sleep(sandbox_id)
+        await kernels.lifecycle.sleep(sandbox_id)
         for each in (child.id, sandbox_id):
             assert await kernels.run(each, CHECK) == "4 0 kept\n"
         await kernels.restart(sandbox_id)

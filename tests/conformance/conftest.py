@@ -18,7 +18,7 @@ import pytest
 from tests.conformance import pvh
 from tests.fake_driver.driver import FakeDriver
 from tests.fake_driver.tree import is_stopped
-from vm_runtime.drivers.base import Driver, DriverSettings, MachinePlace
+from vm_runtime.drivers.base import Driver, DriverSettings, MachinePaths
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.machine import QemuMachine
@@ -26,7 +26,7 @@ from vm_runtime.drivers.qemu.program import PROGRAM
 from vm_runtime.machine import Machine
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.saver import Saver
-from vm_runtime.saving.values import Description, Then
+from vm_runtime.saving.values import AfterCapture, Description
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
@@ -88,7 +88,7 @@ class Fake(Subject):
     name = "fake"
 
     async def start(self, directory: Path) -> Driver:
-        return await FakeDriver.start(DriverSettings(state_dir=directory), say=lambda text: None)
+        return await FakeDriver.start(DriverSettings(state_dir=directory), progress=lambda text: None)
 
     async def works(self, machine: Machine) -> None:
         assert not await self.stands(machine)
@@ -120,24 +120,24 @@ class Bench:
     store: SnapshotStore
     saver: Saver
 
-    def place(self, name: str) -> MachinePlace:
+    def paths(self, name: str) -> MachinePaths:
         directory = self.directory
-        return MachinePlace(id=name + OURS, run_dir=directory / "m" / name, disk_dir=directory / "d" / name)
+        return MachinePaths(id=name + OURS, run_dir=directory / "m" / name, disk_dir=directory / "d" / name)
 
     async def boot(self, name: str = "booted") -> SavedMachine:
-        return await self.saver.boot(self.spec, place=self.place(name), guest=b"", timeout_s=BOOT_TIMEOUT_S)
+        return await self.saver.boot(self.spec, paths=self.paths(name), guest=b"", timeout_s=BOOT_TIMEOUT_S)
 
     async def template(self) -> Manifest:
         """A snapshot of a machine that was booted and has run for a while."""
         saved = await self.boot()
         try:
             await self.works(saved)
-            return (await saved.take(describe(None), then=Then.STOP)).manifest
+            return (await saved.take(describe(None), then=AfterCapture.STOP)).manifest
         finally:
             await saved.kill()
 
     async def restore(self, manifest: Manifest, name: str = "clone") -> SavedMachine:
-        return await self.saver.restore(manifest, place=self.place(name))
+        return await self.saver.restore(manifest, paths=self.paths(name))
 
     async def works(self, saved: SavedMachine) -> None:
         async with asyncio.timeout(BOOT_TIMEOUT_S):
@@ -231,10 +231,10 @@ def qemu(saved: SavedMachine) -> QemuMachine:
 
 def assert_nothing_left(bench: Bench, name: str) -> None:
     """Of a machine that has ended."""
-    place = bench.place(name)
-    assert not place.run_dir.exists(), list(place.run_dir.iterdir())
-    assert not place.disk_dir.exists(), list(place.disk_dir.iterdir())
-    assert f"machine-{place.id}" not in bench.store.pins()
+    paths = bench.paths(name)
+    assert not paths.run_dir.exists(), list(paths.run_dir.iterdir())
+    assert not paths.disk_dir.exists(), list(paths.disk_dir.iterdir())
+    assert f"machine-{paths.id}" not in bench.store.pins()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from vm_runtime.drivers.find import driver_names, find_driver
 from vm_runtime.errors import DriverUnavailableError, MachineGoneError, MachineStateError
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.values import Then
+from vm_runtime.saving.values import AfterCapture
 from vm_runtime.snapshots.errors import BrokenSnapshotError
 from vm_runtime.snapshots.manifest import Manifest
 from vm_runtime.states import RunState
@@ -105,7 +105,7 @@ async def test_a_snapshot_is_restored_as_often_as_one_likes(bench: Bench) -> Non
         await second.machine.pause()
         await bench.works(first)
         assert await bench.subject.stands(second.machine)
-        taken = await first.take(describe(name="one"), then=Then.RESUME)
+        taken = await first.take(describe(name="one"), then=AfterCapture.RESUME)
         assert first.machine.state is RUNNING
         assert not taken.stopped
         assert taken.manifest.parents == (template.id,)
@@ -124,7 +124,7 @@ async def test_what_sleeps_stands_still_and_wakes(bench: Bench) -> None:
     for _ in range(3):
         saved = await bench.restore(manifest)
         await bench.works(saved)
-        taken = await saved.take(describe(), then=Then.STOP)
+        taken = await saved.take(describe(), then=AfterCapture.STOP)
         assert taken.stopped
         assert await bench.subject.stands(saved.machine)
         manifest = taken.manifest
@@ -137,13 +137,13 @@ async def test_a_fork_runs_children_and_one_that_fails_does_not_fail_the_others(
     machines = [parent]
     try:
         await bench.works(parent)
-        places = [bench.place(f"clone-{number}") for number in range(3)]
-        places[0].run_dir.parent.mkdir(exist_ok=True)
-        places[0].run_dir.touch()  # no directory: its sockets have no place
-        forked = await bench.saver.fork(parent, describe(), places=places)
+        child_paths = [bench.paths(f"clone-{number}") for number in range(3)]
+        child_paths[0].run_dir.parent.mkdir(exist_ok=True)
+        child_paths[0].run_dir.touch()  # no directory: its sockets have no place
+        forked = await bench.saver.fork(parent, describe(), child_paths=child_paths)
         failed, *children = forked.children
         assert isinstance(failed, Exception)
-        assert not places[0].disk_dir.exists()
+        assert not child_paths[0].disk_dir.exists()
         for child in children:
             assert isinstance(child, SavedMachine)
             machines.append(child)
@@ -204,14 +204,14 @@ async def test_a_later_gateway_adopts_what_an_earlier_one_left(bench: Bench, lef
     driver = await bench.subject.start(bench.directory)
     saver = bench.new_saver(driver)
     try:
-        adopted = await saver.adopt(bench.place("clone"))
+        adopted = await saver.adopt(bench.paths("clone"))
         assert adopted.machine.pid == clone.machine.pid
         assert adopted.machine.state is left
         assert adopted.machine.spec == bench.spec
         assert adopted.snapshot == template
         await adopted.machine.resume()
         await bench.works(adopted)
-        taken = await adopted.take(describe(), then=Then.RESUME)
+        taken = await adopted.take(describe(), then=AfterCapture.RESUME)
         assert taken.manifest.parents == (template.id,)
         os.kill(adopted.machine.pid, signal.SIGKILL)
         async with asyncio.timeout(60):
@@ -219,7 +219,7 @@ async def test_a_later_gateway_adopts_what_an_earlier_one_left(bench: Bench, lef
         await adopted.kill()
         assert_nothing_left(bench, "clone")
         with pytest.raises(MachineGoneError):
-            await saver.adopt(bench.place("clone"))
+            await saver.adopt(bench.paths("clone"))
     finally:
         await saver.close()
         await driver.close()
@@ -231,14 +231,14 @@ async def test_adopting_a_machine_that_died_unwatched_removes_its_leftovers(benc
     os.kill(clone.machine.pid, signal.SIGKILL)
     await asyncio.to_thread(wait_gone, clone.machine.pid)
     with pytest.raises(MachineGoneError):
-        await bench.saver.adopt(bench.place("clone"))
+        await bench.saver.adopt(bench.paths("clone"))
     assert_nothing_left(bench, "clone")
 
 
 async def test_a_stray_machine_is_ended_and_its_disks_are_removed(bench: Bench) -> None:
     clone = await bench.restore(await bench.template())
     await clone.detach()
-    await bench.saver.end(bench.place("clone"))
+    await bench.saver.end(bench.paths("clone"))
     await asyncio.to_thread(wait_gone, clone.machine.pid)
     assert_nothing_left(bench, "clone")
     (bench.directory / "d" / "stray").mkdir(parents=True)
@@ -288,11 +288,11 @@ async def test_all_who_take_part_in_a_snapshot_come_to_each_step(bench: Bench) -
     saved = await bench.restore(await bench.template(), "first")
     try:
         one, two = Recorded(saved), Recorded(saved)
-        await saved.take(describe(), then=Then.RESUME, hooks=[one, two])
+        await saved.take(describe(), then=AfterCapture.RESUME, hooks=[one, two])
         steps = [("prepare", RUNNING), ("before_pause", RUNNING), ("before_resume", PAUSED), ("captured", RUNNING)]
         assert one.steps == two.steps == [*steps, ("stored", RUNNING)]
         for step, _ in steps:
-            for then in Then:
+            for then in AfterCapture:
                 one, two = Recorded(saved, fails_in=step), Recorded(saved)
                 with pytest.raises(RuntimeError, match=step):
                     await saved.take(describe(), then=then, hooks=[one, two])
@@ -309,7 +309,7 @@ async def test_a_snapshot_that_is_cancelled_leaves_the_machine_as_its_user_left_
             if left is PAUSED:
                 await saved.machine.pause()
             hook = Recorded(saved, waits_in="captured")
-            taking = asyncio.create_task(saved.take(describe(), then=Then.STOP, hooks=[hook]))
+            taking = asyncio.create_task(saved.take(describe(), then=AfterCapture.STOP, hooks=[hook]))
             await hook.reached.wait()
             taking.cancel()
             hook.go_on.set()
@@ -326,10 +326,10 @@ async def test_the_next_snapshot_is_captured_while_one_is_being_stored(bench: Be
     saved = await bench.restore(template, "first")
     try:
         first = Recorded(saved, waits_in="stored")
-        storing = asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[first]))
+        storing = asyncio.create_task(saved.take(describe(), then=AfterCapture.RESUME, hooks=[first]))
         await first.reached.wait()
         second = Recorded(saved, waits_in="captured")
-        taking = asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[second]))
+        taking = asyncio.create_task(saved.take(describe(), then=AfterCapture.RESUME, hooks=[second]))
         await second.reached.wait()
         second.go_on.set()
         ending = asyncio.create_task(saved.kill())

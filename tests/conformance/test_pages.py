@@ -26,7 +26,7 @@ from vm_runtime.paged.chains import LONG_CHAIN, MANY_DISKS
 from vm_runtime.saving import machine as saving
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
-from vm_runtime.saving.values import Description, Taken, Then
+from vm_runtime.saving.values import AfterCapture, Description, Taken
 from vm_runtime.snapshots.errors import BrokenSnapshotError, ChainTooLongError, SnapshotError, StoreFullError
 from vm_runtime.snapshots.injection import can_inject
 from vm_runtime.snapshots.manifest import Manifest, Part, PartKind
@@ -84,7 +84,7 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(qemu_ben
     try:
         await beat(qemu(parent))
         await disk_io(parent, "write -P 0x11 1M 64k")
-        taken = await parent.take(describe(name="one"), then=Then.RESUME)
+        taken = await parent.take(describe(name="one"), then=AfterCapture.RESUME)
         counted = read_word(qemu(parent), pvh.COUNTER_ADDRESS)
         await disk_io(parent, "write -P 0x22 1M 64k")
         assert parent.machine.state is RunState.RUNNING
@@ -104,8 +104,8 @@ async def test_a_checkpoint_of_a_clone_is_restored_with_memory_and_disk(qemu_ben
         if child is not None:
             await child.kill()
     assert qemu_bench.store.pins() == {}
-    assert not qemu_bench.place("first").disk_dir.exists()
-    assert not qemu_bench.place("first").run_dir.exists()
+    assert not qemu_bench.paths("first").disk_dir.exists()
+    assert not qemu_bench.paths("first").run_dir.exists()
 
 
 class Failing(SnapshotHooks):
@@ -146,12 +146,12 @@ async def test_what_a_snapshot_that_could_not_be_stored_held_is_in_the_next_one(
 
     try:
         before = Watched()
-        taking = [asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[before]))]
+        taking = [asyncio.create_task(saved.take(describe(), then=AfterCapture.RESUME, hooks=[before]))]
         await before.is_captured.wait()
         write(1)
         await disk_io(saved, "write -P 0x11 1M 64k")
         failing = Watched()
-        taking.append(asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[failing, Failing()])))
+        taking.append(asyncio.create_task(saved.take(describe(), then=AfterCapture.RESUME, hooks=[failing, Failing()])))
         await failing.is_captured.wait()
         if not late:
             before.may_end.set()
@@ -160,7 +160,7 @@ async def test_what_a_snapshot_that_could_not_be_stored_held_is_in_the_next_one(
         await disk_io(saved, "write -P 0x22 2M 64k")
         last = Watched()
         last.may_end.set()
-        taking.append(asyncio.create_task(saved.take(describe(), then=Then.RESUME, hooks=[last])))
+        taking.append(asyncio.create_task(saved.take(describe(), then=AfterCapture.RESUME, hooks=[last])))
         await last.is_captured.wait()
         before.may_end.set()
         first, failed, second = await asyncio.gather(*taking, return_exceptions=True)
@@ -187,7 +187,7 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(qemu_bench:
         await beat(qemu(parent))
         await disk_io(parent, "write -P 0x11 1M 64k")
         names = tuple(f"clone-{number}" for number in range(count))
-        forked = await qemu_bench.saver.fork(parent, describe(), places=[qemu_bench.place(name) for name in names])
+        forked = await qemu_bench.saver.fork(parent, describe(), child_paths=[qemu_bench.paths(name) for name in names])
         children = [child for child in forked.children if isinstance(child, SavedMachine)]
         machines += children
         assert len(children) == len(names)
@@ -200,7 +200,7 @@ async def test_a_fork_runs_children_with_the_parents_memory_and_disk(qemu_bench:
             assert maps_shared_pages(child) == (count == 5 and can_inject())
         # A child is a machine like any other: of the second generation, with a disk of its own.
         await disk_io(children[0], "write -P 0x33 1M 64k")
-        again = await qemu_bench.saver.fork(children[0], describe("s2"), places=[qemu_bench.place("second")])
+        again = await qemu_bench.saver.fork(children[0], describe("s2"), child_paths=[qemu_bench.paths("second")])
         (grandchild,) = again.children
         assert isinstance(grandchild, SavedMachine)
         machines.append(grandchild)
@@ -228,7 +228,7 @@ async def test_a_child_sees_what_was_written_to_the_disk_after_its_vmm_was_start
                     await disk_io(parent, "write -P 0x55 40M 64k")
 
             forked = await qemu_bench.saver.fork(
-                parent, describe(), places=[qemu_bench.place("clone")], hooks=[Writing()]
+                parent, describe(), child_paths=[qemu_bench.paths("clone")], hooks=[Writing()]
             )
             (child,) = forked.children
             assert isinstance(child, SavedMachine), child
@@ -251,19 +251,19 @@ async def test_a_full_store_fails_the_snapshot_and_leaves_the_machine_running(qe
         await disk_io(machine, "write -P 0x11 1M 64k")
         drafts = qemu_bench.store.directory / "drafts"
         with small_file_system(drafts):
-            for then in Then:
+            for then in AfterCapture:
                 with pytest.raises(StoreFullError):
                     await machine.take(describe(), then=then)
                 assert machine.machine.state is RunState.RUNNING
             with pytest.raises(StoreFullError):
-                await qemu_bench.saver.fork(machine, describe(), places=[qemu_bench.place("clone")])
+                await qemu_bench.saver.fork(machine, describe(), child_paths=[qemu_bench.paths("clone")])
             assert list(drafts.iterdir()) == []
-        assert not qemu_bench.place("clone").disk_dir.exists()
+        assert not qemu_bench.paths("clone").disk_dir.exists()
         before = qemu(machine).serial_tail().count(".")
         await beat(qemu(machine), before + 1)
         assert len(qemu_bench.store.ls()) == 1
         # Room again: nothing of what was not stored then is missing now.
-        taken = await machine.take(describe(), then=Then.STOP)
+        taken = await machine.take(describe(), then=AfterCapture.STOP)
         assert qemu_bench.store.verify(taken.manifest.id) == []
     finally:
         await machine.kill()
@@ -282,15 +282,15 @@ async def test_a_machine_whose_last_snapshot_cannot_be_noted_down_runs_on(qemu_b
         manifests.rename(manifests.with_name("away"))
         manifests.touch()  # no directory: the manifest, which comes last, cannot be written
         with pytest.raises((SnapshotError, OSError)):
-            await machine.take(describe(), then=Then.STOP)
+            await machine.take(describe(), then=AfterCapture.STOP)
         manifests.unlink()
         manifests.with_name("away").rename(manifests)
         states = [machine.machine.state]
-        await machine.take(describe(), then=Then.STOP)
+        await machine.take(describe(), then=AfterCapture.STOP)
         states.append(machine.machine.state)
         assert states == [RunState.RUNNING, RunState.PAUSED]
         # One that stood before stands afterwards.
-        await machine.take(describe(), then=Then.RESUME)
+        await machine.take(describe(), then=AfterCapture.RESUME)
         assert machine.machine.state is RunState.PAUSED
     finally:
         await machine.kill()
@@ -300,25 +300,25 @@ async def test_a_machine_is_adopted_with_what_lies_under_it(qemu_bench: Bench) -
     machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     await beat(qemu(machine))
     await disk_io(machine, "write -P 0x11 1M 64k")
-    first = (await machine.take(describe(), then=Then.RESUME)).manifest
+    first = (await machine.take(describe(), then=AfterCapture.RESUME)).manifest
     await disk_io(machine, "write -P 0x22 2M 64k")
     await machine.detach()
     await qemu_bench.saver.close()
 
     later = qemu_bench.new_saver()
     try:
-        adopted = await later.adopt(qemu_bench.place("first"))
+        adopted = await later.adopt(qemu_bench.paths("first"))
         assert adopted.snapshot == first
         await beat(qemu(adopted))
-        taken = await adopted.take(describe(), then=Then.STOP)
+        taken = await adopted.take(describe(), then=AfterCapture.STOP)
         assert taken.manifest.parents == (first.id,)
         await adopted.kill()
-        woken = await later.restore(taken.manifest, place=qemu_bench.place("second"))
+        woken = await later.restore(taken.manifest, paths=qemu_bench.paths("second"))
         await assert_disk(woken, 0x11, "1M")
         await assert_disk(woken, 0x22, "2M")
         await woken.kill()
         with pytest.raises(MachineGoneError):
-            await later.adopt(qemu_bench.place("first"))
+            await later.adopt(qemu_bench.paths("first"))
         assert qemu_bench.store.pins() == {}
     finally:
         await later.close()
@@ -342,18 +342,18 @@ async def test_a_machine_whose_gateway_was_killed_while_it_froze_the_disk_is_ado
         return answer
 
     left._execute = until_killed  # type: ignore[method-assign]
-    freezing = asyncio.create_task(left.freeze_disk(qemu_bench.place("first").disk_dir / "disk-new.qcow2"))
+    freezing = asyncio.create_task(left.freeze_disk(qemu_bench.paths("first").disk_dir / "disk-new.qcow2"))
     waiting = asyncio.create_task(killed.wait())
     await asyncio.wait([freezing, waiting], return_when=asyncio.FIRST_COMPLETED)
     # Nothing of the killed gateway runs on: not even what it would clean up.
-    record = (qemu_bench.place("first").run_dir / "machine.json").read_bytes()
-    overlay, kept = (qemu_bench.place("first").disk_dir / name for name in ("disk-new.qcow2", "kept"))
+    record = (qemu_bench.paths("first").run_dir / "machine.json").read_bytes()
+    overlay, kept = (qemu_bench.paths("first").disk_dir / name for name in ("disk-new.qcow2", "kept"))
     kept.hardlink_to(overlay)
     left._execute = execute  # type: ignore[method-assign]
     freezing.cancel()
     waiting.cancel()
     await asyncio.gather(freezing, waiting, return_exceptions=True)
-    (qemu_bench.place("first").run_dir / "machine.json").write_bytes(record)
+    (qemu_bench.paths("first").run_dir / "machine.json").write_bytes(record)
     overlay.unlink(missing_ok=True)
     kept.rename(overlay)
     await machine.detach()
@@ -361,18 +361,18 @@ async def test_a_machine_whose_gateway_was_killed_while_it_froze_the_disk_is_ado
 
     later = qemu_bench.new_saver()
     try:
-        adopted = await later.adopt(qemu_bench.place("first"))
+        adopted = await later.adopt(qemu_bench.paths("first"))
         await disk_io(adopted, "write -P 0x22 2M 64k", printed=False)
-        await adopted.take(describe(), then=Then.RESUME)
+        await adopted.take(describe(), then=AfterCapture.RESUME)
         await disk_io(adopted, "write -P 0x33 3M 64k", printed=False)
-        taken = await adopted.take(describe(), then=Then.STOP)
+        taken = await adopted.take(describe(), then=AfterCapture.STOP)
         await adopted.kill()
-        woken = await later.restore(taken.manifest, place=qemu_bench.place("second"))
+        woken = await later.restore(taken.manifest, paths=qemu_bench.paths("second"))
         for byte, offset in ((0x11, "1M"), (0x22, "2M"), (0x33, "3M")):
             await assert_disk(woken, byte, offset)
         await woken.kill()
         assert qemu_bench.store.pins() == {}
-        assert not qemu_bench.place("first").disk_dir.exists()
+        assert not qemu_bench.paths("first").disk_dir.exists()
     finally:
         await later.close()
 
@@ -385,7 +385,7 @@ async def test_long_chains_are_shortened_for_restores_and_for_the_running_machin
         for number in range(count):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
             await beat(qemu(machine), qemu(machine).serial_tail().count(".") + 1)
-            taken = await machine.take(describe(), then=Then.RESUME)
+            taken = await machine.take(describe(), then=AfterCapture.RESUME)
         await qemu_bench.saver.settled()
         flat = qemu_bench.store.flattened(taken.manifest.id)
         assert flat is not None
@@ -393,7 +393,7 @@ async def test_long_chains_are_shortened_for_restores_and_for_the_running_machin
         assert len(disks_of(flat)) < MANY_DISKS // 2
         assert qemu_bench.store.verify(flat.id) == []
         assert flat.id not in {manifest.id for manifest in qemu_bench.store.ls()}
-        after = (await machine.take(describe(), then=Then.STOP)).manifest
+        after = (await machine.take(describe(), then=AfterCapture.STOP)).manifest
         assert len(layers_of(after)) <= LONG_CHAIN
         for manifest in (taken.manifest, after):
             woken = await qemu_bench.restore(manifest, "second")
@@ -415,12 +415,12 @@ async def test_chains_stay_short_however_many_snapshots_a_running_machine_takes(
     try:
         for number in range(count):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
-            taken = await machine.take(describe(), then=Then.RESUME)
+            taken = await machine.take(describe(), then=AfterCapture.RESUME)
             if number % 3 == 0:  # so that some shortenings meet a machine that has gone further meanwhile
                 await qemu_bench.saver.settled()
         await qemu_bench.saver.settled()
         assert qemu_bench.saver.flattening().failures == 0
-        after = await machine.take(describe(), then=Then.RESUME)
+        after = await machine.take(describe(), then=AfterCapture.RESUME)
         for manifest in (qemu_bench.store.flattened(taken.manifest.id) or taken.manifest, after.manifest):
             assert len(layers_of(manifest)) <= 24
             assert len(disks_of(manifest)) <= 24
@@ -462,12 +462,12 @@ async def test_a_machine_whose_gateway_was_killed_while_it_got_a_shorter_chain_i
 
     for number in range(MANY_DISKS - 2):
         await disk_io(machine, f"write -P {number + 1} {number}M 64k")
-        await machine.take(describe(), then=Then.RESUME)
+        await machine.take(describe(), then=AfterCapture.RESUME)
     await qemu_bench.saver.settled()
     assert len(left.disk_chain) == MANY_DISKS
     assert machine.snapshot is not None
     lower = [qemu_bench.store.part_path(PartKind.DISK, disk.digest) for disk in disks_of(machine.snapshot)]
-    record = qemu_bench.place("first").run_dir / "machine.json"
+    record = qemu_bench.paths("first").run_dir / "machine.json"
     merged = qemu_bench.directory / "merged"
     assert isinstance(qemu_bench.driver, QemuDriver)
     await qemu_bench.driver.merge_disks(lower[1:], merged)
@@ -485,20 +485,20 @@ async def test_a_machine_whose_gateway_was_killed_while_it_got_a_shorter_chain_i
 
     later = qemu_bench.new_saver()
     try:
-        adopted = await later.adopt(qemu_bench.place("first"))
+        adopted = await later.adopt(qemu_bench.paths("first"))
         for number in range(MANY_DISKS - 2, 2 * MANY_DISKS):
             await disk_io(adopted, f"write -P {number + 1} {number}M 64k", printed=False)
-            taken = await adopted.take(describe(), then=Then.RESUME)
+            taken = await adopted.take(describe(), then=AfterCapture.RESUME)
         await later.settled()
         assert later.flattening().failures == 0
         assert len(qemu(adopted).disk_chain) <= MANY_DISKS
         await adopted.kill()
-        woken = await later.restore(taken.manifest, place=qemu_bench.place("second"))
+        woken = await later.restore(taken.manifest, paths=qemu_bench.paths("second"))
         for number in range(2 * MANY_DISKS):
             await assert_disk(woken, number + 1, f"{number}M")
         await woken.kill()
         assert qemu_bench.store.pins() == {}
-        assert not qemu_bench.place("first").disk_dir.exists()
+        assert not qemu_bench.paths("first").disk_dir.exists()
     finally:
         await later.close()
 
@@ -513,18 +513,18 @@ async def test_a_chain_at_its_limit_is_refused_before_the_pause(
     try:
         for number in range(MANY_DISKS - 1):
             await disk_io(machine, f"write -P {number + 1} {number}M 64k")
-            await machine.take(describe(), then=Then.RESUME)
+            await machine.take(describe(), then=AfterCapture.RESUME)
         await disk_io(machine, "write -P 9 9M 64k")
         paused = AsyncMock(wraps=machine.machine.pause)
         monkeypatch.setattr(machine.machine, "pause", paused)
         with pytest.raises(ChainTooLongError, match=f"open disks of at most {MANY_DISKS + 1}"):
-            await machine.take(describe(), then=Then.RESUME)
+            await machine.take(describe(), then=AfterCapture.RESUME)
         paused.assert_not_called()
         assert machine.machine.state is RunState.RUNNING
         assert "not installed" in qemu_bench.saver.flattening().failing[0].reason
         # The disks can be merged again: the snapshot waits for that, and is taken.
         monkeypatch.setattr(disk_merge, "PROGRAM", "qemu-img")
-        taken = await machine.take(describe(), then=Then.RESUME)
+        taken = await machine.take(describe(), then=AfterCapture.RESUME)
         assert len(disks_of(taken.manifest)) < MANY_DISKS
         await assert_disk(machine, 9, "9M")
         await assert_disk(machine, 1, "0M")
@@ -553,7 +553,7 @@ async def test_a_family_base_is_mapped_itself_and_a_changed_one_refused(
         monkeypatch.setattr(f"vm_runtime.paged.{module}.LARGE_LAYERS_BYTES", 1)
     machine = await qemu_bench.restore(await qemu_bench.template(), "first")
     await beat(qemu(machine))
-    manifest = (await machine.take(describe(), then=Then.STOP)).manifest
+    manifest = (await machine.take(describe(), then=AfterCapture.STOP)).manifest
     await machine.kill()
     await qemu_bench.saver.settled()
     flat = qemu_bench.store.flattened(manifest.id)
@@ -582,7 +582,7 @@ async def test_sleep_and_wake_keep_the_state_and_the_chain_grows_only_with_the_d
         if round_number == 1:
             await disk_io(saved, "write -P 0x33 2M 64k")
         await saved.machine.resume()
-        manifest = (await saved.take(describe(), then=Then.STOP)).manifest
+        manifest = (await saved.take(describe(), then=AfterCapture.STOP)).manifest
         assert saved.machine.state is RunState.PAUSED
         counted = read_word(qemu(saved), pvh.COUNTER_ADDRESS)
         await saved.kill()
@@ -599,7 +599,7 @@ async def test_a_snapshot_that_an_earlier_version_has_stored_is_restored_and_con
     sleeper = await qemu_bench.restore(await qemu_bench.template(), "first")
     await beat(qemu(sleeper))
     await disk_io(sleeper, "write -P 0x11 1M 64k")
-    asleep = (await sleeper.take(describe(), then=Then.STOP)).manifest
+    asleep = (await sleeper.take(describe(), then=AfterCapture.STOP)).manifest
     await sleeper.kill()
     old = as_format_1(asleep)
     path = qemu_bench.store.manifest_path(old["id"])
@@ -609,7 +609,7 @@ async def test_a_snapshot_that_an_earlier_version_has_stored_is_restored_and_con
     try:
         await beat(qemu(woken))
         await assert_disk(woken, 0x11, "1M")
-        taken = (await woken.take(describe(), then=Then.RESUME)).manifest
+        taken = (await woken.take(describe(), then=AfterCapture.RESUME)).manifest
         assert taken.parents == (old["id"],)
         assert taken.state.of_kind(PartKind.BASE) == asleep.state.of_kind(PartKind.BASE)
         assert qemu_bench.store.verify(taken.id) == []

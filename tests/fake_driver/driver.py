@@ -50,7 +50,7 @@ from vm_runtime.drivers.base import (
     Driver,
     DriverSettings,
     Failure,
-    MachinePlace,
+    MachinePaths,
     Shorter,
 )
 from vm_runtime.errors import MachineGoneError, SpawnError
@@ -80,7 +80,7 @@ class FakeDriver(Driver):
         self._without = without
 
     @classmethod
-    async def start(cls, settings: DriverSettings, *, say: Callable[[str], None]) -> Self:
+    async def start(cls, settings: DriverSettings, *, progress: Callable[[str], None]) -> Self:
         spawner = Spawner()
         try:
             confinement = await find_confinement(spawner, devices=())
@@ -113,9 +113,9 @@ class FakeDriver(Driver):
             return None
         return f"The snapshot is of the driver {state.driver} ({state.format}); this is {self.name} ({STATE_FORMAT})."
 
-    async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> FakeMachine:
+    async def boot(self, spec: MachineSpec, *, paths: MachinePaths, guest: bytes, timeout_s: float) -> FakeMachine:
         content = FakeContent(home=b"", marker=BOOT_MARKER.hex())
-        return await self._start(spec, place, content, kernel=False)
+        return await self._start(spec, paths, content, kernel=False)
 
     def states(
         self,
@@ -127,19 +127,19 @@ class FakeDriver(Driver):
         return FakeStates(
             store,
             driver=self.name,
-            start=lambda spec, place, content: self._start(spec, place, content, kernel=True),
+            start=lambda spec, paths, content: self._start(spec, paths, content, kernel=True),
         )
 
-    async def adopt(self, place: MachinePlace) -> FakeMachine:
-        record = await asyncio.to_thread(FakeRecord.read, place.run_dir)
+    async def adopt(self, paths: MachinePaths) -> FakeMachine:
+        record = await asyncio.to_thread(FakeRecord.read, paths.run_dir)
         process = None
         if record is not None and record.boot_id == boot_id():
             process = Process.find(record.pid, record.start_time)
         if record is None or process is None:
-            await asyncio.to_thread(remove_files, place)
-            raise MachineGoneError(f"There is no machine at {place.run_dir} that runs.")
+            await asyncio.to_thread(remove_files, paths)
+            raise MachineGoneError(f"There is no machine at {paths.run_dir} that runs.")
         state = RunState.PAUSED if await asyncio.to_thread(is_stopped, record.pid) else RunState.RUNNING
-        return FakeMachine(place=place, spec=record.spec, process=process, state=state)
+        return FakeMachine(paths=paths, spec=record.spec, process=process, state=state)
 
     def remove_leftovers(self, machines_dir: Path, *, keep: Set[str]) -> None:
         if machines_dir.is_dir():
@@ -151,16 +151,16 @@ class FakeDriver(Driver):
         await self._spawner.close()
 
     async def _start(
-        self, spec: MachineSpec, place: MachinePlace, content: FakeContent, *, kernel: bool
+        self, spec: MachineSpec, paths: MachinePaths, content: FakeContent, *, kernel: bool
     ) -> FakeMachine:
         process: Process | None = None
         try:
             with ExitStack() as stack:
                 # Not in a thread, which would go on making files when this is cancelled.
-                listener, console = _prepare(stack, place, content)
+                listener, console = _prepare(stack, paths, content)
                 settings = GuestSettings(
-                    run=str(place.run_dir / GUEST_DIRECTORY),
-                    home=str(place.disk_dir / HOME_DIRECTORY),
+                    run=str(paths.run_dir / GUEST_DIRECTORY),
+                    home=str(paths.disk_dir / HOME_DIRECTORY),
                     marker=content.marker,
                     kernel=kernel,
                 )
@@ -187,29 +187,29 @@ class FakeDriver(Driver):
                 initramfs=spec.image.initramfs,
                 rootfs=spec.image.rootfs,
             )
-            record.write(place.run_dir)
+            record.write(paths.run_dir)
             await self._spawner.keep(process)
         except BaseException as error:
             if process is not None:
                 process.send_signal(signal.SIGKILL)
                 await asyncio.shield(process.wait())
                 process.close()
-            await asyncio.shield(asyncio.to_thread(remove_files, place))
+            await asyncio.shield(asyncio.to_thread(remove_files, paths))
             if isinstance(error, OSError):
-                raise SpawnError(f"Machine {place.id} could not be prepared: {error}") from error
+                raise SpawnError(f"Machine {paths.id} could not be prepared: {error}") from error
             raise
-        return FakeMachine(place=place, spec=spec, process=process, state=RunState.RUNNING)
+        return FakeMachine(paths=paths, spec=spec, process=process, state=RunState.RUNNING)
 
 
-def _prepare(stack: ExitStack, place: MachinePlace, content: FakeContent) -> tuple[socket.socket, int]:
+def _prepare(stack: ExitStack, paths: MachinePaths, content: FakeContent) -> tuple[socket.socket, int]:
     """The directories and files of a machine; its listening socket and its console."""
-    for directory in (place.run_dir, place.run_dir / GUEST_DIRECTORY):
+    for directory in (paths.run_dir, paths.run_dir / GUEST_DIRECTORY):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (place.run_dir / GUEST_DIRECTORY / MARKER_FILE).write_text(content.marker)
-    unpack_home(content.home, place)
+    (paths.run_dir / GUEST_DIRECTORY / MARKER_FILE).write_text(content.marker)
+    unpack_home(content.home, paths)
     listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
-    listener.bind(str(place.run_dir / WIRE_SOCKET))
+    listener.bind(str(paths.run_dir / WIRE_SOCKET))
     listener.listen(4)
-    console = os.open(place.run_dir / CONSOLE_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    console = os.open(paths.run_dir / CONSOLE_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     stack.callback(os.close, console)
     return listener, console

@@ -97,7 +97,7 @@ class FakeAgent(Agent):
 
     async def start_kernel(self) -> None:
         """As a machine in whose state one runs. Errors: KernelError."""
-        await self._keeper.start(key=None, env={}, cwd=None)
+        await self._kernel_manager.start(key=None, env={}, cwd=None)
 
 
 async def _run(settings: GuestSettings, agent_class: type[FakeAgent]) -> None:

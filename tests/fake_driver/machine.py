@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.fake_driver import tree
 from vm_runtime.confinement.process import Process
-from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Death, Machine, MemoryUsage
 from vm_runtime.records import Record
@@ -56,11 +56,11 @@ class FakeRecord(Record):
 class FakeMachine(Machine):
     """Made by the driver, which hands over the process. It runs from the beginning, unless it was found paused."""
 
-    def __init__(self, *, place: MachinePlace, spec: MachineSpec, process: Process, state: RunState) -> None:
-        self.id = place.id
+    def __init__(self, *, paths: MachinePaths, spec: MachineSpec, process: Process, state: RunState) -> None:
+        self.id = paths.id
         self.spec = spec
         self.pid = process.pid
-        self.place = place
+        self.paths = paths
         self._process = process
         self._state = state
         self._kill_requested = False
@@ -72,7 +72,7 @@ class FakeMachine(Machine):
         return self._state
 
     async def open_wire(self) -> SocketCarrier:
-        return await SocketCarrier.connect_unix(self.place.run_dir / WIRE_SOCKET)
+        return await SocketCarrier.connect_unix(self.paths.run_dir / WIRE_SOCKET)
 
     async def pause(self) -> None:
         require(self._state, RunState.RUNNING, RunState.PAUSED)
@@ -94,7 +94,7 @@ class FakeMachine(Machine):
 
     def serial_tail(self) -> str:
         try:
-            data = (self.place.run_dir / CONSOLE_FILE).read_bytes()
+            data = (self.paths.run_dir / CONSOLE_FILE).read_bytes()
         except FileNotFoundError:
             return ""
         text = data[-CONSOLE_TAIL_BYTES:].decode(errors="replace")
@@ -112,7 +112,7 @@ class FakeMachine(Machine):
                     await asyncio.to_thread(_kill, pid)
             self._process.send_signal(signal.SIGKILL)
         death = await self.wait_dead()
-        await asyncio.to_thread(remove_files, self.place)
+        await asyncio.to_thread(remove_files, self.paths)
         return death
 
     async def detach(self) -> None:
@@ -157,13 +157,13 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def remove_files(place: MachinePlace) -> None:
+def remove_files(paths: MachinePaths) -> None:
     """Everything that a dead machine has left. Twice is harmless. Blocking."""
-    FakeRecord.remove(place.run_dir)
+    FakeRecord.remove(paths.run_dir)
     for name in (WIRE_SOCKET, CONSOLE_FILE):
-        (place.run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(place.run_dir / GUEST_DIRECTORY, ignore_errors=True)
-    shutil.rmtree(place.disk_dir / HOME_DIRECTORY, ignore_errors=True)
-    for directory in (place.run_dir, place.disk_dir):
+        (paths.run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(paths.run_dir / GUEST_DIRECTORY, ignore_errors=True)
+    shutil.rmtree(paths.disk_dir / HOME_DIRECTORY, ignore_errors=True)
+    for directory in (paths.run_dir, paths.disk_dir):
         with contextlib.suppress(OSError):  # somebody else's files may lie there
             directory.rmdir()

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from tests.fake_driver.guest import MARKER_FILE
 from tests.fake_driver.machine import GUEST_DIRECTORY, HOME_DIRECTORY, FakeMachine
-from vm_runtime.drivers.base import Capture, FlatteningStatus, MachinePlace, OpenState, Shell, States
+from vm_runtime.drivers.base import Capture, FlatteningStatus, MachinePaths, OpenState, States, UnloadedMachine
 from vm_runtime.machine import Machine
 from vm_runtime.snapshots.manifest import Manifest, PartKind, State, StatePart
 from vm_runtime.snapshots.store import Draft, SnapshotStore
@@ -38,7 +38,7 @@ class FakeContent:
 
 
 # Starts a machine with this content, its kernel running.
-StartMachine = Callable[[MachineSpec, MachinePlace, FakeContent], Awaitable[FakeMachine]]
+StartMachine = Callable[[MachineSpec, MachinePaths, FakeContent], Awaitable[FakeMachine]]
 
 
 class FakeStates(States):
@@ -65,7 +65,7 @@ class FakeStates(States):
         assert isinstance(machine, FakeMachine)
         return _itself(FakeCapture(self._driver, self._start, machine))
 
-    async def rest_on(self, machine: Machine, state: State) -> None:
+    async def set_backing(self, machine: Machine, state: State) -> None:
         """Nothing: each state is whole."""
 
     async def reopen(self, machine: Machine) -> None:
@@ -95,8 +95,8 @@ class _FakeState(OpenState):
         self._start = start
         self._content = content
 
-    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
-        return FakeShell(lambda: self._start(spec, place, self._content()))
+    async def start_unloaded(self, spec: MachineSpec, *, paths: MachinePaths) -> UnloadedMachine:
+        return UnloadedFakeMachine(lambda: self._start(spec, paths, self._content()))
 
 
 class FakeCapture(_FakeState, Capture):
@@ -119,7 +119,7 @@ class FakeCapture(_FakeState, Capture):
         """Nothing."""
 
     async def take(self) -> None:
-        self._taken = await asyncio.to_thread(_read_machine, self._machine.place)
+        self._taken = await asyncio.to_thread(_read_machine, self._machine.paths)
 
     async def store(self, draft: Draft) -> State:
         return await asyncio.to_thread(self._store, draft, self._captured())
@@ -136,7 +136,7 @@ class FakeCapture(_FakeState, Capture):
         """Nothing: the next one is whole, too."""
 
 
-class FakeShell(Shell):
+class UnloadedFakeMachine(UnloadedMachine):
     """Starts its process when it is loaded."""
 
     def __init__(self, start: Callable[[], Awaitable[FakeMachine]]) -> None:
@@ -152,21 +152,21 @@ class FakeShell(Shell):
             await self._machine.kill()
 
 
-def unpack_home(content: bytes, place: MachinePlace) -> None:
+def unpack_home(content: bytes, paths: MachinePaths) -> None:
     """Make the home directory of a machine. Blocking."""
-    home = place.disk_dir / HOME_DIRECTORY
+    home = paths.disk_dir / HOME_DIRECTORY
     home.mkdir(mode=0o700, parents=True)
     if content:
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             archive.extractall(home, filter="data")
 
 
-def _read_machine(place: MachinePlace) -> FakeContent:
+def _read_machine(paths: MachinePaths) -> FakeContent:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in sorted((place.disk_dir / HOME_DIRECTORY).iterdir()):
+        for path in sorted((paths.disk_dir / HOME_DIRECTORY).iterdir()):
             archive.add(path, arcname=path.name)
-    marker = (place.run_dir / GUEST_DIRECTORY / MARKER_FILE).read_text()
+    marker = (paths.run_dir / GUEST_DIRECTORY / MARKER_FILE).read_text()
     return FakeContent(home=packed.getvalue(), marker=marker)
 
 

@@ -23,7 +23,7 @@ from vm_runtime.wire.errors import RemoteProtocolError
 from vm_runtime.wire.frames import FrameType, encode_frame
 from vm_runtime.wire.greeting import Hello, Welcome
 from vm_runtime.wire.payloads import encode_json
-from vm_runtime.wire.protocol import BOOT_MARKER, MAX_PENDING_CONTROL_BYTES, Session
+from vm_runtime.wire.protocol import BOOT_MARKER, MAX_PENDING_CONTROL_BYTES, WireSession
 from vm_runtime.wire.states import SessionState
 
 HELLO = Hello(session="ab" * 16, next_marker="cd" * 16, wall_clock_ns=0, entropy=bytes(64))
@@ -59,14 +59,14 @@ def seeds() -> list[bytes]:
     ]
 
 
-def held_bytes(session: Session) -> int:
+def held_bytes(session: WireSession) -> int:
     """What the session holds because of its peer."""
     queued = sum(record.queued for record in session._streams.values())
     return session._control_bytes + len(session._partial) + queued
 
 
-def host(*, greeted: bool) -> Session:
-    session = Session.host(HELLO, marker=BOOT_MARKER)
+def host(*, greeted: bool) -> WireSession:
+    session = WireSession.host(HELLO, marker=BOOT_MARKER)
     session.data_to_send(1 << 20)
     if greeted:
         session.receive_data(GREETING)
@@ -76,7 +76,7 @@ def host(*, greeted: bool) -> Session:
     return session
 
 
-def drive(session: Session, data: bytes, piece: int) -> None:
+def drive(session: WireSession, data: bytes, piece: int) -> None:
     """Feed data in pieces to a host that answers as a Link does, and never reads faster than its peer lets it."""
     unread: dict[int, int] = {}
     for offset in range(0, len(data), piece):

@@ -28,7 +28,10 @@ _DELEGATE_HINT = "systemd-run --user --scope -p Delegate=yes hypercelld serve ..
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """memory_bytes: of the VMM with its guest's RAM. cpus: how many it may use at once. processes: threads count."""
+    """memory_bytes: of the VMM with its guest's RAM.
+    cpus: how many it may use at once.
+    processes: threads count.
+    """
 
     memory_bytes: int
     cpus: float
@@ -69,7 +72,7 @@ class Cgroup:
         """Remove the groups of a dead VMM; twice is harmless. Blocking.
 
         A process may leave its group a moment after it was seen dead (Linux unlinks a task when it has been switched
-        out), and nothing tells when in version 1. A group that stays busy is left: it costs nothing but its name.
+        out), and nothing reports when in version 1. A group that stays busy is left: it costs nothing but its name.
         """
         deadline = time.monotonic() + _BUSY_LIMIT_S
         for directory in self.directories:
@@ -132,7 +135,8 @@ class CgroupRoot:
 
 
 def find_root(*, mount: Path = Path("/sys/fs/cgroup"), group: str = "hypercell") -> CgroupRoot:
-    """Make the parent groups and say which controllers can be used below them. Never raises for what is not allowed."""
+    """Make the parent groups and find out which controllers can be used below them. Never raises for what is not
+    allowed."""
     if (mount / "cgroup.controllers").exists():
         return _find_version_2(mount, group)
     parents: dict[str, Path] = {}

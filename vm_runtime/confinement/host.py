@@ -24,8 +24,13 @@ _USER_NAMESPACE_FIX = "sudo sysctl -w kernel.unprivileged_userns_clone=1 user.ma
 
 @dataclass(frozen=True, kw_only=True)
 class HostConfinement:
-    """What this host allows, found out once. namespaces: CLONE_* flags. drop_user: each machine has a user of its own.
-    devices: those that each process gets. errors: step -> why not."""
+    """What this host allows, found out once.
+
+    namespaces: CLONE_* flags.
+    drop_user: each machine has a user of its own.
+    devices: those that each process gets.
+    errors: step -> why not.
+    """
 
     namespaces: int
     drop_user: bool

@@ -82,9 +82,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Confinement:
-    """How to confine. uid: the unprivileged user to become, None to stay (then a user namespace takes the rights away).
-    new_root: whether the mount namespace gets a root of its own. read_only: further directories to show in it.
-    rlimits: soft and hard limit by resource number, lowered to what is allowed."""
+    """How to confine.
+
+    uid: the unprivileged user to become, None to stay (then a user namespace takes the rights away).
+    new_root: whether the mount namespace gets a root of its own.
+    read_only: further directories to show in it.
+    rlimits: soft and hard limit by resource number, lowered to what is allowed.
+    """
 
     uid: int | None
     new_root: bool
@@ -95,7 +99,8 @@ class Confinement:
 
 
 def clone(flags: int) -> int:
-    """fork(2) with new namespaces. Only for a process without threads, as Python is not told of it. Raises OSError."""
+    """fork(2) with new namespaces. Only for a process without threads, as Python does not know of it. Raises
+    OSError."""
     pid = _libc.syscall(_SYS_CLONE, ctypes.c_ulong(flags | signal.SIGCHLD), None, None, None, None)
     if pid < 0:
         raise _error("clone")

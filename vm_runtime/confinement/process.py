@@ -35,8 +35,12 @@ _BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from vm_runtime.confinem
 
 @dataclass(frozen=True, kw_only=True)
 class SpawnRequest:
-    """A program to start confined. descriptors: the first becomes stdout and stderr, the others 3, 4, ...
-    namespaces: CLONE_* flags. cgroups: `cgroup.procs` files."""
+    """A program to start confined.
+
+    descriptors: the first becomes stdout and stderr, the others 3, 4, ...
+    namespaces: CLONE_* flags.
+    cgroups: `cgroup.procs` files.
+    """
 
     argv: Sequence[str]
     env: Mapping[str, str]
@@ -64,7 +68,7 @@ class Process:
 
     @classmethod
     def find(cls, pid: int, start_time: int) -> Process | None:
-        """The process with this number and start time (see `start_time`), or None if it is gone."""
+        """The process with this number and start time (see `start_time`), or None if it has ended."""
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -102,7 +106,7 @@ class Process:
 
 
 class Spawner:
-    """The gateway's end of the helper process. `await close()` at the end; VMMs go on running."""
+    """The gateway's end of the helper process. `await close()` at the end; VMMs run on."""
 
     def __init__(self) -> None:
         self._channel: socket.socket | None = None
@@ -311,7 +315,7 @@ class Spawner:
 
 
 def start_time_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; with the pid that names it for good. None if it is gone."""
+    """When a process started, in clock ticks since boot; with the pid that names it for good. None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

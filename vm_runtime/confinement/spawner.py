@@ -59,7 +59,7 @@ class SpawnerLoop:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
-        self._starting: dict[int, _Starting] = {}  # by the pipe on which it would tell an error
+        self._starting: dict[int, _Starting] = {}  # by the pipe on which it would send an error
         self._children: set[int] = set()
         self._unkept: set[int] = set()
         self._poll = select.poll()
@@ -71,7 +71,7 @@ class SpawnerLoop:
         try:
             self._serve()
         except ConnectionError:
-            pass  # the gateway was killed just before it was told something
+            pass  # the gateway was killed just before it was sent something
         finally:
             self._end_unkept()
 
@@ -125,7 +125,7 @@ class SpawnerLoop:
         self._poll.register(status, select.POLLIN)
 
     def _started(self, fd: int) -> None:
-        """A status pipe ended: without a word when exec closed it, with the error's text otherwise."""
+        """A status pipe ended: without data when exec closed it, with the error's text otherwise."""
         child = self._starting.pop(fd)
         self._poll.unregister(fd)
         error = os.read(fd, 4096)

@@ -20,9 +20,15 @@ from vm_runtime.spec import ImageFiles, MachineSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachinePlace:
-    """Where a machine's files lie. id: short and unique among live machines. run_dir: sockets and record (a short path,
-    since a UNIX socket's has at most 107 bytes). disk_dir: what the machine writes. Both are made if missing."""
+class MachinePaths:
+    """Where a machine's files lie.
+
+    id: short and unique among live machines.
+    run_dir: sockets and record (a short path, since a UNIX socket's has at most 107 bytes).
+    disk_dir: what the machine writes.
+
+    Both are made if missing.
+    """
 
     id: str
     run_dir: Path
@@ -44,8 +50,9 @@ class Capabilities:
     """What a driver can do on this host, and how its machines are. Read by the service, the API, `doctor` and
     kernelspecs.
 
-    isolation: what runs in a machine cannot reach the host. snapshot: machines can be saved and restored, so sandboxes
-    sleep, fork and go back. keeps_memory: a restored machine has its memory, variables and processes, not only files.
+    isolation: what runs in a machine cannot reach the host.
+    snapshot: machines can be saved and restored, so sandboxes sleep, fork and go back.
+    keeps_memory: a restored machine has its memory, variables and processes, not only files.
     clones_share_memory: many restored machines cost little more memory than what each writes itself.
     checkpoint_each_cell: a snapshot is cheap enough to take one after each cell unless something else is asked for.
     """
@@ -84,12 +91,12 @@ class DriverSettings:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-class Shell(ABC):
+class UnloadedMachine(ABC):
     """A machine's process that has been started and has no state yet. End it with `load` or `discard`."""
 
     @abstractmethod
     async def load(self) -> Machine:
-        """The machine, running, in the state that the shell was made for. Any failure ends it: MachineStartError,
+        """The machine, running, in the state that it was started for. Any failure ends it: MachineStartError,
         SnapshotError, DriverError."""
 
     @abstractmethod
@@ -101,7 +108,7 @@ class OpenState(ABC):
     """A state whose files stay readable while it is open: from the store, or captured and not stored yet."""
 
     @abstractmethod
-    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
+    async def start_unloaded(self, spec: MachineSpec, *, paths: MachinePaths) -> UnloadedMachine:
         """Start a machine that is to have this state; for one that is yet to be captured, `load` comes after `take`.
         Errors: SnapshotError, MachineStartError, DriverError."""
 
@@ -145,8 +152,10 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class FlatteningStatus:
-    """waiting: snapshots whose chains are to be shortened. failing: those of them that failed last time.
-    failures, merged_bytes: counted since the start; the bytes are those written."""
+    """waiting: snapshots whose chains are to be shortened.
+    failing: those of them that failed last time.
+    failures, merged_bytes: counted since the start; the bytes are those written.
+    """
 
     waiting: int = 0
     failing: tuple[Failure, ...] = ()
@@ -173,16 +182,16 @@ class States(ABC):
 
     @abstractmethod
     def capturing(self, machine: Machine, *, children: int, last: bool) -> AbstractAsyncContextManager[Capture]:
-        """The next snapshot of a machine. children: so many shells will be made from it. last: it is to stop."""
+        """The next snapshot of a machine. children: so many machines will be started from it. last: it is to stop."""
 
     @abstractmethod
-    async def rest_on(self, machine: Machine, state: State) -> None:
+    async def set_backing(self, machine: Machine, state: State) -> None:
         """The machine lies on this state: after a load, an adoption, or a shortening. The caller keeps its parts.
         Errors: SnapshotError, OSError; it then lies on what it did before."""
 
     @abstractmethod
     async def reopen(self, machine: Machine) -> None:
-        """Let the machine itself use the files of the state that it rests on instead of a longer chain. Errors:
+        """Let the machine itself use the files of its backing chain instead of a longer one. Errors:
         MachineError, DriverError, BrokenSnapshotError; it keeps what it has."""
 
     @abstractmethod
@@ -223,8 +232,9 @@ class Driver(ABC):
 
     @classmethod
     @abstractmethod
-    async def start(cls, settings: DriverSettings, *, say: Callable[[str], None]) -> Self:
-        """Find out what this host can do. say: is told what was found. Errors: DriverUnavailableError, SpawnError."""
+    async def start(cls, settings: DriverSettings, *, progress: Callable[[str], None]) -> Self:
+        """Find out what this host can do. progress: receives what was found. Errors: DriverUnavailableError,
+        SpawnError."""
 
     @classmethod
     @abstractmethod
@@ -244,7 +254,7 @@ class Driver(ABC):
         """None if a machine can be restored from this state here, else a sentence why not."""
 
     @abstractmethod
-    async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> Machine:
+    async def boot(self, spec: MachineSpec, *, paths: MachinePaths, guest: bytes, timeout_s: float) -> Machine:
         """Start a machine from its image, with an empty disk. guest: the agent's code (vm_runtime/guest/archive.py).
 
         Answers when it runs, which says nothing about the guest yet; timeout_s bounds the VMM's own start.
@@ -262,7 +272,7 @@ class Driver(ABC):
         it raises counts as a failure. on_failed: called for each failed attempt to shorten one."""
 
     @abstractmethod
-    async def adopt(self, place: MachinePlace) -> Machine:
+    async def adopt(self, paths: MachinePaths) -> Machine:
         """Find the live machine of an earlier process at this place. MachineGoneError if it is dead: its leftovers are
         then removed."""
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from vm_runtime.guest.commands import Account, Commands
+from vm_runtime.guest.events import GuestEvents
 from vm_runtime.guest.files import Files
 from vm_runtime.guest.host_calls import HostCalls
-from vm_runtime.guest.keeper import Answers, KernelError, KernelKeeper, User
+from vm_runtime.guest.kernel_manager import Answers, KernelError, KernelManager, User
 from vm_runtime.guest.limits import CGROUPS, UserLimits, lock_memory
-from vm_runtime.guest.notices import Notices
 from vm_runtime.guest.paths import Paths
-from vm_runtime.guest.renewal import Renewal
 from vm_runtime.guest.requests import Guest, handle
+from vm_runtime.guest.uniqueness import Uniqueness
 from vm_runtime.guest.user_threads import UserThreads
 from vm_runtime.wire.carriers import Carrier, DeviceCarrier
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
@@ -30,7 +30,7 @@ from vm_runtime.wire.protocol import BOOT_MARKER
 from vm_runtime.wire.serving import serve
 from vm_runtime.wire.stream import Incoming
 
-# Told in WELCOME, for people: what code is inside a snapshot. What a host may rely on is the wire's version.
+# Sent in WELCOME, for people: what code is inside a snapshot. What a host may rely on is the wire's version.
 AGENT_VERSION = "1"
 
 PORT_NAME = "hypercell.wire"
@@ -56,15 +56,17 @@ class Agent:
     """One agent on one carrier. Use as an async context manager, then `serve`."""
 
     def __init__(self, settings: AgentSettings) -> None:
-        self._notices = Notices()
-        self._renewal = Renewal(paths=settings.paths, owns_machine=settings.owns_machine)
+        self._events = GuestEvents()
+        self._uniqueness = Uniqueness(paths=settings.paths, owns_machine=settings.owns_machine)
         limits = UserLimits(CGROUPS if settings.owns_machine else None)
-        self._keeper = KernelKeeper(paths=settings.paths, user=settings.user, limits=limits, notify=self._notices.post)
+        self._kernel_manager = KernelManager(
+            paths=settings.paths, user=settings.user, limits=limits, notify=self._events.post
+        )
         power_off = _tell_init if settings.owns_machine else _nothing
         home = str(settings.paths.home)
         self._threads = UserThreads(settings.user)
         self._root_threads = UserThreads(None)
-        usual = self._keeper.environment
+        usual = self._kernel_manager.environment
         self._commands = Commands(
             Account(user=settings.user, home=home, threads=self._threads, environment=usual),
             root=Account(
@@ -76,8 +78,8 @@ class Agent:
             limits=limits,
         )
         self._guest = Guest(
-            keeper=self._keeper,
-            renewal=self._renewal,
+            kernel_manager=self._kernel_manager,
+            uniqueness=self._uniqueness,
             paths=settings.paths,
             commands=self._commands,
             files=Files(home=home, threads=self._threads),
@@ -89,7 +91,7 @@ class Agent:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Agent:
-        await self._keeper.__aenter__()
+        await self._kernel_manager.__aenter__()
         await self._calls.__aenter__()
         return self
 
@@ -98,7 +100,7 @@ class Agent:
         self._threads.close()
         self._root_threads.close()
         await self._calls.__aexit__(*exc)
-        await self._keeper.__aexit__(*exc)
+        await self._kernel_manager.__aexit__(*exc)
 
     async def serve(self, carrier: Carrier, *, marker: bytes = BOOT_MARKER) -> None:
         """Serve the host's sessions, one after the other, until the carrier ends (a virtio port never does). marker:
@@ -106,22 +108,25 @@ class Agent:
         await serve(carrier, self._on_session, make_welcome=self.welcome, marker=marker)
 
     def hang_up(self) -> None:
-        """The host is gone: end its session, so that the kernel keeps its output instead of waiting for a reader."""
+        """The host has disconnected: end its session, so that the kernel keeps its output instead of waiting for a
+        reader."""
         if self._link is not None and not self._link.closed:
             task = asyncio.get_running_loop().create_task(self._link.close("hung_up", "The host closed its end"))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     async def welcome(self, hello: Hello) -> Welcome:
-        """All that follows a restore, then how things are here. A part that fails is told, and the rest goes on."""
+        """All that follows a restore, then how things are here. A part that fails is reported, and the rest is done."""
         problems: list[str] = []
         if hello.restored or hello.identity:
             try:
-                self._renewal.renew(wall_clock_ns=hello.wall_clock_ns, entropy=hello.entropy, identity=hello.identity)
+                self._uniqueness.renew(
+                    wall_clock_ns=hello.wall_clock_ns, entropy=hello.entropy, identity=hello.identity
+                )
             except OSError as error:
                 problems.append(f"The machine could not be renewed: {error}")
         try:
-            await self._keeper.renew(
+            await self._kernel_manager.renew(
                 key=hello.kernel_key,
                 restored=hello.restored,
                 keep_random=hello.keep_random,
@@ -132,14 +137,14 @@ class Agent:
             problems.append(str(error))
         if (answers := _answers(hello)) != Answers():
             try:
-                await self._keeper.answer(answers)
+                await self._kernel_manager.answer(answers)
             except KernelError as error:
                 problems.append(str(error))
-        self._notices.forget()
+        self._events.forget()
         extra: dict[str, Any] = {"problems": problems} if problems else {}
-        if self._keeper.last_exit is not None:
-            extra["kernel_exited"] = self._keeper.last_exit
-        return Welcome(agent_version=AGENT_VERSION, kernel=self._keeper.describe(), extra=extra)
+        if self._kernel_manager.last_exit is not None:
+            extra["kernel_exited"] = self._kernel_manager.last_exit
+        return Welcome(agent_version=AGENT_VERSION, kernel=self._kernel_manager.describe(), extra=extra)
 
     async def _on_session(self, link: Link) -> None:
         self._link = link
@@ -147,14 +152,14 @@ class Agent:
         assert link.hello is not None
         self._calls.begin_session(link, restored=link.hello.restored, answers=link.hello.extra.get("calls"))
         with contextlib.suppress(LinkClosedError, OpenRejectedError, StreamResetError):
-            await self._notices.run(link)
+            await self._events.run(link)
 
     async def _handle(self, incoming: Incoming) -> None:
         await handle(self._guest, incoming)
 
 
 def _answers(hello: Hello) -> Answers:
-    """HELLO's `extra.answer` and `extra.aborted`: what cells of the state that was left are told
+    """HELLO's `extra.answer` and `extra.aborted`: what is answered to cells of the state that was left
     (docs/sandbox_calls.md)."""
     aborted = hello.extra.get("aborted")
     rest = [_request(each) for each in aborted] if isinstance(aborted, list) else []

@@ -1,6 +1,6 @@
 """The commands that the agent runs for the host: a registry of them, and one object per command until it is forgotten.
 
-Knows nothing of the wire. A command leads a session of its own. What it leaves running when it ends goes on, and what
+Knows nothing of the wire. A command leads a session of its own. What it leaves running when it ends runs on, and what
 that still prints is read; what is killed, or has used its time up, is killed with all that it started.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from subprocess import SubprocessError
 from typing import Any
 
-from vm_runtime.guest.keeper import User
+from vm_runtime.guest.kernel_manager import User
 from vm_runtime.guest.limits import Group, UserLimits
 from vm_runtime.guest.output import Cursor, OutputLog
 from vm_runtime.guest.params import from_home
@@ -38,7 +38,7 @@ ENDED_MAX = 32
 # are closed; what prints then gets a SIGPIPE. It bounds the agent's descriptors.
 OPEN_MAX = 64
 
-# Between the polite signal and SIGKILL, where a command's time is up or its client has gone.
+# Between the polite signal and SIGKILL, where a command's time is up or its client has disconnected.
 GRACE_S = 2.0
 
 # A session that forks as fast as it is killed is given up after so many rounds; each finds nearly all of them.
@@ -340,8 +340,12 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Whom commands run as. user: None for the agent's own. threads: with the rights of that user. environment: what
-    each gets beside its own variables."""
+    """Whom commands run as.
+
+    user: None for the agent's own.
+    threads: with the rights of that user.
+    environment: what each gets beside its own variables.
+    """
 
     user: User | None
     home: str

@@ -53,7 +53,7 @@ async def _start(commands: Commands, incoming: Incoming, *, as_root: bool = Fals
         raise
     except (LinkClosedError, asyncio.CancelledError):
         # The session is over: the gateway ended, or this is a machine that was restored (a fork, one that slept). The
-        # command is part of the machine's state, and nobody gave it up: it goes on, to be attached to or killed.
+        # command is part of the machine's state, and nobody gave it up: it runs on, to be attached to or killed.
         command.background = True
         raise
     finally:

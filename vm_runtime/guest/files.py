@@ -204,8 +204,8 @@ HANDLERS: dict[str, Serve] = {
 
 
 async def _send_changes(threads: UserThreads, watch: Watch, stream: Stream) -> None:
-    """JSON lines, until what is watched or the stream is gone. While the host reads none, vmlinux collects them, and
-    in the end says `overflow`."""
+    """JSON lines, until what is watched is removed or the stream ends. While the host reads none, vmlinux collects
+    them, and in the end sends `overflow`."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     lost = asyncio.create_task(stream.wait_lost())
@@ -279,7 +279,7 @@ def _make_directory(path: str, mode: int | None, parents: bool, exist_ok: bool) 
 
 @contextlib.contextmanager
 def _refusing(path: str) -> Iterator[None]:
-    """Errors of the file system and of content, as the host is told them."""
+    """Errors of the file system and of content, as they are sent to the host."""
     try:
         yield
     except OSError as error:

@@ -35,10 +35,10 @@ HELD_BYTES_MAX = 4 * VALUE_BYTES_MAX
 # A pending call is an OPEN without an answer; the host allows 64 of them, and events need one, too.
 CALLS_MAX = 48
 
-# A process that connects and then does not say what it wants.
+# A process that connects and then does not send what it wants.
 REQUEST_LIMIT_S = 30.0
 
-# What ended well if the machine was restored while it was pending: the state that was stored then, or left, goes on.
+# What ended well if the machine was restored while it was pending: the state that was stored then, or left, continues.
 _DONE_WHEN_RESTORED = frozenset({"snapshot", "sleep", "restore", "goto", "undo"})
 # What changes nothing is asked again in the next session: the host keeps how children ended.
 _ASKED_AGAIN = frozenset({"result", "wait", "info", "tree", "checkpoints"})
@@ -85,7 +85,7 @@ class HostCalls:
     async def __aenter__(self) -> HostCalls:
         self._path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(self._serve_client, self._path)
-        self._path.chmod(0o666)  # any user of the machine; what is allowed is the host's to say
+        self._path.chmod(0o666)  # any user of the machine; what is allowed is the host's to decide
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -163,7 +163,7 @@ class HostCalls:
         return None
 
     async def _answer_unless_gone(self, call: _Call, reader: asyncio.StreamReader) -> Answer | None:
-        """The call's answer; None if the process that made it has gone, which takes the call back."""
+        """The call's answer; None if the process that made it has ended, which takes the call back."""
         self._calls.add(call)
         sending = asyncio.create_task(self._send_call(call), name=f"sandbox.call {call.op}")
         gone = asyncio.create_task(reader.read(1))  # there is one call per connection, so only its end can come

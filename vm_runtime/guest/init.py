@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from vm_runtime.guest.keeper import User
+from vm_runtime.guest.kernel_manager import User
 from vm_runtime.guest.limits import CGROUPS, lock_memory
 from vm_runtime.guest.paths import Paths
 
@@ -94,7 +94,7 @@ def mount_all() -> None:
 
 
 def keep_hosts_in_memory(hosts: Path) -> None:
-    """/etc/hosts becomes `hosts`, with the same content: each greeting writes the machine's name there (renewal.py),
+    """/etc/hosts becomes `hosts`, with the same content: each greeting writes the machine's name there (uniqueness.py),
     which must not write to the disk. Raises OSError."""
     hosts.write_bytes(Path("/etc/hosts").read_bytes())
     if _libc.mount(str(hosts).encode(), b"/etc/hosts", None, MS_BIND, None) != 0:
@@ -190,7 +190,7 @@ def main() -> NoReturn:
     keep_pages_in_place()
     loopback_up()
     resource.setrlimit(resource.RLIMIT_NOFILE, OPEN_FILES)
-    # How many processes there may be, their groups say (limits.py): a limit per user would count those of the last
+    # How many processes there may be, their groups limit (limits.py): a limit per user would count those of the last
     # kernel against the next.
     resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))

@@ -46,7 +46,7 @@ _SERVICE_THREADS = frozenset({CONTROL_THREAD_NAME, SHELL_CHANNEL_THREAD_NAME, "I
 
 
 def prepare_socket(socket: zmq.Socket[bytes]) -> None:
-    """Set up an XPUB socket so that it never drops and tells of each subscriber: call before it is bound."""
+    """Set up an XPUB socket so that it never drops and reports each subscriber: call before it is bound."""
     socket.setsockopt(zmq.SNDHWM, SEND_HWM)
     socket.setsockopt(zmq.SNDTIMEO, SEND_WAIT_MS)
     socket.setsockopt(zmq.XPUB_NODROP, 1)
@@ -151,7 +151,7 @@ class LosslessIOPubThread(IOPubThread):
         self._run_round()
 
     def _note_subscription(self, frames: list[bytes]) -> None:
-        """XPUB tells of each subscriber to a topic (1) and of the loss of the last one (0)."""
+        """XPUB reports each subscriber to a topic (1) and the loss of the last one (0)."""
         for frame in frames:
             topic = frame[1:]
             if frame[:1] == b"\x01":
@@ -162,7 +162,7 @@ class LosslessIOPubThread(IOPubThread):
                     self.on_subscriber()
 
     def _welcome(self, topic: bytes) -> None:
-        """Queue the welcome before all else, and after it a word about what the spool could not keep."""
+        """Queue the welcome before all else, and after it a message about what the spool could not keep."""
         dropped = self.outbox.take_dropped() if topic == b"" else None
         if dropped is not None:
             text = (

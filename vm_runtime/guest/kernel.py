@@ -1,4 +1,4 @@
-"""The kernel process: ipykernel with lossless iopub, ipc sockets, and a side channel to the agent."""
+"""The kernel process: ipykernel with lossless iopub, ipc sockets, and remote calls from the agent."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from traitlets import Type
 from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
-from vm_runtime.guest.cells import Cells
+from vm_runtime.guest.cell_gate import CellGate
+from vm_runtime.guest.cell_settings import CONTENT_KEY, CellSettingsError, cell_settings
 from vm_runtime.guest.environment import adopt, needs_new_process
 from vm_runtime.guest.iopub import LosslessIOPubThread, prepare_socket
 from vm_runtime.guest.paths import CHANNEL_PORTS
-from vm_runtime.guest.place import CONTENT_KEY, PlaceError, placed
+from vm_runtime.guest.pending_requests import PendingRequests
 from vm_runtime.guest.replies import ReplyStream, abort_for, answer_for
 from vm_runtime.guest.replies import prepare_socket as prepare_reply_socket
+from vm_runtime.guest.rpc_server import TRACEBACK_CHARS_MAX, RpcServer
 from vm_runtime.guest.sandbox.notebook import load
-from vm_runtime.guest.side import TRACEBACK_CHARS_MAX, SideChannel
-from vm_runtime.guest.unanswered import Unanswered
 from vm_runtime.guest.warm import warm_up
 from vm_runtime.wire.payloads import encode_text
 
@@ -89,17 +89,17 @@ class CellCompiler(XCachingCompiler):
 
 
 class HypercellKernel(IPythonKernel):
-    """IPythonKernel that tells the agent when it runs cells, and pauses between them for checkpoints."""
+    """IPythonKernel that notifies the agent when it runs cells, and pauses between them for checkpoints."""
 
     compiler_class = Type(CellCompiler)
-    side: SideChannel
+    rpc: RpcServer
     is_restart: bool
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.cells = Cells(self._cells_change)
+        self.cell_gate = CellGate(self._cells_change)
         self.ended_cell = 0  # the number of the last one that ended
-        self.unanswered = Unanswered()
+        self.pending_requests = PendingRequests()
 
     def _publish_status(self, status: str, *args: Any, **kwargs: Any) -> None:
         if status != "starting" or self.is_restart:
@@ -107,40 +107,40 @@ class HypercellKernel(IPythonKernel):
 
     async def shell_channel_thread_main(self, msg: Any) -> None:
         """A request comes in."""
-        self.unanswered.add(msg)
+        self.pending_requests.add(msg)
         await super().shell_channel_thread_main(msg)
 
     async def dispatch_shell(self, msg: Any, /, *args: Any, **kwargs: Any) -> None:
         """A request is handled."""
         token = _request.set(msg)
-        self.unanswered.take_up(msg)
+        self.pending_requests.take_up(msg)
         try:
             await super().dispatch_shell(msg, *args, **kwargs)
         finally:
             _request.reset(token)
-            self.unanswered.remove(msg)
+            self.pending_requests.remove(msg)
 
     async def process_control(self, msg: Any) -> None:
         """A request on the control channel is handled."""
-        self.unanswered.add(msg)
-        self.unanswered.take_up(msg)
+        self.pending_requests.add(msg)
+        self.pending_requests.take_up(msg)
         try:
             await super().process_control(msg)
         finally:
-            self.unanswered.remove(msg)
+            self.pending_requests.remove(msg)
 
     async def execute_request(self, stream: Any, ident: Any, parent: Any) -> None:
         """Run a cell. Only this counts as busy: idle limits must not be moved by completions or kernel_info."""
         cell = object()
         try:
-            # Inside the try: an interrupt may come the moment the agent has heard of the cell, or while it waits. It
-            # waits with all of its thread, as for any cell.
-            if self.cells.begin(cell):
-                with placed(parent["content"]):
+            # Inside the try: an interrupt may come the moment the agent has been notified of the cell, or while it
+            # waits. It waits with all of its thread, as for any cell.
+            if self.cell_gate.begin(cell):
+                with cell_settings(parent["content"]):
                     await super().execute_request(stream, ident, parent)
             else:
                 self._send_abort_reply(stream, parent, ident)
-        except (KeyboardInterrupt, PlaceError) as error:
+        except (KeyboardInterrupt, CellSettingsError) as error:
             # Interrupted before the cell's code or after it: ipykernel would log it and never answer.
             name, text = type(error.__cause__ or error).__name__, str(error)
             content = {"ename": name, "evalue": text, "traceback": [f"{name}: {text}" if text else name]}
@@ -150,9 +150,9 @@ class HypercellKernel(IPythonKernel):
             if self.session is not None:
                 self.session.send(stream, "execute_reply", reply, parent, ident=ident)
         finally:
-            # Before its end is told: no cell that has ended is unanswered.
-            self.unanswered.remove(_request.get())
-            self.cells.end(cell)
+            # Before its end is reported: no cell that has ended is a pending request.
+            self.pending_requests.remove(_request.get())
+            self.cell_gate.end(cell)
 
     @contextlib.contextmanager
     def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
@@ -175,7 +175,7 @@ class HypercellKernel(IPythonKernel):
 
     async def do_shutdown(self, restart: bool) -> Any:
         """A client's shutdown_request: the process ends once it is answered."""
-        self.side.notify("shutdown")
+        self.rpc.notify("shutdown")
         self.iopub_thread.outbox.release()
         return super().do_shutdown(restart)
 
@@ -220,7 +220,7 @@ class HypercellKernel(IPythonKernel):
         # While no cell runs, IPython's count is that of the next one.
         self.ended_cell = max(0, int(self.execution_count) - 1)
         state = "busy" if busy else "idle"
-        self.side.notify("status", state=state, execution_count=self.ended_cell, next_waits=waits)
+        self.rpc.notify("status", state=state, execution_count=self.ended_cell, next_waits=waits)
 
 
 def _interruption(frame: FrameType | None, names: dict[str, Any]) -> BaseException | None:
@@ -288,9 +288,9 @@ def pack(value: Any) -> bytes:
         return encode_text(dump(json_clean(value)))
 
 
-def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
+def run_kernel(settings: KernelSettings, rpc_socket: socket.socket) -> None:
     """Run a kernel in this process until it ends. The caller has set environment, signals and standard streams."""
-    side = SideChannel(side_socket)
+    rpc = RpcServer(rpc_socket)
     inherited = frozenset(sys.modules)
     # As if it had been started by itself, which is what programs look for.
     directory = Path(settings.directory)
@@ -298,14 +298,14 @@ def run_kernel(settings: KernelSettings, side_socket: socket.socket) -> None:
     sys.argv = [str(Path(ipykernel.__file__).parents[1] / "ipykernel_launcher.py"), "-f", connection_file]
     sys.orig_argv = [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]]
     try:
-        app = _initialized_app(settings, side)
+        app = _initialized_app(settings, rpc)
     except BaseException:
-        side.notify("failed", reason=traceback.format_exc()[-TRACEBACK_CHARS_MAX:])
+        rpc.notify("failed", reason=traceback.format_exc()[-TRACEBACK_CHARS_MAX:])
         raise
     reseed()
-    side.handlers.update(_handlers(app, directory, inherited=inherited))
-    side.start()
-    side.notify("ready")
+    rpc.handlers.update(_handlers(app, directory, inherited=inherited))
+    rpc.start()
+    rpc.notify("ready")
     app.start()
 
 
@@ -344,7 +344,7 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKernelApp:
+def _initialized_app(settings: KernelSettings, rpc: RpcServer) -> HypercellKernelApp:
     try:
         os.chdir(settings.cwd)
     except OSError:
@@ -356,7 +356,7 @@ def _initialized_app(settings: KernelSettings, side: SideChannel) -> HypercellKe
     config.Session.packer = "vm_runtime.guest.kernel.pack"
     # The banner's tip is drawn with `random` at every kernel_info: a new client would change a seeded sequence.
     config.InteractiveShell.enable_tip = False
-    HypercellKernel.side, HypercellKernel.is_restart = side, settings.is_restart
+    HypercellKernel.rpc, HypercellKernel.is_restart = rpc, settings.is_restart
     app = HypercellKernelApp.instance(config=config)
     app.initialize(sys.argv[1:])
     _find_temporary_directory()
@@ -417,10 +417,10 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
             session.session = new_id()  # part of each message's id, of which no other copy may make the same
             app.kernel.ident = str(uuid.uuid4())
             reseed(keep_random=request["keep_random"])
-        drop = request["drop_requests"] and bool(app.kernel.unanswered)
+        drop = request["drop_requests"] and bool(app.kernel.pending_requests)
         if drop:  # else 2 MiB of the kernel's memory would be written to for nothing, in every clone
             app.kernel.abort_requests()
-        app.kernel.cells.greeted(drop=drop)
+        app.kernel.cell_gate.greeted(drop=drop)
 
     def configure(request: dict[str, Any]) -> dict[str, Any]:
         """Environment and directory of a kernel that was started before anyone knew for whom. Not adopted: another
@@ -436,9 +436,9 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
         return {"adopted": True}
 
     def warm(request: dict[str, Any]) -> dict[str, Any]:
-        app.kernel.cells.release(waits=False)  # its cells are none that a host would keep
+        app.kernel.cell_gate.release(waits=False)  # its cells are none that a host would keep
         error = warm_up(app, request["code"])
-        app.kernel.cells.release(waits=True)
+        app.kernel.cell_gate.release(waits=True)
         trim_memory()
         gc.freeze()  # see the zygote's: here it is the kernel's own objects
         # `sandbox` is given to each kernel; to import it is for other processes, and changes sys.path.
@@ -452,16 +452,16 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
 
     def hold(request: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint is about to be taken: no cell begins, unless one runs."""
-        held = app.kernel.cells.hold(request["hold_s"])
+        held = app.kernel.cell_gate.hold(request["hold_s"])
         answer = {"held": held, "execution_count": app.kernel.ended_cell}
-        return {**answer, "unanswered": app.kernel.unanswered.list()} if request["unanswered"] else answer
+        return {**answer, "unanswered": app.kernel.pending_requests.list()} if request["unanswered"] else answer
 
     def release(request: dict[str, Any]) -> None:
-        app.kernel.cells.release(waits=request["waits"])
+        app.kernel.cell_gate.release(waits=request["waits"])
 
     def shut_down(request: dict[str, Any]) -> None:
         """Leave the main loop; what follows is Python's own end of a program. Cells that wait are not run."""
-        app.kernel.cells.greeted(drop=True)
+        app.kernel.cell_gate.greeted(drop=True)
         app.iopub_thread.outbox.release()
         app.kernel.io_loop.add_callback(app.kernel.io_loop.stop)
 
@@ -477,13 +477,13 @@ def _handlers(app: HypercellKernelApp, directory: Path, *, inherited: frozenset[
         kernel, thread = app.kernel, app.iopub_thread
         _run_in(app.shell_channel_thread.io_loop, lambda: kernel.shell_stream.flush(zmq.POLLIN))
         _run_in(app.control_thread.io_loop, lambda: kernel.control_stream.flush(zmq.POLLIN))
-        cells = kernel.unanswered.list()  # before: better one that is just being answered than none of its kind
+        cells = kernel.pending_requests.list()  # before: better one that is just being answered than none of its kind
         if request["quiet"]:
             set_quiet(True)
         _run_in(thread.io_loop, thread.take_subscriptions)
         if not request["quiet"]:
             set_quiet(False)
-        return {"unanswered": len(kernel.unanswered), "cells": cells}
+        return {"unanswered": len(kernel.pending_requests), "cells": cells}
 
     return {
         "renew": renew, "configure": configure, "warm": warm, "answer": answer, "hold": hold, "release": release,

@@ -3,7 +3,8 @@
 Holds serialized messages only; knows nothing of ZMQ.
 
 While a subscriber listens, writers of bulk output wait for room (back pressure): nothing is lost, memory stays bounded.
-While nobody listens, nobody waits: the newest output is kept, and what had to go is counted and told to who comes.
+While nobody listens, nobody waits: the newest output is kept, and what was dropped is counted and reported to the next
+client.
 """
 
 from __future__ import annotations

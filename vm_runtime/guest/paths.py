@@ -18,7 +18,7 @@ class Paths:
 
     @property
     def identity(self) -> Path:
-        """Who this sandbox is, as JSON: what HELLO said last."""
+        """Who this sandbox is, as JSON: what the last HELLO had."""
         return self.run / "identity.json"
 
     @property

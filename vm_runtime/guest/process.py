@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vm_runtime.guest.keeper import User
+from vm_runtime.guest.kernel_manager import User
 from vm_runtime.guest.limits import Group
 from vm_runtime.wire.command_frames import CommandFrame
 

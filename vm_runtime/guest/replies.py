@@ -108,7 +108,7 @@ class ReplyStream(ZMQStream):
                     absent.add(frames[0])  # the order of one client's replies stays
                     waiting.append(frames)
             self._kept = waiting
-        # Whoever touches a socket must look at its events anew: its descriptor tells of changes only (zmq_getsockopt).
+        # Whoever touches a socket must look at its events anew: its descriptor signals changes only (zmq_getsockopt).
         self._rebuild_io_state()
         if waiting and not self._retrying and time.monotonic() < self._retry_until_s:
             self._retrying = True
@@ -136,14 +136,14 @@ class ReplyStream(ZMQStream):
 
 
 def prepare_socket(socket: zmq.Socket[bytes]) -> None:
-    """Have a ROUTER say when a peer is unknown (zmq_setsockopt, ZMQ_ROUTER_MANDATORY). Call before it is bound."""
+    """Have a ROUTER report when a peer is unknown (zmq_setsockopt, ZMQ_ROUTER_MANDATORY). Call before it is bound."""
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
 
 
 def answer_for(app: Any, *, reply_to: Mapping[str, Any], text: str) -> None:
     """Answer a cell that this kernel has never run, as if it had: the cell that asked for the return to this state.
 
-    reply_to: {"idents": [base64], "header": {...}} of its execute_request. On the side channel's thread.
+    reply_to: {"idents": [base64], "header": {...}} of its execute_request. On the RPC server's thread.
     """
     kernel, session = app.kernel, app.session
     parent = {"header": dict(reply_to["header"])}
@@ -158,7 +158,7 @@ def answer_for(app: Any, *, reply_to: Mapping[str, Any], text: str) -> None:
 
 
 def abort_for(app: Any, *, reply_to: Mapping[str, Any]) -> None:
-    """Tell the client of a cell that this kernel has never heard of that it is not run, as after an error."""
+    """Answer the client of a cell that this kernel has never received: it is not run, as after an error."""
     _reply(app, reply_to, {"status": "aborted"})
 
 

@@ -12,10 +12,10 @@ from vm_runtime.guest.commands import Commands
 from vm_runtime.guest.exec import HANDLERS as EXEC_HANDLERS
 from vm_runtime.guest.files import HANDLERS as FILES_HANDLERS
 from vm_runtime.guest.files import Files
-from vm_runtime.guest.keeper import KernelError, KernelKeeper
+from vm_runtime.guest.kernel_manager import KernelError, KernelManager
 from vm_runtime.guest.params import environment, param
 from vm_runtime.guest.paths import CHANNEL_PORTS, Paths
-from vm_runtime.guest.renewal import Renewal
+from vm_runtime.guest.uniqueness import Uniqueness
 from vm_runtime.guest.usage import usage_of
 from vm_runtime.wire.errors import LinkClosedError, OpenRejectedError, StreamResetError
 from vm_runtime.wire.relay import relay
@@ -29,8 +29,8 @@ CONNECT_LIMIT_S = 10.0
 class Guest:
     """What the functions below act on."""
 
-    keeper: KernelKeeper
-    renewal: Renewal
+    kernel_manager: KernelManager
+    uniqueness: Uniqueness
     paths: Paths
     commands: Commands
     files: Files
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 async def handle(guest: Guest, incoming: Incoming) -> None:
-    """Serve one stream. Raises OpenRejectedError, which the link tells the host."""
+    """Serve one stream. Raises OpenRejectedError, which the link sends to the host."""
     serve = HANDLERS.get(incoming.kind)
     if serve is None:
         raise OpenRejectedError("unknown_kind", f"This agent does not know streams of kind {incoming.kind!r}.")
@@ -57,39 +57,39 @@ async def _kernel_start(guest: Guest, incoming: Incoming) -> None:
     params = incoming.params
     if params.get("argv") is not None:
         raise OpenRejectedError("not_supported", "This agent starts ipykernel only; leave argv out.")
-    pid, replaces = await guest.keeper.start(
+    pid, replaces = await guest.kernel_manager.start(
         key=param(params, "key", str, None), env=environment(params), cwd=param(params, "cwd", str, None)
     )
     await incoming.answer({"pid": pid, "replaces": replaces})
 
 
 async def _kernel_restart(guest: Guest, incoming: Incoming) -> None:
-    await incoming.answer({"pid": await guest.keeper.restart(env=environment(incoming.params))})
+    await incoming.answer({"pid": await guest.kernel_manager.restart(env=environment(incoming.params))})
 
 
 async def _kernel_stop(guest: Guest, incoming: Incoming) -> None:
-    await guest.keeper.stop(grace_s=float(param(incoming.params, "grace_s", (int, float), 0.0)))
+    await guest.kernel_manager.stop(grace_s=float(param(incoming.params, "grace_s", (int, float), 0.0)))
     await incoming.answer()
 
 
 async def _kernel_interrupt(guest: Guest, incoming: Incoming) -> None:
-    guest.keeper.interrupt()
+    guest.kernel_manager.interrupt()
     await incoming.answer()
 
 
 async def _kernel_hold(guest: Guest, incoming: Incoming) -> None:
     limit_s = float(param(incoming.params, "limit_s", (int, float)))
     unanswered = param(incoming.params, "unanswered", bool, False)
-    await incoming.answer(await guest.keeper.hold(limit_s=limit_s, unanswered=unanswered))
+    await incoming.answer(await guest.kernel_manager.hold(limit_s=limit_s, unanswered=unanswered))
 
 
 async def _kernel_release(guest: Guest, incoming: Incoming) -> None:
-    await guest.keeper.release(waits=param(incoming.params, "waits", bool))
+    await guest.kernel_manager.release(waits=param(incoming.params, "waits", bool))
     await incoming.answer()
 
 
 async def _kernel_quiesce(guest: Guest, incoming: Incoming) -> None:
-    await incoming.answer(await guest.keeper.quiesce(quiet=param(incoming.params, "quiet", bool)))
+    await incoming.answer(await guest.kernel_manager.quiesce(quiet=param(incoming.params, "quiet", bool)))
 
 
 async def _kernel_channel(guest: Guest, incoming: Incoming) -> None:
@@ -109,7 +109,7 @@ async def _tunnel(guest: Guest, incoming: Incoming) -> None:
 
 async def _template_prepare(guest: Guest, incoming: Incoming) -> None:
     params = incoming.params
-    pid = await guest.keeper.prepare(warmup=param(params, "warmup", str, ""), env=environment(params))
+    pid = await guest.kernel_manager.prepare(warmup=param(params, "warmup", str, ""), env=environment(params))
     await incoming.answer({"pid": pid})
 
 
@@ -117,13 +117,13 @@ async def _sandbox_identify(guest: Guest, incoming: Incoming) -> None:
     identity = param(incoming.params, "identity", dict)
     if not all(isinstance(value, str) for value in identity.values()):
         raise OpenRejectedError("bad_params", "identity is an object of strings.")
-    guest.renewal.identify(identity)
-    guest.renewal.set_clock(param(incoming.params, "wall_clock_ns", int))
+    guest.uniqueness.identify(identity)
+    guest.uniqueness.set_clock(param(incoming.params, "wall_clock_ns", int))
     await incoming.answer()
 
 
 async def _machine_clock(guest: Guest, incoming: Incoming) -> None:
-    guest.renewal.set_clock(param(incoming.params, "wall_clock_ns", int))
+    guest.uniqueness.set_clock(param(incoming.params, "wall_clock_ns", int))
     await incoming.answer()
 
 

@@ -79,7 +79,7 @@ class FileWriter:
     """
 
     def __init__(self, path: str, *, mode: int | None, parents: bool, append: bool = False) -> None:
-        """Raises OSError, also where the target is there and no regular file."""
+        """Raises OSError, also where the target exists and is no regular file."""
         target = Path(os.path.realpath(path))
         self._fd = -1
         if path.endswith("/"):
@@ -124,7 +124,7 @@ class FileWriter:
         os.fchmod(self._fd, self._mode)
         fd, self._fd = self._fd, -1
         try:
-            os.close(fd)  # some file systems tell only now that there was no room
+            os.close(fd)  # some file systems report only now that there was no room
             if self._append and self._replaced is not None:
                 self._append_it()
                 self._unlink()

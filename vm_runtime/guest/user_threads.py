@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from vm_runtime.guest.keeper import User
+from vm_runtime.guest.kernel_manager import User
 
 # Transfers wait for the wire more than for the disk; further threads would only take memory.
 THREADS = 4

@@ -32,7 +32,7 @@ _CELLS = ("print('warm')", "1 + 1", "def warm():\n    return 1 / 0\nwarm()")
 
 
 def warm_up(app: Any, code: str) -> str | None:
-    """Run `code` (the recipe's warm-up) and typical requests in the kernel of `app`. On the side channel's thread.
+    """Run `code` (the recipe's warm-up) and typical requests in the kernel of `app`. On the RPC server's thread.
 
     Returns what the recipe's code raised, or None. Raises TimeoutError if the kernel does not answer.
     """

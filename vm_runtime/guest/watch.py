@@ -19,7 +19,7 @@ WATCHES_MAX = 2048
 
 READ_BYTES = 64 * 1024
 
-# The two records of a rename are two events in vmlinux, and either may be read before the other is there (man inotify,
+# The two records of a rename are two events in vmlinux, and either may be read before the other has come (man inotify,
 # "Dealing with rename() events"). What was moved out of sight is known after this time; its writer runs meanwhile.
 MOVE_PAIR_S = 0.1
 
@@ -36,7 +36,7 @@ _RECORD = struct.Struct("iIII")
 
 class Watch:
     """`fd` is readable when `read` has something. `close` when done. Adding watches blocks, and takes the rights of
-    the thread it runs in. over: what was watched is gone, and nothing more will come."""
+    the thread it runs in. over: what was watched was removed, and nothing more will come."""
 
     def __init__(self, path: str, *, recursive: bool) -> None:
         """Raises OSError, and OpenRejectedError too_many_watches."""
@@ -132,14 +132,14 @@ class Watch:
                 self._add_new(path)
 
     def _add_new(self, path: str) -> None:
-        """A directory that appeared: what was put into it before we watched it is told here."""
+        """A directory that appeared: what was put into it before we watched it is reported here."""
         try:
             self._add(path)
             self._changes.extend({"event": "created", "path": found} for found in self._add_below(path))
         except OpenRejectedError:
             self._changes.append({"event": "overflow", "path": path})
         except OSError:
-            pass  # it is gone already, or nothing that its user may look into
+            pass  # it was removed already, or is nothing that its user may look into
 
     def _add(self, path: str) -> None:
         number = self._libc.inotify_add_watch(self.fd, os.fsencode(path), _WANTED) if self._has_room() else -1

@@ -27,7 +27,7 @@ from typing import Any
 from vm_runtime.guest.environment import adopt, needs_new_process
 from vm_runtime.guest.interpreter import python_command
 from vm_runtime.guest.kernel import KernelSettings, reseed, run_kernel, trim_memory
-from vm_runtime.guest.side import DATAGRAM_BYTES_MAX, TRACEBACK_CHARS_MAX
+from vm_runtime.guest.rpc_server import DATAGRAM_BYTES_MAX, TRACEBACK_CHARS_MAX
 
 # Memory exhaustion ends the kernel, then the zygote, never the agent (-1000). See man proc_pid_oom_score_adj.
 ZYGOTE_OOM_SCORE_ADJ = 0
@@ -106,20 +106,20 @@ class Zygote:
         gc.freeze()
         return {"loaded": loaded}
 
-    def _fork(self, request: dict[str, Any], side: socket.socket) -> Callable[[], None] | None:
+    def _fork(self, request: dict[str, Any], rpc_socket: socket.socket) -> Callable[[], None] | None:
         pid = os.fork()
         if pid:
-            side.close()
+            rpc_socket.close()
             self._answer(request, {"pid": pid})
             return None
         self._become_kernel()
         settings = KernelSettings(**request["settings"])
         env = request["env"]
         if needs_new_process(os.environ, env) or self._has_outdated_modules(env):
-            _start_anew(settings, side, env)
+            _start_anew(settings, rpc_socket, env)
         adopt(env)
         reseed()
-        return lambda: run_kernel(settings, side)
+        return lambda: run_kernel(settings, rpc_socket)
 
     def _become_kernel(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -183,14 +183,14 @@ def _path_files() -> set[tuple[str, int]]:
     return found
 
 
-def _start_anew(settings: KernelSettings, side: socket.socket, env: Mapping[str, str]) -> None:
+def _start_anew(settings: KernelSettings, rpc_socket: socket.socket, env: Mapping[str, str]) -> None:
     """Replace this process by a new interpreter with `env` that runs the kernel."""
     reader, writer = os.pipe()
     os.write(writer, json.dumps(asdict(settings)).encode())  # a pipe has room for it
     os.close(writer)
-    side.set_inheritable(True)
+    rpc_socket.set_inheritable(True)
     os.set_inheritable(reader, True)
-    command = python_command("zygote", "main_kernel", str(side.fileno()), str(reader))
+    command = python_command("zygote", "main_kernel", str(rpc_socket.fileno()), str(reader))
     os.execve(command[0], command, env)
 
 
@@ -209,7 +209,7 @@ def main() -> None:
 
 def main_kernel() -> None:
     """A kernel with an interpreter of its own."""
-    side, reader = int(sys.argv[1]), int(sys.argv[2])
+    rpc_socket, reader = int(sys.argv[1]), int(sys.argv[2])
     with os.fdopen(reader, "rb") as pipe:
         settings = KernelSettings(**json.loads(pipe.read()))
-    run_kernel(settings, socket.socket(fileno=side))
+    run_kernel(settings, socket.socket(fileno=rpc_socket))

@@ -29,8 +29,10 @@ class FileDigest(BaseModel):
 
 
 class Manifest(BaseModel):
-    """packages: Debian's and Python's in the root file system, `name version`. kernel_packages: those that vmlinux and
-    the initramfs come from. builder: see build.builder_version."""
+    """packages: Debian's and Python's in the root file system, `name version`.
+    kernel_packages: those that vmlinux and the initramfs come from.
+    builder: see build.builder_version.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

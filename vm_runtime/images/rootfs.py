@@ -80,7 +80,7 @@ async def install_debian_packages(
     loaded: LoadedRecipe, *, work: Path, overlay: Path, on_step: Callable[[str], None]
 ) -> Path:
     """Installs Debian with the overlay on top; returns a directory with rootfs.erofs, vmlinuz, modules/, busybox and
-    the lists of packages. `on_step` is told the steps after the installation.
+    the lists of packages. `on_step` receives the steps after the installation.
 
     Errors: UnknownPackageError, RecipeError (its warm-up fails), NetworkError, BuildHostError, BuildFailedError.
     """

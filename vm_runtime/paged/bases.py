@@ -1,8 +1,9 @@
-"""Bases for machines to map: sealed copies of what strangers share, the files themselves otherwise.
+"""Bases for machines to map: sealed copies of what sandboxes of different users share, the files themselves otherwise.
 
 QEMU before 9 opens guest RAM for writing although it maps it privately. What is done about it depends on who shares it:
 
-* a template's base is shared by strangers: it is copied into a sealed memfd, once for all machines of this process;
+* a template's base is shared by different users: it is copied into a sealed memfd, once for all machines of this
+  process;
 * a base that was flattened from a sandbox's own chain belongs to that sandbox and its forks. Copying 500 MB would make
   every wake as slow as that, so the file itself is mapped (mode 0666 in a directory of mode 0700; the VMM gets a
   descriptor). A VMM that was broken into could then write into the base of its own family. It cannot do so unseen:

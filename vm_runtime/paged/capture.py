@@ -21,14 +21,14 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vm_runtime.drivers.base import Capture, MachinePlace, Shell
+from vm_runtime.drivers.base import Capture, MachinePaths, UnloadedMachine
 from vm_runtime.errors import MachineStateError
 from vm_runtime.files import sync
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.paged.bases import Bases
 from vm_runtime.paged.chains import check_room
-from vm_runtime.paged.ground import Ground
 from vm_runtime.paged.machine import PagedMachine, PagedVmm
-from vm_runtime.paged.shells import Content, Loaded, PagedShell, fill_ahead
+from vm_runtime.paged.unloaded import Content, Loaded, UnloadedPagedMachine, fill_ahead
 from vm_runtime.saving.threads import gather_all
 from vm_runtime.snapshots.family import open_family
 from vm_runtime.snapshots.injection import can_inject
@@ -53,13 +53,13 @@ KEPT_OPEN = 8
 
 
 @dataclass(kw_only=True, eq=False)
-class Resting:
+class OpenBacking:
     """What a clone that runs lies on, and the tracker of what it has written since.
 
-    image: the memory of `ground`, if it is kept open. captures: those that are taken and not stored yet, oldest first.
+    image: the memory of `backing`, if it is kept open. captures: those that are taken and not stored yet, oldest first.
     """
 
-    ground: Ground
+    backing: BackingChain
     base: BaseMemory
     tracker: DirtyTracker
     image: MemoryImage | None = None
@@ -84,38 +84,40 @@ class Tools:
     store: SnapshotStore
     vmm: PagedVmm
     bases: Bases
-    on_loaded: Callable[[Ground, Loaded], None]
-    open_last: list[Resting] = field(default_factory=list)
+    on_loaded: Callable[[BackingChain, Loaded], None]
+    open_last: list[OpenBacking] = field(default_factory=list)
 
-    def keep_open(self, resting: Resting, image: MemoryImage) -> None:
+    def keep_open(self, open_backing: OpenBacking, image: MemoryImage) -> None:
         """Keep what a machine lies on open, instead of that of another which was captured longer ago."""
-        resting.image = image
-        self.open_last[:] = [each for each in self.open_last if each is not resting and each.image is not None]
-        self.open_last.append(resting)
+        open_backing.image = image
+        self.open_last[:] = [each for each in self.open_last if each is not open_backing and each.image is not None]
+        self.open_last.append(open_backing)
         if len(self.open_last) > KEPT_OPEN:
             self.open_last.pop(0).close_image()
 
-    def frozen_disks(self, machine: PagedMachine, ground: Ground) -> list[Path]:
+    def frozen_disks(self, machine: PagedMachine, backing: BackingChain) -> list[Path]:
         """Frozen files of a machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
         that an earlier gateway did not finish. Blocking."""
         stored: set[int] = set()
-        for disk in ground.disks:
+        for disk in backing.disks:
             with contextlib.suppress(FileNotFoundError):
                 stored.add(self.store.part_path(PartKind.DISK, disk.digest).stat().st_ino)
-        own = [path for path in machine.disk_chain[:-1] if path.parent == machine.place.disk_dir and path.exists()]
+        own = [path for path in machine.disk_chain[:-1] if path.parent == machine.paths.disk_dir and path.exists()]
         return [path for path in own if path.stat().st_ino not in stored]
 
-    def state(self, ground: Ground, device: Part | None) -> State:
-        return ground.state(driver=self.vmm.name, format=self.vmm.state_format, needs=self.vmm.needs, device=device)
+    def state(self, backing: BackingChain, device: Part | None) -> State:
+        return backing.state(driver=self.vmm.name, format=self.vmm.state_format, needs=self.vmm.needs, device=device)
 
 
 class PageCapture(Capture):
     """Of a clone; made by `capturing`."""
 
-    def __init__(self, tools: Tools, machine: PagedMachine, resting: Resting, *, children: int, last: bool) -> None:
+    def __init__(
+        self, tools: Tools, machine: PagedMachine, open_backing: OpenBacking, *, children: int, last: bool
+    ) -> None:
         self._tools = tools
         self._machine = machine
-        self._resting = resting
+        self._open_backing = open_backing
         self._as_family = children >= FAMILY and can_inject()
         self._has_children = children > 0
         self._last = last
@@ -131,27 +133,27 @@ class PageCapture(Capture):
         self._stack = AsyncExitStack()
 
     @property
-    def _ground(self) -> Ground:
+    def _backing(self) -> BackingChain:
         """That of the snapshot before, once it is stored."""
-        return self._resting.ground
+        return self._open_backing.backing
 
     async def prepare(self) -> None:
         await asyncio.to_thread(self._check_room)
         share_from = None if not self._has_children else 0 if self._as_family else SHARED_CAPTURE_PAGES
-        preparing = asyncio.to_thread(self._resting.tracker.prepare, share_from_pages=share_from)
+        preparing = asyncio.to_thread(self._open_backing.tracker.prepare, share_from_pages=share_from)
         # With many layers opening them takes longer than the rest, and children need them before the pause.
-        await gather_all(preparing, *([self._under()] if self._has_children else []))
+        await gather_all(preparing, *([self._parent_image()] if self._has_children else []))
 
     def _check_room(self) -> None:
         new_disks = 1 + len(self._frozen_disks())
         open_disks = len(self._machine.disk_chain)
-        check_room(self._ground, new_disks=new_disks, open_disks=open_disks, last=self._last)
+        check_room(self._backing, new_disks=new_disks, open_disks=open_disks, last=self._last)
 
     async def catch_up(self) -> None:
-        await asyncio.to_thread(self._resting.tracker.catch_up)
+        await asyncio.to_thread(self._open_backing.tracker.catch_up)
 
     async def take(self) -> None:
-        self._resting.captures.append(self)
+        self._open_backing.captures.append(self)
         # None of the three writes to guest memory, so they need not wait for each other.
         await gather_all(self._take_device(), self._freeze_disk(), self._take_pages())
         self._disks = self._machine.disk_chain[:-1]
@@ -161,27 +163,27 @@ class PageCapture(Capture):
 
     async def _freeze_disk(self) -> None:
         if self._machine.disk_written:
-            target = self._machine.place.disk_dir / f"disk-{secrets.token_hex(4)}.qcow2"
+            target = self._machine.paths.disk_dir / f"disk-{secrets.token_hex(4)}.qcow2"
             self._frozen_disk = await self._machine.freeze_disk(target)
 
     async def _take_pages(self) -> None:
-        self._pages = await asyncio.to_thread(self._resting.tracker.capture)
+        self._pages = await asyncio.to_thread(self._open_backing.tracker.capture)
 
     async def store(self, draft: Draft) -> State:
         assert self._pages is not None and self._device is not None
         pages = replace(self._pages, parts=(*self._below, *self._pages.parts))
-        return await asyncio.to_thread(self._store, draft, pages, self._device, await self._under())
+        return await asyncio.to_thread(self._store, draft, pages, self._device, await self._parent_image())
 
-    def _store(self, draft: Draft, pages: CapturedPages, device: int, under: MemoryImage) -> State:
+    def _store(self, draft: Draft, pages: CapturedPages, device: int, parent: MemoryImage) -> State:
         device_part = draft.add_bytes(PartKind.DEVICE, _content(device))
-        layer = self._store_layer(draft, pages, under)
+        layer = self._store_layer(draft, pages, parent)
         disks = tuple(self._store_disk(draft, path) for path in self._frozen_disks() if path in self._disks)
-        return self._tools.state(self._ground.over(layer=layer, disks=disks), device_part)
+        return self._tools.state(self._backing.over(layer=layer, disks=disks), device_part)
 
-    def _store_layer(self, draft: Draft, pages: CapturedPages, under: MemoryImage) -> Part | None:
+    def _store_layer(self, draft: Draft, pages: CapturedPages, parent: MemoryImage) -> Part | None:
         path = draft.path("layer")
-        digest, _ = pages.write(path, under=under)
-        layer = Layer.open(path, size_bytes=self._ground.memory_bytes)
+        digest, _ = pages.write(path, parent=parent)
+        layer = Layer.open(path, size_bytes=self._backing.memory_bytes)
         if not layer.data_runs and not layer.zero_runs:
             layer.close()
             return None
@@ -195,82 +197,84 @@ class PageCapture(Capture):
         return draft.add(PartKind.DISK, link)
 
     async def commit(self, state: State) -> None:
-        image, layer = await self._under(), self._layer
+        image, layer = await self._parent_image(), self._layer
         self._opening = self._layer = None
-        self._resting.captures.remove(self)
-        self._resting.ground = Ground.of(state)
+        self._open_backing.captures.remove(self)
+        self._open_backing.backing = BackingChain.of(state)
         if layer is not None:
             image = await asyncio.to_thread(image.over, layer)
-        self._tools.keep_open(self._resting, image)
+        self._tools.keep_open(self._open_backing, image)
         await asyncio.to_thread(self._drop_stored_disks)
 
     def _drop_stored_disks(self) -> None:
         unstored = self._frozen_disks()
         for path in self._machine.disk_chain[:-1]:
-            if path.parent == self._machine.place.disk_dir and path not in unstored:
+            if path.parent == self._machine.paths.disk_dir and path not in unstored:
                 path.unlink(missing_ok=True)
 
     def _frozen_disks(self) -> list[Path]:
-        return self._tools.frozen_disks(self._machine, self._resting.ground)
+        return self._tools.frozen_disks(self._machine, self._open_backing.backing)
 
-    async def _under(self) -> MemoryImage:
+    async def _parent_image(self) -> MemoryImage:
         """What it lies on: opened when it is first needed, and kept open for the next capture."""
         if self._opening is None:
-            self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_under))
+            self._opening = asyncio.ensure_future(asyncio.to_thread(self._open_parent_image))
         return await asyncio.shield(self._opening)
 
-    def _open_under(self) -> MemoryImage:
-        image, self._resting.image = self._resting.image, None
+    def _open_parent_image(self) -> MemoryImage:
+        image, self._open_backing.image = self._open_backing.image, None
         if image is not None:
             return image
-        store, ground = self._tools.store, self._ground
-        return MemoryImage(self._resting.base, store.open_layers(ground.layers, memory_bytes=ground.memory_bytes))
+        store, backing = self._tools.store, self._backing
+        return MemoryImage(
+            self._open_backing.base, store.open_layers(backing.layers, memory_bytes=backing.memory_bytes)
+        )
 
     # -- children -------------------------------------------------------------------------------------------------
 
-    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
+    async def start_unloaded(self, spec: MachineSpec, *, paths: MachinePaths) -> UnloadedMachine:
         # A disk that was written already will be frozen at the pause, so a child may be started on it: it looks at it
         # again when it is loaded.
         expected = await asyncio.to_thread(self._unsaved_disks)
-        return await self._start(spec, place, expected)
+        return await self._start(spec, paths, expected)
 
-    async def _start(self, spec: MachineSpec, place: MachinePlace, unsaved: Sequence[Path]) -> PagedShell:
+    async def _start(self, spec: MachineSpec, paths: MachinePaths, unsaved: Sequence[Path]) -> UnloadedPagedMachine:
         tools = self._tools
-        chain = [tools.store.part_path(PartKind.DISK, disk.digest) for disk in self._ground.disks]
+        chain = [tools.store.part_path(PartKind.DISK, disk.digest) for disk in self._backing.disks]
 
-        async def content(shell: PagedShell) -> Content:
+        async def content(unloaded: UnloadedPagedMachine) -> Content:
             """Its disks are nearly always what they were expected to be; else its VMM is started anew."""
             if (taken := self._taken_disks(unsaved)) != list(unsaved):
-                await shell.prepared.discard()
-                shell.prepared = await tools.vmm.prepare_restore(spec, shell.base, [*chain, *taken], place=place)
-                await self._fill_ahead(shell)
+                await unloaded.prepared.discard()
+                unloaded.prepared = await tools.vmm.prepare_restore(spec, unloaded.base, [*chain, *taken], paths=paths)
+                await self._fill_ahead(unloaded)
             pages = await self._shared_pages()
             return Content(
                 device=Path(f"/proc/self/fd/{self._device}"),
                 files=pages.files,
-                write=lambda pid, address, lent: place_pages(pid, address, pages.pieces, lent=lent),
+                write=lambda pid, address, passed: place_pages(pid, address, pages.pieces, passed=passed),
             )
 
-        base = await tools.bases.acquire(self._ground.base)
+        base = await tools.bases.acquire(self._backing.base)
         try:
-            prepared = await tools.vmm.prepare_restore(spec, base, [*chain, *unsaved], place=place)
+            prepared = await tools.vmm.prepare_restore(spec, base, [*chain, *unsaved], paths=paths)
         except BaseException:
             base.close()
             raise
-        # Until it is stored it lies on what its parent lay on; its owner says so when it is.
-        shell = PagedShell(
-            prepared, base, content=content, on_loaded=lambda loaded: tools.on_loaded(self._ground, loaded)
+        # Until it is stored it lies on what its parent lay on; its owner calls `set_backing` when it is.
+        unloaded = UnloadedPagedMachine(
+            prepared, base, content=content, on_loaded=lambda loaded: tools.on_loaded(self._backing, loaded)
         )
         try:
-            await self._fill_ahead(shell)
+            await self._fill_ahead(unloaded)
         except BaseException:
-            await shell.discard()
+            await unloaded.discard()
             raise
-        return shell
+        return unloaded
 
-    async def _fill_ahead(self, shell: PagedShell) -> None:
-        if not self._as_family and (image := await self._under()).layers:
-            await fill_ahead(shell.prepared, image)
+    async def _fill_ahead(self, unloaded: UnloadedPagedMachine) -> None:
+        if not self._as_family and (image := await self._parent_image()).layers:
+            await fill_ahead(unloaded.prepared, image)
 
     def _unsaved_disks(self) -> list[Path]:
         """Disk files with what was written since the last snapshot, oldest first."""
@@ -290,8 +294,8 @@ class PageCapture(Capture):
         assert self._pages is not None
         if not self._as_family:
             return self._pages.shared()
-        under, stack = await self._under(), ExitStack()
-        pages = await asyncio.to_thread(stack.enter_context, open_family(under, self._pages))
+        parent, stack = await self._parent_image(), ExitStack()
+        pages = await asyncio.to_thread(stack.enter_context, open_family(parent, self._pages))
         self._stack.callback(stack.close)
         return pages
 
@@ -301,7 +305,7 @@ class PageCapture(Capture):
         try:
             yield self
         finally:
-            if self in self._resting.captures:  # first: the one after it is stored next
+            if self in self._open_backing.captures:  # first: the one after it is stored next
                 self._pass_on()
             if self._shared is not None:
                 await asyncio.wait([self._shared])
@@ -317,14 +321,14 @@ class PageCapture(Capture):
 
     def _pass_on(self) -> None:
         """It was not stored: its pages belong to the capture after it, or if there is none, to the next one."""
-        captures = self._resting.captures
+        captures = self._open_backing.captures
         at = captures.index(self)
         del captures[at]
         parts = (*self._below, *(self._pages.parts if self._pages is not None else ()))
         if at < len(captures):
             captures[at]._below = parts
         else:
-            self._resting.tracker.put_back(parts)
+            self._open_backing.tracker.put_back(parts)
 
 
 class BootedCapture(Capture):
@@ -358,12 +362,12 @@ class BootedCapture(Capture):
         _copy_disk(disk_path, draft.path("disk"))
         disk = draft.add(PartKind.DISK, draft.path("disk"))
         device = draft.add_bytes(PartKind.DEVICE, _content(self._device))
-        return self._tools.state(Ground(base=base, disks=(disk,)), device)
+        return self._tools.state(BackingChain(base=base, disks=(disk,)), device)
 
     async def commit(self, state: State) -> None:
         """Nothing: its memory does not lie on what was stored."""
 
-    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> Shell:
+    async def start_unloaded(self, spec: MachineSpec, *, paths: MachinePaths) -> UnloadedMachine:
         raise MachineStateError(found="booted", wanted="restored from a snapshot")
 
     @asynccontextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.snapshots.errors import ChainTooLongError
 from vm_runtime.snapshots.manifest import MAX_LAYERS
 
@@ -24,7 +24,7 @@ LARGE_LAYERS_BYTES = 48 << 20
 _TIER_RATIO = 2
 # What no chain has more of once it was shortened; beyond it the sizes do not count.
 MAX_SETTLED = 16
-# What a person should hear of: no chain that was shortened has so many.
+# What a person should know of: no chain that was shortened has so many.
 SETTLED_PARTS = 24
 # A chain that flattening has not kept up with: the next snapshot waits for it.
 CROWDED = 48
@@ -44,48 +44,49 @@ def merge_from(sizes: Sequence[int], *, most: int) -> int:
     return start
 
 
-def may_need(ground: Ground) -> bool:
+def may_need(backing: BackingChain) -> bool:
     """Whether there may be something to shorten; cheap."""
-    return is_long_memory(ground) or has_many_disks(ground)
+    return is_long_memory(backing) or has_many_disks(backing)
 
 
-def is_long_memory(ground: Ground) -> bool:
-    return len(ground.layers) >= LONG_CHAIN or ground.layer_bytes >= LARGE_LAYERS_BYTES
+def is_long_memory(backing: BackingChain) -> bool:
+    return len(backing.layers) >= LONG_CHAIN or backing.layer_bytes >= LARGE_LAYERS_BYTES
 
 
-def has_many_disks(ground: Ground) -> bool:
-    return len(ground.disks) >= MANY_DISKS
+def has_many_disks(backing: BackingChain) -> bool:
+    return len(backing.disks) >= MANY_DISKS
 
 
-def is_crowded(ground: Ground, *, open_disks: int) -> bool:
+def is_crowded(backing: BackingChain, *, open_disks: int) -> bool:
     """Whether a snapshot should wait until the chain is shorter. open_disks: files that the VMM has open."""
-    return max(len(ground.layers), len(ground.disks), open_disks) >= CROWDED
+    return max(len(backing.layers), len(backing.disks), open_disks) >= CROWDED
 
 
-def check_room(ground: Ground, *, new_disks: int, open_disks: int, last: bool) -> None:
+def check_room(backing: BackingChain, *, new_disks: int, open_disks: int, last: bool) -> None:
     """Before a pause: whether one more snapshot can be stored. new_disks: that it would add; last: its machine stops.
 
     Raises ChainTooLongError.
     """
     most = MAX_LAYERS if last else MAX_CHAIN
     for what, count in (
-        ("memory layers", len(ground.layers) + 1),
-        ("disks", len(ground.disks) + new_disks),
+        ("memory layers", len(backing.layers) + 1),
+        ("disks", len(backing.disks) + new_disks),
         ("open disks", 0 if last else open_disks + 1),
     ):
         if count > most:
             raise ChainTooLongError(what, count=count, most=most)
 
 
-def rebased(ground: Ground, *, old: Ground, new: Ground) -> Ground | None:
-    """The ground of a machine that lies on the old state or on snapshots over it, on the new one; None if it does not.
+def rebased(backing: BackingChain, *, old: BackingChain, new: BackingChain) -> BackingChain | None:
+    """The backing chain of a machine that lies on the old state or on snapshots over it, on the new one; None if it
+    does not.
 
     Memory and disks each for themselves: one of them may have been replaced by an earlier shortening already.
     """
-    result = ground
+    result = backing
     count = len(old.layers)
-    if ground.base == old.base and ground.layers[:count] == old.layers:
-        result = replace(result, base=new.base, layers=(*new.layers, *ground.layers[count:]))
-    if ground.disks[: len(old.disks)] == old.disks:
-        result = replace(result, disks=(*new.disks, *ground.disks[len(old.disks) :]))
-    return None if result == ground else result
+    if backing.base == old.base and backing.layers[:count] == old.layers:
+        result = replace(result, base=new.base, layers=(*new.layers, *backing.layers[count:]))
+    if backing.disks[: len(old.disks)] == old.disks:
+        result = replace(result, disks=(*new.disks, *backing.disks[len(old.disks) :]))
+    return None if result == backing else result

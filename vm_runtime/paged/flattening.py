@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from vm_runtime.drivers.base import Failure, FlatteningStatus, Shorter
 from vm_runtime.errors import VmRuntimeError
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.paged.bases import Bases
 from vm_runtime.paged.chains import (
     LARGE_LAYERS_BYTES,
@@ -40,7 +41,6 @@ from vm_runtime.paged.chains import (
     merge_from,
     rebased,
 )
-from vm_runtime.paged.ground import Ground
 from vm_runtime.saving.threads import open_draft
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.layers import MemoryImage
@@ -118,7 +118,7 @@ class Flattener:
         if self._stopped:
             return
         key = manifest.sandbox_id or manifest.id
-        # One that has failed goes on waiting for its time.
+        # One that has failed keeps waiting for its time.
         before = self._jobs.pop(key, _Job(manifest=manifest, stopped=stopped))
         self._jobs[key] = replace(before, manifest=manifest, stopped=stopped)
         if len(self._jobs) > MAX_WAITING:
@@ -238,27 +238,27 @@ class Flattener:
         current = await self._in_thread(self._current, manifest)
         if current is not manifest:
             # Also of an earlier attempt, after which a machine may have stayed where it was.
-            old, new = Ground.of(manifest.state), Ground.of(current.state)
+            old, new = BackingChain.of(manifest.state), BackingChain.of(current.state)
             await attempt(self._on_shortened(partial(_rebased_state, old=old, new=new)))
         exists = await self._in_thread(self._store.manifest_path(manifest.id).exists)
         return " ".join(reasons) if reasons and exists else None
 
     async def _shorten_memory(self, manifest: Manifest, *, stopped: bool) -> None:
-        ground = Ground.of((await self._in_thread(self._current, manifest)).state)
-        if not is_long_memory(ground):
+        backing = BackingChain.of((await self._in_thread(self._current, manifest)).state)
+        if not is_long_memory(backing):
             return
         async with open_draft(self._store) as draft:
-            merged = await self._in_thread(self._merge_memory, draft, ground, stopped)
-            if merged != ground:
+            merged = await self._in_thread(self._merge_memory, draft, backing, stopped)
+            if merged != backing:
                 await self._in_thread(self._publish, draft, manifest, merged)
 
     async def _shorten_disks(self, manifest: Manifest) -> None:
-        ground = Ground.of((await self._in_thread(self._current, manifest)).state)
-        if not has_many_disks(ground):
+        backing = BackingChain.of((await self._in_thread(self._current, manifest)).state)
+        if not has_many_disks(backing):
             return
-        # The lowest is the template's, shared by strangers.
-        start = 1 + merge_from([disk.size_bytes for disk in ground.disks[1:]], most=MANY_DISKS - 1)
-        below, upper = ground.disks[:start], ground.disks[start:]
+        # The lowest is the template's, shared by different users.
+        start = 1 + merge_from([disk.size_bytes for disk in backing.disks[1:]], most=MANY_DISKS - 1)
+        below, upper = backing.disks[:start], backing.disks[start:]
         async with open_draft(self._store) as draft:
             paths = await self._in_thread(lambda: [self._store.checked_path(PartKind.DISK, disk) for disk in upper])
             target = draft.path("disk")
@@ -270,7 +270,7 @@ class Flattener:
             self._merging.result()
             part = await self._in_thread(draft.add, PartKind.DISK, target)
             self._merged_bytes += part.size_bytes
-            await self._in_thread(self._publish, draft, manifest, replace(ground, disks=(*below, part)))
+            await self._in_thread(self._publish, draft, manifest, replace(backing, disks=(*below, part)))
 
     # -- in threads -----------------------------------------------------------------------------------------------
 
@@ -281,10 +281,10 @@ class Flattener:
         """The shortest form so far."""
         return self._store.flattened(manifest.id) or manifest
 
-    def _publish(self, draft: Draft, manifest: Manifest, ground: Ground) -> None:
+    def _publish(self, draft: Draft, manifest: Manifest, backing: BackingChain) -> None:
         values = manifest.model_dump(exclude={"id"})
         values |= {
-            "state": _as(manifest.state, ground),
+            "state": _as(manifest.state, backing),
             "flattened_from": manifest.id,
             "created_at": datetime.datetime.now(datetime.UTC),  # the newest is the shortest
         }
@@ -300,14 +300,14 @@ class Flattener:
             if self._stopped:
                 raise _StoppedError
 
-    def _merge_memory(self, draft: Draft, ground: Ground, stopped: bool) -> Ground:
+    def _merge_memory(self, draft: Draft, backing: BackingChain, stopped: bool) -> BackingChain:
         self._step()
         with ExitStack() as stack:
-            path = self._store.checked_path(PartKind.BASE, ground.base)
+            path = self._store.checked_path(PartKind.BASE, backing.base)
             base = stack.enter_context(
-                BaseMemory.open_file(path, digest=ground.base.digest, size_bytes=ground.memory_bytes)
+                BaseMemory.open_file(path, digest=backing.base.digest, size_bytes=backing.memory_bytes)
             )
-            layers = self._store.open_layers(ground.layers, memory_bytes=ground.memory_bytes)
+            layers = self._store.open_layers(backing.layers, memory_bytes=backing.memory_bytes)
             for layer in layers:
                 stack.callback(layer.close)
             image = MemoryImage(base, layers)
@@ -320,28 +320,28 @@ class Flattener:
                 digest = image.flatten(target, step=self._step)
                 target.chmod(self._bases.mode(family=True))
                 self._merged_bytes += target.stat().st_blocks * 512
-                return replace(ground, base=draft.add(PartKind.BASE, target, digest=digest), layers=())
-            start = merge_from([layer.size_bytes for layer in ground.layers], most=LONG_CHAIN)
-            if stopped or ground.layer_bytes >= 2 * image.layered_bytes + LARGE_LAYERS_BYTES:
+                return replace(backing, base=draft.add(PartKind.BASE, target, digest=digest), layers=())
+            start = merge_from([layer.size_bytes for layer in backing.layers], most=LONG_CHAIN)
+            if stopped or backing.layer_bytes >= 2 * image.layered_bytes + LARGE_LAYERS_BYTES:
                 start = 0
             if start >= len(layers) - 1:
-                return ground
+                return backing
             target = draft.path("layer")
             digest = MemoryImage(base, layers[start:]).merge_layers(target, step=self._step)
             part = draft.add(PartKind.LAYER, target, digest=digest)
             self._merged_bytes += part.size_bytes
-            return replace(ground, layers=(*ground.layers[:start], part))
+            return replace(backing, layers=(*backing.layers[:start], part))
 
 
-def _rebased_state(state: State, *, old: Ground, new: Ground) -> State | None:
-    ground = rebased(Ground.of(state), old=old, new=new)
-    return None if ground is None else _as(state, ground)
+def _rebased_state(state: State, *, old: BackingChain, new: BackingChain) -> State | None:
+    backing = rebased(BackingChain.of(state), old=old, new=new)
+    return None if backing is None else _as(state, backing)
 
 
-def _as(state: State, ground: Ground) -> State:
-    """The same state on another ground."""
+def _as(state: State, backing: BackingChain) -> State:
+    """The same state on another backing chain."""
     device: Part | None = next(iter(state.of_kind(PartKind.DEVICE)), None)
-    return ground.state(driver=state.driver, format=state.format, needs=state.needs, device=device)
+    return backing.state(driver=state.driver, format=state.format, needs=state.needs, device=device)
 
 
 def _be_nice() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.machine import Machine
 from vm_runtime.snapshots.memory import BaseMemory
 from vm_runtime.spec import MachineSpec
@@ -30,7 +30,7 @@ class MemoryMapping:
 class PagedMachine(Machine):
     """A machine whose memory, device state and disk can be taken one by one while it is paused."""
 
-    place: MachinePlace
+    paths: MachinePaths
 
     @property
     @abstractmethod
@@ -58,7 +58,7 @@ class PagedMachine(Machine):
 
     @abstractmethod
     async def freeze_disk(self, new_overlay: Path) -> Path:
-        """Go on writing to `new_overlay`, a file that must not exist yet; answers the file that will not change any
+        """Continue writing to `new_overlay`, a file that must not exist yet; answers the file that will not change any
         more. O(1). RUNNING or PAUSED; pause first to have it agree with a memory snapshot."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class PreparedMachine(Protocol):
     def memory_mapping(self) -> MemoryMapping:
         """Where its RAM is, into which may be written already. Blocking."""
 
-    def lend(self, files: Mapping[int, int]) -> AbstractAsyncContextManager[Mapping[int, int]]:
+    def pass_files(self, files: Mapping[int, int]) -> AbstractAsyncContextManager[Mapping[int, int]]:
         """Within it the VMM has these files open, too: our descriptors by any key in, its descriptors out; without
         files that it could write to. Any failure within ends it, as of `load`."""
 
@@ -107,7 +107,7 @@ class PagedVmm(Protocol):
     def sealed_bases(self) -> bool: ...
 
     async def prepare_restore(
-        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace
+        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, paths: MachinePaths
     ) -> PreparedMachine:
         """Start the VMM of a clone whose state comes later; answers when it has mapped the base.
 

@@ -12,16 +12,16 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_runtime.drivers.base import Capture, Failure, FlatteningStatus, MachinePlace, OpenState, Shorter, States
+from vm_runtime.drivers.base import Capture, Failure, FlatteningStatus, MachinePaths, OpenState, Shorter, States
 from vm_runtime.errors import MachineGoneError
 from vm_runtime.machine import Machine
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.paged.bases import Bases
-from vm_runtime.paged.capture import BootedCapture, PageCapture, Resting, Tools
+from vm_runtime.paged.capture import BootedCapture, OpenBacking, PageCapture, Tools
 from vm_runtime.paged.chains import is_crowded, may_need
 from vm_runtime.paged.flattening import Flattener
-from vm_runtime.paged.ground import Ground
 from vm_runtime.paged.machine import PagedMachine, PagedVmm
-from vm_runtime.paged.shells import Content, Loaded, PagedShell
+from vm_runtime.paged.unloaded import Content, Loaded, UnloadedPagedMachine
 from vm_runtime.snapshots.layers import Layer, MemoryImage
 from vm_runtime.snapshots.manifest import Manifest, PartKind, State
 from vm_runtime.snapshots.store import SnapshotStore
@@ -33,7 +33,7 @@ ROOM_LIMIT_S = 20.0
 
 
 class PagedStates(States):
-    """See `States`. Holds what lies under each machine that runs, until `release`."""
+    """See `States`. Holds what each machine that runs lies on, until `release`."""
 
     def __init__(
         self,
@@ -49,76 +49,76 @@ class PagedStates(States):
         self._flattener = Flattener(
             store, self._bases, merge_disks=vmm.merge_disks, on_shortened=on_shortened, on_failed=on_failed
         )
-        self._resting: dict[str, Resting] = {}
+        self._open_backing: dict[str, OpenBacking] = {}
 
     @asynccontextmanager
     async def opened(self, state: State) -> AsyncIterator[OpenState]:
-        ground = Ground.of(state)
-        opening = asyncio.create_task(asyncio.to_thread(self._open, ground, state))
+        backing = BackingChain.of(state)
+        opening = asyncio.create_task(asyncio.to_thread(self._open, backing, state))
         try:
-            yield StoredPages(self._tools, ground, opening)
+            yield StoredPages(self._tools, backing, opening)
         finally:
             (parts,) = await asyncio.gather(opening, return_exceptions=True)
             if isinstance(parts, _OpenParts):
                 parts.close()
 
-    def _open(self, ground: Ground, state: State) -> _OpenParts:
+    def _open(self, backing: BackingChain, state: State) -> _OpenParts:
         (device,) = state.of_kind(PartKind.DEVICE)
-        self._check(ground)
+        self._check(backing)
         path = self._store.checked_path(PartKind.DEVICE, device)
-        layers = self._store.open_layers(ground.layers, memory_bytes=ground.memory_bytes)
+        layers = self._store.open_layers(backing.layers, memory_bytes=backing.memory_bytes)
         return _OpenParts(layers=layers, device=path)
 
-    def _check(self, ground: Ground) -> None:
-        for kind, parts in ((PartKind.DISK, ground.disks), (PartKind.LAYER, ground.layers)):
+    def _check(self, backing: BackingChain) -> None:
+        for kind, parts in ((PartKind.DISK, backing.disks), (PartKind.LAYER, backing.layers)):
             for part in parts:
                 self._store.checked_path(kind, part)
 
     async def make_room(self, machine: Machine) -> None:
         assert isinstance(machine, PagedMachine)
-        resting = self._resting.get(machine.id)
-        if resting is not None and is_crowded(resting.ground, open_disks=len(machine.disk_chain)):
+        open_backing = self._open_backing.get(machine.id)
+        if open_backing is not None and is_crowded(open_backing.backing, open_disks=len(machine.disk_chain)):
             await self._flattener.hurried(limit_s=ROOM_LIMIT_S)
 
     def capturing(self, machine: Machine, *, children: int, last: bool) -> AbstractAsyncContextManager[Capture]:
         assert isinstance(machine, PagedMachine)
         if machine.memory_fd is not None:
             return BootedCapture(self._tools, machine).opened()
-        resting = self._resting.get(machine.id)
-        if resting is None:
+        open_backing = self._open_backing.get(machine.id)
+        if open_backing is None:
             raise MachineGoneError(f"Machine {machine.id} has ended or was let go.")
-        return PageCapture(self._tools, machine, resting, children=children, last=last).opened()
+        return PageCapture(self._tools, machine, open_backing, children=children, last=last).opened()
 
-    def _loaded(self, ground: Ground, loaded: Loaded) -> None:
-        self._resting[loaded.machine.id] = Resting(ground=ground, base=loaded.base, tracker=loaded.tracker)
+    def _loaded(self, backing: BackingChain, loaded: Loaded) -> None:
+        self._open_backing[loaded.machine.id] = OpenBacking(backing=backing, base=loaded.base, tracker=loaded.tracker)
 
-    async def rest_on(self, machine: Machine, state: State) -> None:
+    async def set_backing(self, machine: Machine, state: State) -> None:
         assert isinstance(machine, PagedMachine)
-        ground = Ground.of(state)
-        resting = self._resting.get(machine.id)
-        if resting is None:
-            self._resting[machine.id] = await self._found(machine, ground)
+        backing = BackingChain.of(state)
+        open_backing = self._open_backing.get(machine.id)
+        if open_backing is None:
+            self._open_backing[machine.id] = await self._found(machine, backing)
             return
-        if ground == resting.ground:
+        if backing == open_backing.backing:
             return
-        await asyncio.to_thread(self._check, ground)
-        resting.close_image()
-        if ground.base != resting.ground.base:
-            base, resting.base = resting.base, await self._bases.acquire(ground.base)
+        await asyncio.to_thread(self._check, backing)
+        open_backing.close_image()
+        if backing.base != open_backing.backing.base:
+            base, open_backing.base = open_backing.base, await self._bases.acquire(backing.base)
             base.close()
-        resting.ground = ground
+        open_backing.backing = backing
 
     async def reopen(self, machine: Machine) -> None:
         assert isinstance(machine, PagedMachine)
-        resting = self._resting[machine.id]
-        kept = 1 + len(await asyncio.to_thread(self._tools.frozen_disks, machine, resting.ground))
-        if len(machine.disk_chain) - kept > len(resting.ground.disks):
-            lower = [self._store.part_path(PartKind.DISK, disk.digest) for disk in resting.ground.disks]
+        open_backing = self._open_backing[machine.id]
+        kept = 1 + len(await asyncio.to_thread(self._tools.frozen_disks, machine, open_backing.backing))
+        if len(machine.disk_chain) - kept > len(open_backing.backing.disks):
+            lower = [self._store.part_path(PartKind.DISK, disk.digest) for disk in open_backing.backing.disks]
             await machine.rebase_disk(lower, keep=kept)
 
-    async def _found(self, machine: PagedMachine, ground: Ground) -> Resting:
+    async def _found(self, machine: PagedMachine, backing: BackingChain) -> OpenBacking:
         """Of an adopted machine, of which is not known what it has written since."""
-        base = await self._bases.adopt(machine.pid, ground.base)
+        base = await self._bases.adopt(machine.pid, backing.base)
         try:
             mapping = await asyncio.to_thread(machine.memory_mapping)
             tracker = await asyncio.to_thread(
@@ -127,18 +127,18 @@ class PagedStates(States):
         except BaseException:
             base.close()
             raise
-        return Resting(ground=ground, base=base, tracker=tracker)
+        return OpenBacking(backing=backing, base=base, tracker=tracker)
 
     def release(self, machine: Machine) -> None:
         assert isinstance(machine, PagedMachine)
-        resting = self._resting.pop(machine.id, None)
-        if resting is not None:
-            resting.close()
+        open_backing = self._open_backing.pop(machine.id, None)
+        if open_backing is not None:
+            open_backing.close()
         if machine.is_dead:
-            remove_frozen_disks(machine.place)
+            remove_frozen_disks(machine.paths)
 
     def shorten(self, manifest: Manifest, state: State, *, stopped: bool) -> None:
-        if may_need(Ground.of(state)):
+        if may_need(BackingChain.of(state)):
             self._flattener.want(manifest, stopped=stopped)
 
     def flattening(self) -> FlatteningStatus:
@@ -170,40 +170,40 @@ class _OpenParts:
 class StoredPages(OpenState):
     """A state of the store; its parts are checked and opened while the first VMM starts."""
 
-    def __init__(self, tools: Tools, ground: Ground, opening: asyncio.Task[_OpenParts]) -> None:
+    def __init__(self, tools: Tools, backing: BackingChain, opening: asyncio.Task[_OpenParts]) -> None:
         self._tools = tools
-        self._ground = ground
+        self._backing = backing
         self._opening = opening
 
-    async def shell(self, spec: MachineSpec, *, place: MachinePlace) -> PagedShell:
-        tools, ground = self._tools, self._ground
-        base = await tools.bases.acquire(ground.base)
+    async def start_unloaded(self, spec: MachineSpec, *, paths: MachinePaths) -> UnloadedPagedMachine:
+        tools, backing = self._tools, self._backing
+        base = await tools.bases.acquire(backing.base)
         try:
-            chain = [tools.store.part_path(PartKind.DISK, disk.digest) for disk in ground.disks]
-            prepared = await tools.vmm.prepare_restore(spec, base, chain, place=place)
+            chain = [tools.store.part_path(PartKind.DISK, disk.digest) for disk in backing.disks]
+            prepared = await tools.vmm.prepare_restore(spec, base, chain, paths=paths)
         except BaseException as error:
             base.close()
             if isinstance(error, Exception):
                 await asyncio.shield(self._opening)  # a part that is missing or broken is the better reason
             raise
-        return PagedShell(
-            prepared, base, content=self._content, on_loaded=lambda loaded: tools.on_loaded(ground, loaded)
+        return UnloadedPagedMachine(
+            prepared, base, content=self._content, on_loaded=lambda loaded: tools.on_loaded(backing, loaded)
         )
 
-    async def _content(self, shell: PagedShell) -> Content:
+    async def _content(self, unloaded: UnloadedPagedMachine) -> Content:
         parts = await asyncio.shield(self._opening)
-        image = MemoryImage(shell.base, parts.layers)
+        image = MemoryImage(unloaded.base, parts.layers)
 
-        def write(pid: int, address: int, lent: Mapping[int, int]) -> None:
-            image.restore_into(pid, address, lent=lent)
+        def write(pid: int, address: int, passed: Mapping[int, int]) -> None:
+            image.restore_into(pid, address, passed=passed)
 
         return Content(device=parts.device, files=image.files(), write=write)
 
 
-def remove_frozen_disks(place: MachinePlace) -> None:
+def remove_frozen_disks(paths: MachinePaths) -> None:
     """What a dead machine's captures have left beside its own disk file. Twice is harmless. Blocking."""
-    if place.disk_dir.is_dir():
-        for path in place.disk_dir.glob("disk-*.qcow2"):
+    if paths.disk_dir.is_dir():
+        for path in paths.disk_dir.glob("disk-*.qcow2"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # somebody else's files may lie there
-            place.disk_dir.rmdir()
+            paths.disk_dir.rmdir()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vm_runtime.drivers.base import Capture, MachinePlace, Shell
+from vm_runtime.drivers.base import Capture, MachinePaths, UnloadedMachine
 from vm_runtime.machine import Machine
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
@@ -31,32 +31,34 @@ class Forked:
 
 class Children(SnapshotHooks):
     """Takes part in the parent's snapshot. `machines` when that is taken: an error of one is kept in its place, and its
-    siblings go on."""
+    siblings run on."""
 
-    def __init__(self, spec: MachineSpec, places: Sequence[MachinePlace]) -> None:
-        self.children = len(places)
+    def __init__(self, spec: MachineSpec, child_paths: Sequence[MachinePaths]) -> None:
+        self.children = len(child_paths)
         self._spec = spec
-        self._places = places
-        self._shells: list[Shell | Exception] = []
+        self._child_paths = child_paths
+        self._unloaded: list[UnloadedMachine | Exception] = []
         self.machines: list[Machine | Exception] = []
 
     async def prepare(self, capture: Capture) -> None:
-        starting = (capture.shell(self._spec, place=place) for place in self._places)
-        self._shells = _errors_kept(await asyncio.gather(*starting, return_exceptions=True))
+        starting = (capture.start_unloaded(self._spec, paths=paths) for paths in self._child_paths)
+        self._unloaded = _errors_kept(await asyncio.gather(*starting, return_exceptions=True))
 
     async def captured(self) -> None:
         self.machines = _errors_kept(
-            await asyncio.gather(*(self._load(shell) for shell in self._shells), return_exceptions=True)
+            await asyncio.gather(*(self._load(unloaded) for unloaded in self._unloaded), return_exceptions=True)
         )
 
-    async def _load(self, shell: Shell | Exception) -> Machine:
-        if isinstance(shell, Exception):
-            raise shell
-        return await shell.load()
+    async def _load(self, unloaded: UnloadedMachine | Exception) -> Machine:
+        if isinstance(unloaded, Exception):
+            raise unloaded
+        return await unloaded.load()
 
     async def abandoned(self) -> None:
         """Also when some of them cannot be handed out: ends them all."""
-        await asyncio.gather(*(shell.discard() for shell in self._shells if isinstance(shell, Shell)))
+        await asyncio.gather(
+            *(unloaded.discard() for unloaded in self._unloaded if isinstance(unloaded, UnloadedMachine))
+        )
 
 
 def _errors_kept(results: list[T | BaseException]) -> list[T | Exception]:

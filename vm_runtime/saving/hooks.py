@@ -1,4 +1,4 @@
-"""Who takes part in a snapshot, besides the machine: the children of a fork, the boundary between two cells.
+"""Who takes part in a snapshot, besides the machine: the children of a fork, the barrier between two cells.
 
 The steps are those of `SavedMachine.take` (machine.py). Knows no VMM and no kernels.
 """

@@ -9,7 +9,7 @@ those between the lines stop the guest:
     take        captures the state                                  before_resume
     ---------   resume, unless it is to stop                        captured
     store       puts the state into a draft                         described
-    publish     parts are pinned, the manifest becomes visible, saved.json says so
+    publish     parts are pinned, the manifest becomes visible, saved.json names it
     commit      the next snapshot lies on this one                  stored
 
 Snapshots of one machine are captured one after the other, and stored one after the other; the next one may be captured
@@ -26,12 +26,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from vm_runtime.drivers.base import Capture, MachinePlace, States
+from vm_runtime.drivers.base import Capture, MachinePaths, States
 from vm_runtime.machine import Death, Machine
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.record import SavedRecord, remove_record
 from vm_runtime.saving.threads import gather_all, open_draft, succeeded, uncancelled
-from vm_runtime.saving.values import Description, Taken, Then
+from vm_runtime.saving.values import AfterCapture, Description, Taken
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest, Shape, SnapshotContents, State
 from vm_runtime.snapshots.store import Draft, Pin, SnapshotStore
@@ -58,13 +58,13 @@ class SavedMachine:
         store: SnapshotStore,
         states: States,
         machine: Machine,
-        place: MachinePlace,
+        paths: MachinePaths,
         snapshot: Manifest | None,
         state: State | None,
         on_ended: Callable[[SavedMachine], None],
     ) -> None:
         self.machine = machine
-        self.place = place
+        self.paths = paths
         self.snapshot = snapshot
         self.state = state
         self._store = store
@@ -74,7 +74,7 @@ class SavedMachine:
         self._capturing = asyncio.Lock()
         self._storing = asyncio.Lock()
 
-    async def take(self, description: Description, *, then: Then, hooks: Sequence[SnapshotHooks] = ()) -> Taken:
+    async def take(self, description: Description, *, then: AfterCapture, hooks: Sequence[SnapshotHooks] = ()) -> Taken:
         """Take a snapshot. RUNNING or PAUSED. hooks: who takes part in it.
 
         Raises ChainTooLongError (before the pause), StoreFullError, SnapshotError, MachineError, and what the hooks
@@ -90,14 +90,14 @@ class SavedMachine:
             await gather_all(*(hook.abandoned() for hook in hooks))
             raise
 
-    async def _take(self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]) -> Taken:
-        await self._states.make_room(self.machine)  # not within the lock: it changes what the machine rests on
+    async def _take(self, description: Description, then: AfterCapture, hooks: Sequence[SnapshotHooks]) -> Taken:
+        await self._states.make_room(self.machine)  # not within the lock: it changes the machine's backing chain
         with self._states.quiet():
             taken = await self._save(description, then, hooks)
-        self._states.shorten(taken.manifest, taken.manifest.state, stopped=then is Then.STOP)
+        self._states.shorten(taken.manifest, taken.manifest.state, stopped=then is AfterCapture.STOP)
         return taken
 
-    async def _save(self, description: Description, then: Then, hooks: Sequence[SnapshotHooks]) -> Taken:
+    async def _save(self, description: Description, then: AfterCapture, hooks: Sequence[SnapshotHooks]) -> Taken:
         """The steps of a snapshot, in their order. Must not be cancelled."""
         started = time.perf_counter()
         children = sum(hook.children for hook in hooks)
@@ -108,7 +108,7 @@ class SavedMachine:
                     async with self._storing:
                         pass
                 capture = await stack.enter_async_context(
-                    self._states.capturing(self.machine, children=children, last=then is Then.STOP)
+                    self._states.capturing(self.machine, children=children, last=then is AfterCapture.STOP)
                 )
                 try:
                     pause_ms = await self._capture(capture, then, hooks)
@@ -116,7 +116,7 @@ class SavedMachine:
                     if was_running:
                         await self._run_again()
                     raise
-            stopped = was_running and then is Then.STOP
+            stopped = was_running and then is AfterCapture.STOP
             # Nothing is waited for between the two locks, so they are stored in the order in which they were captured.
             async with self._storing:
                 try:
@@ -128,7 +128,7 @@ class SavedMachine:
         total_ms = (time.perf_counter() - started) * 1000
         return Taken(manifest=manifest, pause_ms=pause_ms, total_ms=total_ms, stopped=stopped)
 
-    async def _capture(self, capture: Capture, then: Then, hooks: Sequence[SnapshotHooks]) -> float:
+    async def _capture(self, capture: Capture, then: AfterCapture, hooks: Sequence[SnapshotHooks]) -> float:
         machine = self.machine
         was_running = machine.state is RunState.RUNNING
         preparing = [capture.prepare(), *(hook.prepare(capture) for hook in hooks)]
@@ -144,7 +144,7 @@ class SavedMachine:
         await capture.take()
         for hook in hooks:
             await hook.before_resume()
-        if was_running and then is Then.RESUME:
+        if was_running and then is AfterCapture.RESUME:
             await machine.resume()
         pause_ms = (time.perf_counter() - started) * 1000
 
@@ -182,30 +182,31 @@ class SavedMachine:
             **vars(description),
         )
         # Before there is a manifest that somebody could remove. What it lay on before is part of it.
-        pin_machine(self._store, self.place, state)
+        pin_machine(self._store, self.paths, state)
         return draft.publish(contents)
 
     @asynccontextmanager
     async def standing(self) -> AsyncIterator[None]:
-        """Within it no snapshot of this machine is taken, so that it can `rest_on` another form of the same state."""
+        """Within it no snapshot of this machine is taken, so that `set_backing` can give it another form of the same
+        state."""
         async with self._capturing, self._storing:
             yield
 
-    async def rest_on(self, state: State) -> None:
+    async def set_backing(self, state: State) -> None:
         """Let the machine and its next snapshot lie on another form of the same state, or on the same again. Within
         `standing`. Raises MachineError, DriverError, OSError: it stays on a longer chain."""
         try:
             if state != self.state:
-                await asyncio.to_thread(pin_machine, self._store, self.place, state)
-                await self._states.rest_on(self.machine, state)
+                await asyncio.to_thread(pin_machine, self._store, self.paths, state)
+                await self._states.set_backing(self.machine, state)
                 self.state = state
                 await asyncio.to_thread(self.write_record)
             await self._states.reopen(self.machine)
         except SnapshotError as error:
             # Removed meanwhile, with the snapshot it came from: the machine stays on what it has.
-            _log.info("Machine %s stays on its long chain: %s", self.place.id, error)
+            _log.info("Machine %s stays on its long chain: %s", self.paths.id, error)
             if self.state is not None:
-                await asyncio.to_thread(pin_machine, self._store, self.place, self.state)
+                await asyncio.to_thread(pin_machine, self._store, self.paths, self.state)
 
     async def kill(self) -> Death:
         """End the machine, and let go of what it needs. Twice is harmless. Not from within a hook of a snapshot."""
@@ -215,7 +216,7 @@ class SavedMachine:
             # A snapshot that was being taken, or a shortening, ends now and must not leave anything behind.
             async with self.standing():
                 self._release()
-                await asyncio.to_thread(forget_machine, self._store, self.place)
+                await asyncio.to_thread(forget_machine, self._store, self.paths)
 
     async def detach(self) -> None:
         """Let go of a machine that runs on, to be adopted later. Twice is harmless. Not from within a hook."""
@@ -227,17 +228,17 @@ class SavedMachine:
         """For a later `adopt`. Blocking."""
         if self.snapshot is not None and self.state is not None:
             record = SavedRecord(snapshot=self.snapshot, state=self.state)
-            with contextlib.suppress(FileNotFoundError):  # its directory has gone with a machine that has just died
-                record.write(self.place.run_dir)
+            with contextlib.suppress(FileNotFoundError):  # its directory was removed with a machine that has just died
+                record.write(self.paths.run_dir)
 
     def _release(self) -> None:
         self._states.release(self.machine)
         self._on_ended(self)
 
 
-def pin_machine(store: SnapshotStore, place: MachinePlace, state: State) -> None:
+def pin_machine(store: SnapshotStore, paths: MachinePaths, state: State) -> None:
     """Keep what lies under a machine in the store. Blocking."""
-    store.pin(_PIN_PREFIX + place.id, Pin.of_parts(state.parts), durable=False)
+    store.pin(_PIN_PREFIX + paths.id, Pin.of_parts(state.parts), durable=False)
 
 
 def pinned_machines(store: SnapshotStore) -> set[str]:
@@ -249,7 +250,7 @@ def unpin_machine(store: SnapshotStore, machine_id: str) -> None:
     store.unpin(_PIN_PREFIX + machine_id)
 
 
-def forget_machine(store: SnapshotStore, place: MachinePlace) -> None:
+def forget_machine(store: SnapshotStore, paths: MachinePaths) -> None:
     """What is left of a dead machine, beside what its driver removes. Twice is harmless. Blocking."""
-    unpin_machine(store, place.id)
-    remove_record(place.run_dir)
+    unpin_machine(store, paths.id)
+    remove_record(paths.run_dir)

@@ -1,7 +1,7 @@
-"""`saved.json`, beside the driver's record: what lies under a running machine, for a gateway that finds it again.
+"""`saved.json`, beside the driver's record: what a running machine lies on, for a gateway that adopts it.
 
-Lies in the runtime directory, so it is gone after a reboot, as the machine is. Written after each snapshot, before the
-driver gives up the files that the store has now.
+Lies in the runtime directory, so it does not outlive a reboot, as the machine does not. Written after each snapshot,
+before the driver gives up the files that the store has now.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence, Set
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from vm_runtime.drivers.base import Driver, Failure, FlatteningStatus, MachinePlace, Shorter
+from vm_runtime.drivers.base import Driver, Failure, FlatteningStatus, MachinePaths, Shorter
 from vm_runtime.errors import MachineGoneError, VmRuntimeError
 from vm_runtime.machine import Machine
 from vm_runtime.saving.forking import Children, Forked
@@ -30,7 +30,7 @@ from vm_runtime.saving.machine import (
 )
 from vm_runtime.saving.record import SavedRecord
 from vm_runtime.saving.threads import succeeded, uncancelled
-from vm_runtime.saving.values import Description, Then
+from vm_runtime.saving.values import AfterCapture, Description
 from vm_runtime.snapshots.errors import BrokenSnapshotError
 from vm_runtime.snapshots.manifest import Manifest, State
 from vm_runtime.snapshots.store import SnapshotStore
@@ -38,7 +38,7 @@ from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
 
 
 class Saver:
-    """Makes `SavedMachine`s. `await close()` at the end; machines go on running.
+    """Makes `SavedMachine`s. `await close()` at the end; machines run on.
 
     image_files: the files of an image by its digest; what it raises for one that is missing passes through `restore`.
     on_flattening_failed: called in the event loop for each attempt to shorten a chain that failed.
@@ -58,12 +58,12 @@ class Saver:
         self._image_files = image_files
         self._live: set[SavedMachine] = set()
 
-    async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> SavedMachine:
+    async def boot(self, spec: MachineSpec, *, paths: MachinePaths, guest: bytes, timeout_s: float) -> SavedMachine:
         """A machine from its image, with an empty disk; its first snapshot needs Then.STOP. Errors: as `restore`."""
-        machine = await self._driver.boot(spec, place=place, guest=guest, timeout_s=timeout_s)
-        return self._saved(machine, place=place, snapshot=None, state=None)
+        machine = await self._driver.boot(spec, paths=paths, guest=guest, timeout_s=timeout_s)
+        return self._saved(machine, paths=paths, snapshot=None, state=None)
 
-    async def restore(self, manifest: Manifest, *, place: MachinePlace) -> SavedMachine:
+    async def restore(self, manifest: Manifest, *, paths: MachinePaths) -> SavedMachine:
         """A running clone of a snapshot, also of a template's.
 
         Raises BrokenSnapshotError (missing, tampered or foreign parts), MachineStartError, DriverError, and what
@@ -76,12 +76,12 @@ class Saver:
             shape=MachineShape(**manifest.shape.model_dump()), image=self._image_files(manifest.image_digest)
         )
         async with AsyncExitStack() as on_error:
-            on_error.push_async_callback(asyncio.to_thread, unpin_machine, self._store, place.id)
+            on_error.push_async_callback(asyncio.to_thread, unpin_machine, self._store, paths.id)
             # In this order: what is found to be in the store then, stays.
-            await asyncio.to_thread(pin_machine, self._store, place, state)
+            await asyncio.to_thread(pin_machine, self._store, paths, state)
             async with self._states.opened(state) as opened:
-                shell = await opened.shell(spec, place=place)
-                saved = self._saved(await shell.load(), place=place, snapshot=manifest, state=state)
+                unloaded = await opened.start_unloaded(spec, paths=paths)
+                saved = self._saved(await unloaded.load(), paths=paths, snapshot=manifest, state=state)
                 on_error.push_async_callback(saved.kill)
             await asyncio.to_thread(saved.write_record)
             on_error.pop_all()
@@ -93,16 +93,16 @@ class Saver:
         parent: SavedMachine,
         description: Description,
         *,
-        places: Sequence[MachinePlace],
+        child_paths: Sequence[MachinePaths],
         hooks: Sequence[SnapshotHooks] = (),
     ) -> Forked:
         """Take a snapshot of a running machine and restore it at every place, faster than one after the other.
 
         hooks: who else takes part in the snapshot. One failed child does not fail the others. Raises what
-        `SavedMachine.take` raises; there is no child then, and the parent goes on. When cancelled it is finished first,
+        `SavedMachine.take` raises; there is no child then, and the parent runs on. When cancelled it is finished first,
         and the children are ended.
         """
-        forking = asyncio.ensure_future(self._fork(parent, description, places, hooks))
+        forking = asyncio.ensure_future(self._fork(parent, description, child_paths, hooks))
         try:
             return await uncancelled(forking)
         except asyncio.CancelledError:
@@ -112,38 +112,38 @@ class Saver:
                 )
             raise
 
-    async def adopt(self, place: MachinePlace) -> SavedMachine:
+    async def adopt(self, paths: MachinePaths) -> SavedMachine:
         """The machine that an earlier process left at this place, as it is: running, or paused in a snapshot.
 
         Raises MachineGoneError if it is dead, or has no record of what lies under it; its leftovers are then removed.
         """
-        record = await asyncio.to_thread(SavedRecord.read, place.run_dir)
+        record = await asyncio.to_thread(SavedRecord.read, paths.run_dir)
         try:
-            machine = await self._driver.adopt(place)
+            machine = await self._driver.adopt(paths)
             if record is None:
                 await machine.kill()
-                raise MachineGoneError(f"Nothing says what lies under machine {place.id}; it was ended.")
+                raise MachineGoneError(f"Nothing says what lies under machine {paths.id}; it was ended.")
         except MachineGoneError:
-            await asyncio.to_thread(forget_machine, self._store, place)
+            await asyncio.to_thread(forget_machine, self._store, paths)
             raise
         try:
-            await self._states.rest_on(machine, record.state)
+            await self._states.set_backing(machine, record.state)
         except BaseException:
             await machine.detach()
             raise
-        return self._saved(machine, place=place, snapshot=record.snapshot, state=record.state)
+        return self._saved(machine, paths=paths, snapshot=record.snapshot, state=record.state)
 
-    async def end(self, place: MachinePlace) -> None:
+    async def end(self, paths: MachinePaths) -> None:
         """End a machine that an earlier process left at this place and nobody needs, and remove what is left of it.
 
         Raises MachineGoneError if it was dead already; its leftovers are removed then, too.
         """
         try:
-            machine = await self._driver.adopt(place)
+            machine = await self._driver.adopt(paths)
             await machine.kill()
             self._states.release(machine)
         finally:
-            await asyncio.to_thread(forget_machine, self._store, place)
+            await asyncio.to_thread(forget_machine, self._store, paths)
 
     def flattening(self) -> FlatteningStatus:
         """How far the chains are from being short."""
@@ -174,7 +174,7 @@ class Saver:
                 if saved.state is None or saved not in self._live:
                     continue
                 try:
-                    await saved.rest_on(shorter(saved.state) or saved.state)
+                    await saved.set_backing(shorter(saved.state) or saved.state)
                 except (VmRuntimeError, OSError) as error:
                     if not saved.machine.is_dead:  # else its owner is about to see that
                         failed = error
@@ -185,27 +185,27 @@ class Saver:
         self,
         parent: SavedMachine,
         description: Description,
-        places: Sequence[MachinePlace],
+        child_paths: Sequence[MachinePaths],
         hooks: Sequence[SnapshotHooks],
     ) -> Forked:
-        children = Children(parent.machine.spec, places)
-        taken = await parent.take(description, then=Then.RESUME, hooks=[*hooks, children])
+        children = Children(parent.machine.spec, child_paths)
+        taken = await parent.take(description, then=AfterCapture.RESUME, hooks=[*hooks, children])
         handing_out = (
-            self._hand_out(machine, place, taken.manifest)
-            for machine, place in zip(children.machines, places, strict=True)
+            self._hand_out(machine, paths, taken.manifest)
+            for machine, paths in zip(children.machines, child_paths, strict=True)
         )
         return Forked(taken=taken, children=tuple(await asyncio.gather(*handing_out)))
 
     async def _hand_out(
-        self, machine: Machine | Exception, place: MachinePlace, manifest: Manifest
+        self, machine: Machine | Exception, paths: MachinePaths, manifest: Manifest
     ) -> SavedMachine | Exception:
         """Make a child that runs one of our machines, on a snapshot that is stored."""
         if isinstance(machine, Exception):
             return machine
-        saved = self._saved(machine, place=place, snapshot=manifest, state=manifest.state)
+        saved = self._saved(machine, paths=paths, snapshot=manifest, state=manifest.state)
         try:
-            await asyncio.to_thread(pin_machine, self._store, place, manifest.state)
-            await self._states.rest_on(machine, manifest.state)
+            await asyncio.to_thread(pin_machine, self._store, paths, manifest.state)
+            await self._states.set_backing(machine, manifest.state)
             await asyncio.to_thread(saved.write_record)
         except Exception as error:
             await saved.kill()
@@ -213,13 +213,13 @@ class Saver:
         return saved
 
     def _saved(
-        self, machine: Machine, *, place: MachinePlace, snapshot: Manifest | None, state: State | None
+        self, machine: Machine, *, paths: MachinePaths, snapshot: Manifest | None, state: State | None
     ) -> SavedMachine:
         saved = SavedMachine(
             store=self._store,
             states=self._states,
             machine=machine,
-            place=place,
+            paths=paths,
             snapshot=snapshot,
             state=state,
             on_ended=self._live.discard,

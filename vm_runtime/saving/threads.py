@@ -1,4 +1,4 @@
-"""Work that must not be torn apart by a cancelled caller: it is finished, and only then is the caller told."""
+"""Work that must not be torn apart by a cancelled caller: it is finished, and only then is the caller cancelled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 async def uncancelled(work: Coroutine[Any, Any, Result] | asyncio.Future[Result]) -> Result:
-    """The result of the work, which goes on to its end when the caller is cancelled; the cancellation comes after."""
+    """The result of the work, which continues to its end when the caller is cancelled; the cancellation comes after."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

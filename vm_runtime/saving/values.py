@@ -8,7 +8,7 @@ from enum import StrEnum
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest
 
 
-class Then(StrEnum):
+class AfterCapture(StrEnum):
     """What a machine does after its snapshot. RESUME: it runs. STOP: it stays paused, to be killed or resumed."""
 
     RESUME = "resume"
@@ -33,8 +33,12 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """A published snapshot. pause_ms: how long the machine stood still. total_ms: until it was safely stored.
-    stopped: the machine ran before, and stands now."""
+    """A published snapshot.
+
+    pause_ms: how long the machine stood still.
+    total_ms: until it was safely stored.
+    stopped: the machine ran before, and stands now.
+    """
 
     manifest: Manifest
     pause_ms: float

@@ -44,7 +44,7 @@ class BrokenSnapshotError(SnapshotError):
 
 
 class StoreFullError(SnapshotError):
-    """There is no room for this; nothing of it was stored, and what ran goes on running."""
+    """There is no room for this; nothing of it was stored, and what ran runs on."""
 
 
 class ChainTooLongError(SnapshotError):

@@ -21,22 +21,22 @@ _REGION_PAGES = 8
 
 
 @contextlib.contextmanager
-def open_family(ground: MemoryImage, captured: CapturedPages) -> Iterator[SharedPages]:
+def open_family(parent: MemoryImage, captured: CapturedPages) -> Iterator[SharedPages]:
     """All in which a capture differs from its base. Costs a copy of the short runs and of what surrounds them."""
-    layer_count = len(ground.layers)
+    layer_count = len(parent.layers)
     region_source = layer_count + len(captured.parts)
     upper = [segment._replace(source=segment.source + layer_count) for segment in captured.segments()]
-    seen = overlay(ground.segments, upper)
-    files = ground.files() | {number + layer_count: fd for number, fd in captured.files().items()}
+    seen = overlay(parent.segments, upper)
+    files = parent.files() | {number + layer_count: fd for number, fd in captured.files().items()}
 
     def is_long(segment: Segment) -> bool:
         # Without a file: zeros, and a capture that was too small to be copied ahead.
         return segment.pages >= _REGION_PAGES and segment.source in files
 
-    runs = _regions_around((s for s in seen if not is_long(s)), ground.size_bytes // PAGE_SIZE)
-    regions = _lay_out(runs, ground, captured)
-    with ground.opened_pieces() as ground_pieces:
-        addresses = {piece.source: piece.address - piece.position * PAGE_SIZE for piece in ground_pieces}
+    runs = _regions_around((s for s in seen if not is_long(s)), parent.size_bytes // PAGE_SIZE)
+    regions = _lay_out(runs, parent, captured)
+    with parent.opened_pieces() as parent_pieces:
+        addresses = {piece.source: piece.address - piece.position * PAGE_SIZE for piece in parent_pieces}
         for source, (_, buffer) in enumerate((*captured.parts, (None, regions)), start=layer_count):
             addresses[source] = buffer.address
         if (regions_file := regions.seal()) is not None:
@@ -69,14 +69,14 @@ def _packed(runs: Iterable[Run], source: int) -> list[Segment]:
     return segments
 
 
-def _lay_out(runs: Sequence[Run], ground: MemoryImage, captured: CapturedPages) -> PageBuffer:
+def _lay_out(runs: Sequence[Run], parent: MemoryImage, captured: CapturedPages) -> PageBuffer:
     """The content of these runs, one behind the other."""
     regions = PageBuffer(count_pages(runs), shared=True)
     memory = memoryview(regions.memory)
     wanted = _packed(runs, 0)
     for segment in wanted:
         at = segment.position * PAGE_SIZE
-        memory[at : at + segment.pages * PAGE_SIZE] = ground.read(segment.first, segment.pages)
+        memory[at : at + segment.pages * PAGE_SIZE] = parent.read(segment.first, segment.pages)
     index = 0
     for upper in captured.segments():
         content = captured.content(upper)

@@ -66,8 +66,13 @@ _LOG_BYTES = 4 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotEntry:
-    """What lists show of a snapshot. parent: the snapshot it came from. kernel_state, execution_count: of the kernel
-    when it was taken. layers: how many. added_bytes: disk space of the parts that it brought into the store."""
+    """What lists show of a snapshot.
+
+    parent: the snapshot it came from.
+    kernel_state, execution_count: of the kernel when it was taken.
+    layers: how many.
+    added_bytes: disk space of the parts that it brought into the store.
+    """
 
     id: str
     name: str | None

@@ -93,7 +93,7 @@ def can_inject() -> bool:
 def call_in_process(pid: int, number: int, *arguments: int) -> int:
     """Result of a system call made by the main thread of a process; blocks this thread for about half a millisecond.
 
-    Raises ProcessMemoryError if the process is gone, cannot be traced, is busy with a signal just now, or if the call
+    Raises ProcessMemoryError if the process has ended, cannot be traced, is busy with a signal just now, or if the call
     fails.
     """
     with calls_in_process(pid) as thread:
@@ -117,7 +117,7 @@ def calls_in_process(pid: int) -> Iterator[StoppedThread]:
             thread.stop()
         yield thread
     finally:
-        thread.let_go()
+        thread.detach()
 
 
 class StoppedThread:
@@ -191,8 +191,8 @@ class StoppedThread:
             raise ProcessMemoryError(f"System call {number} failed in process {self._pid}: {os.strerror(-result)}.")
         return result
 
-    def let_go(self) -> None:
-        """Never raises: a process that is gone has nothing to be restored."""
+    def detach(self) -> None:
+        """Never raises: a process that has ended has nothing to be restored."""
         with contextlib.suppress(OSError):
             self._restore()
         _libc.ptrace(_PTRACE_DETACH, self._pid, None, self._pending_signal)

@@ -53,7 +53,7 @@ _ZERO_PAGE = bytes(PAGE_SIZE)
 _CHUNK_PAGES = CHUNK_BYTES // PAGE_SIZE
 # Copied by one system call, which cannot be interrupted: some 10 ms.
 _COPY_BYTES = 16 << 20
-# To lend a VMM a file takes as long as to copy so many pages (1 MiB).
+# To pass a VMM a file's descriptor takes as long as to copy so many pages (1 MiB).
 _MAPPED_PAGES = 256
 
 
@@ -95,7 +95,7 @@ def overlay(lower: Sequence[Segment], upper: Sequence[Segment]) -> list[Segment]
                 append(make((cursor, over[0] - cursor, source, position + cursor - first)))
             cursor = over[0] + over[1]
             if cursor > end:
-                break  # it goes on over the next lower segment, which adds it
+                break  # it continues over the next lower segment, which adds it
             append(over)
             over = next(above, None)
         if cursor < end:
@@ -180,7 +180,7 @@ class CapturedPages:
         """Pages held, before anything is dropped."""
         return sum(segment.pages for segment in self.segments())
 
-    def write(self, path: Path, *, under: MemoryImage) -> tuple[str, int]:
+    def write(self, path: Path, *, parent: MemoryImage) -> tuple[str, int]:
         """Write the pages that differ from the image under them to the new file `path`, and sync it.
 
         Answers the digest and the size of the file in bytes. Raises StoreFullError; nothing is left of the file then.
@@ -188,7 +188,7 @@ class CapturedPages:
         data: list[tuple[int, memoryview]] = []
         zeros: list[Run] = []
         for segment in self.segments():
-            _add_changed(segment.first, self.content(segment), under, data, zeros)
+            _add_changed(segment.first, self.content(segment), parent, data, zeros)
         digest = hashlib.sha256()
         with removed_on_error(path), path.open("xb", buffering=0) as file:
             index = encode_index(self.size_bytes, [(first, len(pages) // PAGE_SIZE) for first, pages in data], zeros)
@@ -287,14 +287,14 @@ class MemoryImage:
         """Descriptors of what the pages can be mapped from, for `restore_into`, by layer: of those where it pays."""
         return {source: layer.fd for source, layer in enumerate(self.layers) if layer.long_pages >= _MAPPED_PAGES}
 
-    def restore_into(self, pid: int, address: int, *, lent: Mapping[int, int] | None = None) -> None:
+    def restore_into(self, pid: int, address: int, *, passed: Mapping[int, int] | None = None) -> None:
         """Put the layers' pages into a process that maps the base privately at `address`, before it runs.
 
         A VMM must have no device state loaded yet: virtio reads its rings from guest memory while loading it.
-        lent: the descriptors of `files` in that process; without them all is copied. Raises ProcessMemoryError.
+        passed: the descriptors of `files` in that process; without them all is copied. Raises ProcessMemoryError.
         """
         with self.opened_pieces() as pieces:
-            place_pages(pid, address, pieces, lent=lent or {})
+            place_pages(pid, address, pieces, passed=passed or {})
 
     @contextlib.contextmanager
     def opened_pieces(self) -> Iterator[list[Piece]]:
@@ -433,7 +433,7 @@ def _read_index(fd: int, path: Path, size_bytes: int) -> tuple[list[Run], list[R
 
 
 def _add_changed(
-    first: int, content: memoryview, under: MemoryImage, data: list[tuple[int, memoryview]], zeros: list[Run]
+    first: int, content: memoryview, parent: MemoryImage, data: list[tuple[int, memoryview]], zeros: list[Run]
 ) -> None:
     """Sort the pages of one captured run into changed data and changed to zero; drop the unchanged ones."""
     pages = len(content) // PAGE_SIZE
@@ -441,7 +441,7 @@ def _add_changed(
     for done in range(0, pages, _CHUNK_PAGES):
         size = min(_CHUNK_PAGES, pages - done)
         above = bytes(content[done * PAGE_SIZE : (done + size) * PAGE_SIZE])
-        below = under.read(first + done, size)
+        below = parent.read(first + done, size)
         same_chunk = above == below
         for page in range(done, done + size):
             position = (page - done) * PAGE_SIZE

@@ -46,9 +46,12 @@ _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl
 class BaseMemory:
     """An open, immutable base. Close it when the last VMM that should map it has been started.
 
-    fd: for the VMM to inherit. size_bytes: size of guest RAM. digest: hex, see the module. path: where its data came
-    from. sealed: whether it is a sealed memfd, which is safe for a VMM that insists on opening it for writing
-    (QEMU < 9); otherwise the VMM should open it read-only.
+    fd: for the VMM to inherit.
+    size_bytes: size of guest RAM.
+    digest: hex, see the module.
+    path: where its data came from.
+    sealed: whether it is a sealed memfd, which is safe for a VMM that insists on opening it for writing (QEMU < 9);
+        otherwise the VMM should open it read-only.
     """
 
     fd: int
@@ -321,7 +324,7 @@ def _check_digest(found: str, wanted: str, path: Path) -> None:
 
 
 def _links_to_memfd(pid: int, name: str) -> list[Path]:
-    """The /proc/PID/fd links of a process that lead to memfds of this name; none if it is gone or out of reach."""
+    """The /proc/PID/fd links of a process that lead to memfds of this name; none if it has ended or is out of reach."""
     links: list[Path] = []
     with contextlib.suppress(FileNotFoundError, PermissionError):
         for link in Path(f"/proc/{pid}/fd").iterdir():

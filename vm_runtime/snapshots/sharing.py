@@ -51,16 +51,16 @@ class SharedPages:
     files: Mapping[int, int]
 
 
-def place_pages(pid: int, address: int, pieces: Iterable[Piece], *, lent: Mapping[int, int]) -> None:
+def place_pages(pid: int, address: int, pieces: Iterable[Piece], *, passed: Mapping[int, int]) -> None:
     """Make a process see pages in its private mapping at `address`.
 
-    lent: descriptors in that process, by source; pages of other sources are copied. Raises ProcessMemoryError.
+    passed: descriptors in that process, by source; pages of other sources are copied. Raises ProcessMemoryError.
     """
     every = list(pieces)
-    mapped = _to_map(every, lent) if lent and can_inject() else []
+    mapped = _to_map(every, passed) if passed and can_inject() else []
     if mapped:
         try:
-            _map_runs(pid, address, mapped, lent)
+            _map_runs(pid, address, mapped, passed)
         except ProcessMemoryError as error:
             # What was mapped already is what the copy writes there.
             _log.info("Pages are copied into process %d: %s", pid, error)
@@ -69,16 +69,16 @@ def place_pages(pid: int, address: int, pieces: Iterable[Piece], *, lent: Mappin
     write_pages(pid, address, ((p.address, p.first, p.pages) for p in every if p.first not in done))
 
 
-def _to_map(pieces: list[Piece], lent: Mapping[int, int]) -> list[Piece]:
-    long = [piece for piece in pieces if piece.pages >= LONG_RUN_PAGES and piece.source in lent]
+def _to_map(pieces: list[Piece], passed: Mapping[int, int]) -> list[Piece]:
+    long = [piece for piece in pieces if piece.pages >= LONG_RUN_PAGES and piece.source in passed]
     long.sort(key=lambda piece: piece.pages, reverse=True)
     return long[:_MAX_MAPPED_RUNS]
 
 
-def _map_runs(pid: int, address: int, pieces: list[Piece], lent: Mapping[int, int]) -> None:
+def _map_runs(pid: int, address: int, pieces: list[Piece], passed: Mapping[int, int]) -> None:
     access = mmap.PROT_READ | mmap.PROT_WRITE
     calls = [
-        (address + first * PAGE_SIZE, pages * PAGE_SIZE, access, _FLAGS, lent[source], position * PAGE_SIZE)
+        (address + first * PAGE_SIZE, pages * PAGE_SIZE, access, _FLAGS, passed[source], position * PAGE_SIZE)
         for first, pages, _, source, position in pieces
     ]
     with calls_in_process(pid) as thread:

@@ -324,7 +324,7 @@ class SnapshotStore(StoreDirectory):
                     with contextlib.suppress(FileNotFoundError):
                         unlink(self.manifest_path(id_))
                 candidates += self.index.remove(doomed)
-        if ids:  # a manifest whose parts are gone must not come back after a power loss
+        if ids:  # a manifest whose parts were removed must not come back after a power loss
             sync(self.directory / "manifests")
         with self.index.exclusive():
             candidates += self._released

@@ -22,7 +22,7 @@ from vm_runtime.snapshots.writeprotect import WriteProtectTracker
 
 _log = logging.getLogger(__name__)
 
-# A machine goes on writing between `prepare` and its pause: room for a quarter more, and for a few MB in any case.
+# A machine keeps writing between `prepare` and its pause: room for a quarter more, and for a few MB in any case.
 _SLACK_PAGES = 1024
 
 
@@ -49,7 +49,7 @@ class DirtyTracker(Protocol):
         """Have the next `capture` that begins hold these pages of an earlier one, too, which was not stored."""
 
     def close(self) -> None:
-        """Stop watching; harmless when the process is gone."""
+        """Stop watching; harmless when the process has ended."""
 
 
 class CumulativeTracker:

@@ -66,7 +66,7 @@ class DeviceCarrier:
 
     While no host is connected the device is always "readable" (read gives b"") and hung up, so an event loop that polls
     it would spin. An edge-triggered epoll of our own, itself watched by the loop, wakes us only when something changes.
-    `read` never gives b"": a host that is gone is waited for. Takes over the descriptor and closes it.
+    `read` never gives b"": a host that has disconnected is waited for. Takes over the descriptor and closes it.
 
     on_hang_up: called when something has changed and no host is connected.
     """

@@ -22,7 +22,7 @@ class LocalProtocolError(WireError):
 
 
 class RemoteProtocolError(WireError):
-    """The peer broke the protocol or a limit. `code` is what GOODBYE tells it."""
+    """The peer broke the protocol or a limit. `code` is what GOODBYE sends it."""
 
     def __init__(self, message: str, *, code: str = "protocol_error") -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class _CodedError(WireError):
 
 
 class LinkClosedError(_CodedError):
-    """The session is over: closed by either end, or its carrier is gone."""
+    """The session is over: closed by either end, or its carrier has ended."""
 
 
 class SessionResetError(LinkClosedError):

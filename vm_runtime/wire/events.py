@@ -1,4 +1,4 @@
-"""What a session tells its owner: one frozen value per thing the peer did. Pure data."""
+"""What a session reports to its owner: one frozen value per thing the peer did. Pure data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vm_runtime.wire.greeting import Hello, Welcome
 
 @dataclass(frozen=True, slots=True)
 class HelloReceived:
-    """Guest only. You must call `Session.welcome` (or `Session.close`) afterwards."""
+    """Guest only. You must call `WireSession.welcome` (or `WireSession.close`) afterwards."""
 
     hello: Hello
 
@@ -25,7 +25,7 @@ class WelcomeReceived:
 
 @dataclass(frozen=True, slots=True)
 class StreamOpened:
-    """You must call `Session.accept` or `Session.reject` afterwards."""
+    """You must call `WireSession.accept` or `WireSession.reject` afterwards."""
 
     stream_id: int
     kind: str
@@ -47,7 +47,7 @@ class StreamRejected:
 
 @dataclass(frozen=True, slots=True)
 class DataReceived:
-    """You must call `Session.acknowledge` once these bytes are consumed; it is what bounds your memory."""
+    """You must call `WireSession.acknowledge` once these bytes are consumed; it is what bounds your memory."""
 
     stream_id: int
     data: bytes
@@ -55,7 +55,7 @@ class DataReceived:
 
 @dataclass(frozen=True, slots=True)
 class WindowOpened:
-    """`Session.sendable` has grown."""
+    """`WireSession.sendable` has grown."""
 
     stream_id: int
 

@@ -1,4 +1,4 @@
-"""What the two ends say beyond frames: each stream kind, call, event and greeting's extra, and since which generation.
+"""What the two ends send in frames: each stream kind, call, event and greeting's extra, and since which generation.
 
 A restored snapshot is an old agent, so a host meets agents of every generation that ever was; an agent meets no host
 that is older than itself. The generation is in both greetings, and who names none is of generation 1. A host does not
@@ -21,8 +21,11 @@ _FIELD = re.compile(r"(\w+)(?:@(\d+))?")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """names: those of one row, which are alike. takes, answers: fields, separated by commas; `field@2` came with
-    generation 2; what is no field stands after a semicolon. does: a line for people."""
+    """names: those of one row, which are alike.
+    takes, answers: fields, separated by commas; `field@2` came with generation 2; what is no field stands after a
+        semicolon.
+    does: a line for people.
+    """
 
     names: tuple[str, ...]
     since: int = 1

@@ -1,6 +1,6 @@
 """HELLO and WELCOME, the two greetings of a session, and the limits they carry. Knows nothing of frames.
 
-Unknown keys are ignored, so that a newer end can say more; known keys are checked strictly. A restored snapshot is an
+Unknown keys are ignored, so that a newer end can send more; known keys are checked strictly. A restored snapshot is an
 old agent: what is added later is optional, or belongs to `extra`.
 """
 
@@ -88,9 +88,13 @@ class Hello:
     """The host's greeting. What has to be new in every session is, where it is not given, and the time is that of now:
     make it right before `Link.connect`.
 
-    session, next_marker: 32 hex digits. wall_clock_ns: since 1970, UTC. entropy: 64 bytes for the guest's random pool.
-    identity: who the guest is now (sandbox_id, hostname, ...). kernel_key: the kernel's new HMAC key; None keeps it.
-    restored: whether the guest comes from a snapshot. keep_random: leave the kernel's random numbers as they are.
+    session, next_marker: 32 hex digits.
+    wall_clock_ns: since 1970, UTC.
+    entropy: 64 bytes for the guest's random pool.
+    identity: who the guest is now (sandbox_id, hostname, ...).
+    kernel_key: the kernel's new HMAC key; None keeps it.
+    restored: whether the guest comes from a snapshot.
+    keep_random: leave the kernel's random numbers as they are.
     generation: of the host's code (generations.py).
     """
 
@@ -216,7 +220,7 @@ def _generation_json(generation: int) -> dict[str, int]:
 
 
 def parse_session(value: Mapping[str, Any]) -> str:
-    """The session id of a HELLO whose other fields may be wrong: with it the guest can at least say so."""
+    """The session id of a HELLO whose other fields may be wrong: with it the guest can at least answer that."""
     return _checked_hex(value, "session")
 
 

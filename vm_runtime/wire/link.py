@@ -39,7 +39,7 @@ from vm_runtime.wire.events import (
     WindowOpened,
 )
 from vm_runtime.wire.greeting import Hello, Welcome
-from vm_runtime.wire.protocol import Session
+from vm_runtime.wire.protocol import WireSession
 from vm_runtime.wire.states import SessionState
 from vm_runtime.wire.stream import Incoming, Stream
 
@@ -69,7 +69,7 @@ class Link:
     exception is logged and refuses with the code `internal`.
     """
 
-    def __init__(self, session: Session, carrier: Carrier, *, reads: bool, on_open: Handler | None = None) -> None:
+    def __init__(self, session: WireSession, carrier: Carrier, *, reads: bool, on_open: Handler | None = None) -> None:
         self.session = session
         self.hello: Hello | None = None
         self.welcome: Welcome | None = None
@@ -107,7 +107,7 @@ class Link:
 
         Raises TimeoutError, VersionError, RemoteProtocolError, or LinkClosedError with the guest's reason.
         """
-        link = cls(Session.host(hello, marker=marker), carrier, reads=True, on_open=on_open)
+        link = cls(WireSession.host(hello, marker=marker), carrier, reads=True, on_open=on_open)
         link.hello = hello
         link.start()
         try:
@@ -196,7 +196,7 @@ class Link:
         return loop.time() - begin
 
     async def close(self, code: str = "closed", reason: str = "") -> None:
-        """Say GOODBYE, drop all streams and wait until every task is done. Closing twice is harmless."""
+        """Send GOODBYE, drop all streams and wait until every task is done. Closing twice is harmless."""
         self._finish(LinkClosedError(code, reason or "Closed by this end"))
         await self.wait_closed()
 
@@ -253,7 +253,7 @@ class Link:
         self._wake.set()
 
     async def abandon(self) -> None:
-        """The host began a new session: end this one without a word, and at once."""
+        """The host began a new session: end this one without a GOODBYE, and at once."""
         self._finish(SessionResetError())
         await self.wait_closed()
 

@@ -96,14 +96,14 @@ class _StreamRecord:
     send_window: int
     receive_window: int
     received: int = 0  # delivered to the owner and not acknowledged
-    credit: int = 0  # acknowledged and not yet told to the peer
+    credit: int = 0  # acknowledged and not yet sent to the peer
     queue: deque[memoryview] = field(default_factory=deque)
     queued: int = 0
     ending: bool = False
 
 
-class Session:
-    """One session, from the greeting to its end. Use `Session.host` or `Session.guest`."""
+class WireSession:
+    """One session, from the greeting to its end. Use `WireSession.host` or `WireSession.guest`."""
 
     def __init__(self, role: Role, *, limits: Limits) -> None:
         self.role = role
@@ -129,7 +129,7 @@ class Session:
         self._pings: deque[int] = deque()
 
     @classmethod
-    def host(cls, hello: Hello, *, marker: bytes) -> Session:
+    def host(cls, hello: Hello, *, marker: bytes) -> WireSession:
         """The host's end. `marker` is BOOT_MARKER, or the next marker of the last HELLO that was answered."""
         session = cls(Role.HOST, limits=hello.limits)
         session._hello = hello
@@ -139,7 +139,7 @@ class Session:
         return session
 
     @classmethod
-    def guest(cls, *, limits: Limits | None = None) -> Session:
+    def guest(cls, *, limits: Limits | None = None) -> WireSession:
         """The guest's end; give it what follows a marker."""
         return cls(Role.GUEST, limits=limits or Limits())
 
@@ -148,7 +148,7 @@ class Session:
     def receive_data(self, data: bytes) -> list[Event]:
         """What the peer did. Raises RemoteProtocolError, after which the session is CLOSED. [] when it is closed.
 
-        Look at all events before you answer one: a later one may say that its stream, or the session, is over.
+        Look at all events before you answer one: a later one may be that its stream, or the session, is over.
         """
         events: list[Event] = []
         if self.state is SessionState.CLOSED:
@@ -315,14 +315,14 @@ class Session:
         self._move(stream_id, record, after)
         return event
 
-    _SESSION_HANDLERS: dict[FrameType, Callable[[Session, bytes], Event | None]] = {  # noqa: RUF012 (a table)
+    _SESSION_HANDLERS: dict[FrameType, Callable[[WireSession, bytes], Event | None]] = {  # noqa: RUF012 (a table)
         FrameType.HELLO: _on_hello,
         FrameType.WELCOME: _on_welcome,
         FrameType.PING: _on_ping,
         FrameType.PONG: _on_pong,
         FrameType.GOODBYE: _on_goodbye,
     }
-    _STREAM_HANDLERS: dict[FrameType, Callable[[Session, int, _StreamRecord, StreamState, bytes], Event]] = {  # noqa: RUF012
+    _STREAM_HANDLERS: dict[FrameType, Callable[[WireSession, int, _StreamRecord, StreamState, bytes], Event]] = {  # noqa: RUF012
         FrameType.ACCEPT: _on_accept,
         FrameType.REJECT: _on_reject,
         FrameType.DATA: _on_data,
@@ -416,14 +416,14 @@ class Session:
             )
         record.received -= count
         record.credit += count
-        # Told in halves of the window: neither a frame for each read, nor a sender that waits for it.
+        # Sent in halves of the window: neither a frame for each read, nor a sender that waits for it.
         if record.credit * 2 >= self.limits.window_bytes and (record.state, FrameType.WINDOW) in STREAM_SEND:
             self._push(encode_frame(FrameType.WINDOW, stream_id, _WINDOW.pack(record.credit)))
             record.receive_window += record.credit
             record.credit = 0
 
     def end(self, stream_id: int) -> None:
-        """Send no more on this stream, once what is queued has gone."""
+        """Send no more on this stream, once what is queued has been sent."""
         record, _ = self._sending(stream_id, FrameType.END)
         record.ending = True
         if not record.queued:

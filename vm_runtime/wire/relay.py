@@ -25,7 +25,7 @@ async def relay(
 ) -> None:
     """Move bytes both ways until both directions are over; each may end on its own. Closes both ends.
 
-    inspect: sees what the stream says before the socket does; what it raises ends the relay and is raised here, in an
+    inspect: gets the stream's data before the socket does; what it raises ends the relay and is raised here, in an
     exception group.
 
     What goes wrong on one side is passed on to the other: a lost socket resets the stream (`connection_lost`), a reset

@@ -11,7 +11,7 @@ from vm_runtime.wire.errors import LinkClosedError
 from vm_runtime.wire.greeting import Hello, Limits, Welcome
 from vm_runtime.wire.link import READ_BYTES, Link
 from vm_runtime.wire.marker import MarkerScanner
-from vm_runtime.wire.protocol import BOOT_MARKER, Session
+from vm_runtime.wire.protocol import BOOT_MARKER, WireSession
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ async def serve(
 ) -> None:
     """Serve sessions until the carrier ends (a DeviceCarrier never does) or the caller cancels. Closes the carrier.
 
-    make_welcome: does all that follows a restore, and says how the guest is; only then does the host get its WELCOME.
+    make_welcome: does all that follows a restore, and describes the guest; only then does the host get its WELCOME.
     on_session: gets the Link of a session that has begun; it sets `link.on_open` first, and may return or stay. Both
     are cancelled, and all streams lost (SessionResetError), when a new session begins. marker: that of the first one.
     """
@@ -41,7 +41,7 @@ async def serve(
             found, data = scanner.feed(data)
             if found:
                 await _stop(link, task)
-                link = Link(Session.guest(limits=limits), carrier, reads=False)
+                link = Link(WireSession.guest(limits=limits), carrier, reads=False)
                 link.start()
                 task = asyncio.create_task(_serve_one(link, on_session, make_welcome), name="wire session")
             if link is not None:

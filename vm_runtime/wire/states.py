@@ -20,7 +20,7 @@ other sees as RECEIVE. The states of one end:
     ENDED_REMOTE   the peer sent END; we still send
     CLOSED         forgotten. Frames that were on their way are ignored: only ids that never were opened are errors
 
-The table is about frames as they go on the wire: an END that waits behind queued data has not been sent. WINDOW may
+The table is about frames as they are sent: an END that waits behind queued data has not been sent. WINDOW may
 cross an END of either side, so it is valid in every state in which the one who sends it has not seen our END.
 What is not in the table is an error of whoever did it: LocalProtocolError for SEND, RemoteProtocolError for RECEIVE.
 """

@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from vm_runtime.wire.errors import LocalProtocolError, StreamResetError, WireError
-from vm_runtime.wire.protocol import Session
+from vm_runtime.wire.protocol import WireSession
 
 
 class StreamOwner(Protocol):
     """What a stream needs of its Link."""
 
-    session: Session
+    session: WireSession
 
     def wake_writer(self) -> None:
         """The session has something to send."""
@@ -108,7 +108,7 @@ class Stream:
         return self._error
 
     def end(self) -> None:
-        """Send no more, once what is queued has gone. Ending twice is harmless."""
+        """Send no more, once what is queued has been sent. Ending twice is harmless."""
         if self._ended_local or self._error is not None:
             return
         self._owner.session.end(self.id)

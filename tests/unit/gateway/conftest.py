@@ -98,7 +98,7 @@ async def agent_box(directory: Path) -> AsyncIterator[Box]:
             token=TOKEN,
             service=cast(SandboxService, AgentService(link)),
             sessions=cast(Any, None),
-            hub=cast(Any, None),
+            clients=cast(Any, None),
             metrics=Metrics(states=list, pool_ready=int),
         )
         server = make_server(make_application(gateway))

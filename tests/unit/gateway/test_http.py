@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_is_no_error(tmp_path: Path, caplog: pytest.L
         token="t",
         service=cast(Any, None),
         sessions=cast(Any, None),
-        hub=cast(Any, None),
+        clients=cast(Any, None),
         metrics=Metrics(states=list, pool_ready=int),
     )
     async with listening(host="127.0.0.1", port=0) as listener:

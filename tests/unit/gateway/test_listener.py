@@ -24,7 +24,7 @@ async def fetch(url: str, method: str = "GET") -> HTTPResponse:
 
 async def test_what_is_being_done_is_told_until_there_is_an_application() -> None:
     async with listening(host="127.0.0.1", port=0) as listener:
-        listener.tell("Booting the image once (0 s)")
+        listener.set_progress("Booting the image once (0 s)")
         for method, path in (("GET", "/healthz"), ("POST", "/api/kernels"), ("GET", "/api/kernels/x/channels")):
             answer = await fetch(listener.url + path, method)
             assert (answer.code, answer.headers["Retry-After"]) == (503, "3")

@@ -54,7 +54,7 @@ async def port(tmp_path: Path) -> AsyncIterator[int]:
     settings = GatewaySettings(token="t", state_dir=tmp_path, client_timeout_s=TIMEOUT_S, ping_interval_s=PINGS_S)
     nothing = cast(Any, None)
     gateway = Gateway(
-        settings=settings, url="", token="t", service=nothing, sessions=nothing, hub=nothing,
+        settings=settings, url="", token="t", service=nothing, sessions=nothing, clients=nothing,
         metrics=Metrics(states=list, pool_ready=int),
     )  # fmt: skip
     server = make_server(Application([("/", Socket, {"gateway": gateway})]))

@@ -17,7 +17,7 @@ import pytest
 import vm_runtime
 from tests.unit.guest.conftest import Host
 from vm_runtime.guest.files import _remove_path
-from vm_runtime.guest.keeper import User
+from vm_runtime.guest.kernel_manager import User
 from vm_runtime.guest.user_threads import UserThreads
 from vm_runtime.guest.watch import WATCHES_MAX, Watch
 from vm_runtime.wire.chunks import CHUNK_HEADER, ChunkError, ChunkReader, ChunkWriter

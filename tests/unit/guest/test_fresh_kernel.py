@@ -43,7 +43,7 @@ MEANT = {
 async def plain_kernel(host: Host, **env: str) -> AsyncIterator[AsyncKernelClient]:
     """ipykernel as Jupyter starts it, with our kernels' environment."""
     manager = AsyncKernelManager()
-    await manager.start_kernel(cwd=str(host.paths.home), env={**host.agent._keeper.environment(), **env})
+    await manager.start_kernel(cwd=str(host.paths.home), env={**host.agent._kernel_manager.environment(), **env})
     jupyter = manager.client()
     jupyter.start_channels()
     try:

@@ -11,8 +11,8 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from tests.unit.guest.conftest import client, run
 from tests.unit.guest.sandbox_host import PARENT, SandboxHost, child_id, decoded, family, sandbox_host
 from vm_runtime.guest.sandbox import values
-from vm_runtime.guest.sandbox.branches import Outcome
-from vm_runtime.guest.sandbox.commands import SUBCOMMANDS, UsageProblem, completions, parse
+from vm_runtime.guest.sandbox.branches import BranchResult
+from vm_runtime.guest.sandbox.grammar import SUBCOMMANDS, UsageProblem, completions, parse
 
 host = pytest.fixture(sandbox_host)
 
@@ -31,9 +31,9 @@ def stream(text: str) -> dict[str, str]:
     return {"output_type": "stream", "name": "stdout", "text": text}
 
 
-def outcome(text: str, score: float | None = None, error: str | None = None) -> bytes:
+def result(text: str, score: float | None = None, error: str | None = None) -> bytes:
     image = {"output_type": "display_data", "data": {"image/png": PIXEL, "text/plain": "<Figure>"}, "metadata": {}}
-    return values.encode(Outcome(outputs=[stream(text), image], seconds=0.5, error=error, score=score))
+    return values.encode(BranchResult(outputs=[stream(text), image], seconds=0.5, error=error, score=score))
 
 
 def test_lines_are_understood_or_refused_with_a_sentence() -> None:
@@ -121,7 +121,7 @@ async def test_tree_info_and_checkpoints_are_html_and_text(host: SandboxHost) ->
 
 
 async def test_branches_are_shown_side_by_side(host: SandboxHost) -> None:
-    host.script = family({1: outcome("second\n"), 0: outcome("first\n"), 2: None})
+    host.script = family({1: result("second\n"), 0: result("first\n"), 2: None})
     async with client(host) as jupyter:
         messages = await shown(jupyter, "%%sandbox branch -n 3\nprint(branch)")
     assert [message["msg_type"] for message in messages] == ["display_data"] + ["update_display_data"] * 4
@@ -162,7 +162,7 @@ async def test_a_branch_records_plots_and_errors(host: SandboxHost) -> None:
 
 
 async def test_the_best_branch_is_taken_over(host: SandboxHost) -> None:
-    children = family({0: outcome("a", 1.0), 1: outcome("b", 3.0), 2: outcome("c", error="ValueError: no")})
+    children = family({0: result("a", 1.0), 1: result("b", 3.0), 2: result("c", error="ValueError: no")})
     asked: list[tuple[str, str | None]] = []
 
     async def script(call: Any) -> None:
@@ -195,7 +195,7 @@ async def test_try_goes_on_as_the_child(host: SandboxHost) -> None:
 
 
 async def test_try_that_fails_shows_the_error_and_changes_nothing(host: SandboxHost) -> None:
-    failed = Outcome(
+    failed = BranchResult(
         outputs=[{"output_type": "error", "ename": "E", "evalue": "", "traceback": ["E: the reason"]}],
         seconds=0.1,
         error="E: the reason",

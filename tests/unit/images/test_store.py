@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.cli import main
-from gateway.commands.image import users_of
+from gateway.cli.image import users_of
 from vm_runtime.images.build import builder_version
 from vm_runtime.images.errors import BrokenImageError, ImageInUseError, UnknownImageError
 from vm_runtime.images.manifest import FILES, FORMAT_VERSION, MANIFEST, Manifest, file_digest, image_digest

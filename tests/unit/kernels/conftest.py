@@ -82,7 +82,7 @@ class Service(SandboxService):
     async def checkpointed(self, sandbox_id: str, count: int) -> list[str]:
         """The ids of its checkpoints, when there are so many."""
         async with asyncio.timeout(LIMIT_S), self.bus.subscribe() as events:
-            while len(found := await self.time_line.checkpoints(sandbox_id)) < count:
+            while len(found := await self.checkpoints.all(sandbox_id)) < count:
                 async for event in events:
                     if event.kind is EventKind.CHECKPOINT:
                         break
@@ -103,7 +103,7 @@ class TestDriver(FakeDriver):
 async def started_driver(state_dir: Path, *, without: str = "") -> AsyncIterator[TestDriver]:
     note_made(state_dir)
     settings = DriverSettings(state_dir=state_dir, options={"fake_without": without})
-    driver = await TestDriver.start(settings, say=lambda text: None)
+    driver = await TestDriver.start(settings, progress=lambda text: None)
     try:
         yield driver
     finally:
@@ -115,7 +115,7 @@ async def started_driver(state_dir: Path, *, without: str = "") -> AsyncIterator
 async def started_service(state_dir: Path, driver: FakeDriver, **fields: Any) -> AsyncIterator[Service]:
     """As a gateway has it; ends its sandboxes at the end, unless told otherwise."""
     fields = {"pool_size": 0, "checkpoints": "off", "stop_means_sleep": False, **fields}
-    async with Service(ServiceSettings(state_dir=state_dir, **fields), driver, say=lambda text: None) as service:
+    async with Service(ServiceSettings(state_dir=state_dir, **fields), driver, progress=lambda text: None) as service:
         yield service
 
 

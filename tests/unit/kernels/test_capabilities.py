@@ -21,8 +21,8 @@ async def test_what_needs_snapshots_is_refused_without_them(state_dir: Path) -> 
         sandbox_id = await kernels.new()
         assert kernels.get(sandbox_id).checkpoints == "off"
         for refused in (
-            kernels.time_line.checkpoint(sandbox_id, name="one"),
-            kernels.naps.sleep(sandbox_id),
+            kernels.checkpoints.checkpoint(sandbox_id, name="one"),
+            kernels.lifecycle.sleep(sandbox_id),
             kernels.forks.fork(sandbox_id, count=1),
         ):
             with pytest.raises(Exception, match="was told to do without it"):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kernels.child_results import ChildResult
 from kernels.errors import LimitError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
-from kernels.outcomes import Outcome
 from tests.unit.kernels.conftest import Service, TestDriver, started_service
 from vm_runtime.states import RunState
 
@@ -18,7 +18,7 @@ WAIT = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)"
 
 
 def let_go(kernels: Service, sandbox_id: str) -> None:
-    (kernels.machines.running(sandbox_id).saved.place.disk_dir / "home" / "go").touch()
+    (kernels.machines.running(sandbox_id).saved.paths.disk_dir / "home" / "go").touch()
 
 
 async def fork(kernels: Service, sandbox_id: str, count: int = 1, *, mid_cell: bool = False) -> list[Sandbox]:
@@ -37,7 +37,7 @@ async def test_children_have_the_files_and_a_place_in_the_family(kernels: Servic
         assert await kernels.run(sandbox_id, "print(open('name').read())") == f"{name}\n"
     (grandchild,) = await fork(kernels, one.id)
     assert [each.id for each in kernels.forks.tree(two.id)] == [parent, one.id, two.id, grandchild.id]
-    await kernels.naps.sleep(parent)
+    await kernels.lifecycle.sleep(parent)
     (late,) = await fork(kernels, parent)
     assert kernels.get(parent).state is SandboxState.ASLEEP
     assert await kernels.run(late.id, "print(open('name').read())") == "parent\n"
@@ -72,7 +72,7 @@ async def test_a_fork_waits_for_a_cell_of_which_only_the_kernel_knows(kernels: S
     (child,) = await forking
     await cell
     assert await kernels.run(child.id, "import os; print(os.path.exists('done'))") == "True\n"
-    (checkpoint,) = await kernels.time_line.checkpoints(parent)
+    (checkpoint,) = await kernels.checkpoints.all(parent)
     assert checkpoint.cell == 2
 
 
@@ -82,7 +82,7 @@ async def test_a_fork_in_mid_cell_says_so(kernels: Service) -> None:
     await kernels.until(lambda: kernels.get(parent).execution_state == "busy")
     await fork(kernels, parent, mid_cell=True)
     assert not cell.done()
-    (checkpoint,) = await kernels.time_line.checkpoints(parent)
+    (checkpoint,) = await kernels.checkpoints.all(parent)
     assert checkpoint.cell is None
     let_go(kernels, parent)
     await cell
@@ -94,8 +94,8 @@ async def offered(kernels: Service) -> tuple[str, str]:
     await kernels.run(parent, "open('name', 'w').write('parent')")
     (child,) = await fork(kernels, parent)
     await kernels.run(child.id, "open('name', 'w').write('child')")
-    outcome = Outcome(child_id=child.id, parent_id=parent, state="offered", call_id="c")
-    await kernels.forks.outcomes.record(outcome)
+    result = ChildResult(child_id=child.id, parent_id=parent, state="offered", call_id="c")
+    await kernels.forks.child_results.record(result)
     return parent, child.id
 
 
@@ -115,7 +115,7 @@ async def test_where_a_parent_cannot_become_its_child_both_go_on(
 ) -> None:
     parent, child = await offered(kernels)
     if left is RunState.PAUSED:
-        await kernels.naps.pause(child)
+        await kernels.lifecycle.pause(child)
     before = kernels.get(parent).snapshot_id
     driver.refuses = "not today"
     with pytest.raises(MachineFailedError, match="not today"):
@@ -126,17 +126,17 @@ async def test_where_a_parent_cannot_become_its_child_both_go_on(
     assert kernels.machines.running(child).saved.machine.state is left
     assert await kernels.run(parent, "print(open('name').read())") == "parent\n"
     if left is RunState.PAUSED:
-        await kernels.naps.resume(child)
+        await kernels.lifecycle.resume(child)
     assert await kernels.run(child, "print(open('name').read())") == "child\n"
     # The state that was not taken over is no checkpoint of the parent.
-    assert [each.id for each in await kernels.time_line.checkpoints(parent)] == [before]
+    assert [each.id for each in await kernels.checkpoints.all(parent)] == [before]
     await kernels.forks.become(parent, child)
     assert await kernels.run(parent, "print(open('name').read())") == "child\n"
 
 
 async def test_a_child_that_does_not_start_is_an_error_in_its_place(kernels: Service, driver: TestDriver) -> None:
     parent = await kernels.new()
-    await kernels.naps.sleep(parent)
+    await kernels.lifecycle.sleep(parent)
     driver.refuses = "not today"
     results = await kernels.forks.fork(parent, count=2)
     assert [str(result) for result in results] == ["not today"] * 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from kernels.child_results import ChildResult
 from kernels.models import Sandbox, SandboxState
-from kernels.outcomes import Outcome
 from tests.unit.kernels.conftest import Service
 
 ASK = """
@@ -36,7 +36,9 @@ async def test_it_asks_about_itself_and_its_family(kernels: Service) -> None:
     # A child that is idle and has no result yet, and one that has.
     assert await ask(kernels, parent, "wait", timeout_s=0) == [{"id": child.id}, ""]
     assert await ask(kernels, parent, "result", id=child.id, timeout_s=0) == [{"state": "idle"}, ""]
-    await kernels.forks.outcomes.record(Outcome(child_id=child.id, parent_id=parent, state="exited", status="ok"), b"v")
+    await kernels.forks.child_results.record(
+        ChildResult(child_id=child.id, parent_id=parent, state="exited", status="ok"), b"v"
+    )
     result, value = await ask(kernels, parent, "result", id=child.id)
     assert (result["state"], value) == ("exited", "v")
     for op, target in (("kill", parent), ("kill", stranger), ("result", stranger), ("become", parent)):

@@ -10,7 +10,7 @@ import pytest
 from kernels.errors import MachineFailedError
 from kernels.exec import CommandExited, CommandInfo
 from kernels.files import FileInfo
-from kernels.session import LastCell, Unanswered, parse_event
+from kernels.session import LastCell, PendingRequests, parse_event
 
 FILE = {
     "name": "a", "path": "/a", "kind": "file", "size_bytes": 1, "mode": 0o100644, "uid": 0, "gid": 0, "modified_at": 5,
@@ -70,9 +70,9 @@ def test_the_names_on_the_wire_are_the_agents() -> None:
 def test_requests_that_a_guest_names_are_bounded() -> None:
     one = {"idents": [], "header": {"msg_id": "m"}}
     last = LastCell.parse({"held": True, "execution_count": 3, "unanswered": [one, "nonsense"]})
-    assert (last.held, last.cell, last.unanswered) == (True, 3, (one,))
-    assert Unanswered.parse({"unanswered": 2, "cells": [one] * 10_000}) == Unanswered(count=2)
-    assert Unanswered(count=1, cells=(one,)).cells_but([one, None]) == []
+    assert (last.held, last.cell, last.pending_requests) == (True, 3, (one,))
+    assert PendingRequests.parse({"unanswered": 2, "cells": [one] * 10_000}) == PendingRequests(count=2)
+    assert PendingRequests(count=1, cells=(one,)).cells_but([one, None]) == []
 
 
 @pytest.mark.parametrize(

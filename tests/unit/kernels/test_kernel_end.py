@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.clients import ClientRegistry
 from gateway.connection import Client
 from gateway.frames import CHANNELS, KernelMessage, decode_v1
-from gateway.hub import KernelHub
 from gateway.metrics import Metrics
 from gateway.models import KernelAnswer
 from gateway.settings import GatewaySettings
@@ -42,7 +42,7 @@ async def next_ends(events: EventQueue, count: int) -> list[EventKind]:
 
 def crash_at_start(kernels: Service, sandbox_id: str) -> Path:
     """From now on its kernels end while they start, until the file is removed."""
-    home = kernels.machines.running(sandbox_id).saved.place.disk_dir / "home"
+    home = kernels.machines.running(sandbox_id).saved.paths.disk_dir / "home"
     startup = home / ".ipython/profile_default/startup"
     startup.mkdir(parents=True, exist_ok=True)
     (startup / "00.py").write_text(CRASH_AT_START)
@@ -90,8 +90,8 @@ class Notebook:
         header, parent, content = (
             json.loads(bytes(each)) for each in (message.header, message.parent, message.content)
         )
-        said = content.get("status") or content.get("execution_state") or content.get("text", "")
-        self.received.put_nowait((message.channel, header["msg_type"], parent.get("msg_id", ""), said))
+        received = content.get("status") or content.get("execution_state") or content.get("text", "")
+        self.received.put_nowait((message.channel, header["msg_type"], parent.get("msg_id", ""), received))
         sent = asyncio.get_running_loop().create_future()
         sent.set_result(None)
         return sent
@@ -115,7 +115,7 @@ def cell(msg_id: str, code: str) -> KernelMessage:
 async def test_no_client_waits_for_a_kernel_that_died(state_dir: Path, driver: TestDriver, restart_limit: int) -> None:
     settings = GatewaySettings(state_dir=state_dir)
     async with started_service(state_dir, driver, restart_limit=restart_limit) as kernels:
-        hub = KernelHub(kernels, settings, Metrics(states=list, pool_ready=int))
+        hub = ClientRegistry(kernels, settings, Metrics(states=list, pool_ready=int))
         async with hub.running(), kernels.bus.subscribe() as events:
             following = asyncio.create_task(hub.follow(events))
             sandbox_id = await kernels.new()
@@ -128,7 +128,7 @@ async def test_no_client_waits_for_a_kernel_that_died(state_dir: Path, driver: T
             await one.until("iopub", "stream", "2", "on\n")
             await connections[0].from_client(cell("3", "print('three')"))
             await connections[1].from_client(cell("4", "print('four')"))
-            home = kernels.machines.running(sandbox_id).saved.place.disk_dir / "home"
+            home = kernels.machines.running(sandbox_id).saved.paths.disk_dir / "home"
             (home / "go").touch()
             state = "restarting" if restart_limit else "dead"
             seen = [each for each in await one.until("iopub", "status", "", state) if each[1] != "stream"]
@@ -202,18 +202,18 @@ async def test_a_machine_that_does_not_answer_is_shown_so_until_it_does(kernels:
 @pytest.mark.usefixtures("quick_looks")
 async def test_a_machine_that_is_paused_owes_no_answer(kernels: Service) -> None:
     sandbox_id = await kernels.new()
-    await kernels.naps.pause(sandbox_id)
+    await kernels.lifecycle.pause(sandbox_id)
     # Longer than one that owes an answer has: nothing happens.
     await asyncio.sleep(live.PING_INTERVAL_S + 2 * live.UNRESPONSIVE_LOOKS * live.LOOK_S)
     assert kernels.get(sandbox_id).unresponsive_since is None
-    await kernels.naps.resume(sandbox_id)
+    await kernels.lifecycle.resume(sandbox_id)
 
 
 @pytest.mark.usefixtures("quick_looks")
 async def test_a_restart_ends_a_machine_that_does_not_answer(kernels: Service) -> None:
     sandbox_id = await kernels.new()
     await kernels.run(sandbox_id, "open('file', 'w').write('kept')")
-    await kernels.time_line.checkpoint(sandbox_id, name=None)
+    await kernels.checkpoints.checkpoint(sandbox_id, name=None)
     machine = kernels.machines.running(sandbox_id).saved.machine
     os.kill(machine.pid, signal.SIGSTOP)
     await unresponsive(kernels, sandbox_id, expected=True)

@@ -18,7 +18,7 @@ from vm_runtime.snapshots.manifest import Manifest
 TEMPLATE = Template(digest="d", snapshot=cast(Manifest, None))
 
 
-class Warm:
+class FakeSpare:
     """looks: how often somebody looked whether it is dead."""
 
     def __init__(self) -> None:
@@ -43,23 +43,23 @@ class Host:
     """What makes machines. errors: raised by the next ones."""
 
     def __init__(self) -> None:
-        self.made: list[Warm] = []
+        self.made: list[FakeSpare] = []
         self.room = True
         self.errors: list[Exception] = []
         self.may_make = asyncio.Event()
         self.may_make.set()
 
-    async def make(self, template: Template) -> Warm:
+    async def make(self, template: Template) -> FakeSpare:
         await asyncio.sleep(0)
         await self.may_make.wait()
         if self.errors:
             raise self.errors.pop()
-        self.made.append(Warm())
+        self.made.append(FakeSpare())
         return self.made[-1]
 
 
 @asynccontextmanager
-async def filled(host: Host, *, size: int = 2, limit: int = 2) -> AsyncIterator[Pool[Warm]]:
+async def filled(host: Host, *, size: int = 2, limit: int = 2) -> AsyncIterator[Pool[FakeSpare]]:
     pool = Pool(size=size, limit=limit, make=host.make, has_room=lambda: host.room)
     task = asyncio.create_task(pool.run())
     pool.keep(TEMPLATE)
@@ -117,7 +117,7 @@ async def test_a_dead_machine_is_neither_given_out_nor_left() -> None:
         resting = host.made[-1]
         resting.dead = True
         await until(lambda: resting.closed and pool.ready_count() == 2)
-    assert all(warm.closed for warm in host.made if warm is not second)
+    assert all(spare.closed for spare in host.made if spare is not second)
     assert not second.closed
 
 
@@ -149,10 +149,10 @@ async def test_it_grows_while_starts_find_it_empty_and_shrinks_when_that_was_not
     host = Host()
     async with filled(host, size=2, limit=4) as pool:
         taken = [pool.take(TEMPLATE) for _ in range(9)]
-        assert sum(warm is not None for warm in taken) == 2
+        assert sum(spare is not None for spare in taken) == 2
         await until(lambda: pool.ready_count() == 4)
         monkeypatch.setattr(module, "SHRINK_AFTER_S", 0.0)
-        await until(lambda: pool.ready_count() == 2 and sum(warm.closed for warm in host.made) == 2)
+        await until(lambda: pool.ready_count() == 2 and sum(spare.closed for spare in host.made) == 2)
 
 
 async def test_a_pool_of_size_0_keeps_nothing() -> None:

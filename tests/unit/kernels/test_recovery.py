@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels.connected import new_paths
 from kernels.models import SandboxState
-from kernels.warm import new_place
 from tests.fake_driver.machine import FakeMachine
 from tests.unit.kernels.conftest import Service, TestDriver, started_driver, started_service
 from vm_runtime.confinement.process import start_time_ticks
@@ -31,7 +31,7 @@ async def test_a_machine_that_runs_is_found_again(state_dir: Path, driver: TestD
         sandbox_id = await kernels.new()
         await kernels.run(sandbox_id, "x = 42")
         if left is SandboxState.PAUSED:
-            await kernels.naps.pause(sandbox_id)
+            await kernels.lifecycle.pause(sandbox_id)
         pid = kernels.machines.running(sandbox_id).saved.machine.pid
         await leave(kernels)
     async with started_driver(state_dir) as later, started_service(state_dir, later) as kernels:
@@ -40,7 +40,7 @@ async def test_a_machine_that_runs_is_found_again(state_dir: Path, driver: TestD
         assert machine.pid == pid
         if left is SandboxState.PAUSED:
             assert machine.state is RunState.PAUSED
-            await kernels.naps.resume(sandbox_id)
+            await kernels.lifecycle.resume(sandbox_id)
         assert await kernels.run(sandbox_id, "print(x)") == "42\n"
 
 
@@ -50,7 +50,7 @@ async def test_one_that_cannot_be_paused_again_is_not_lost(
     async with started_service(state_dir, driver) as kernels:
         sandbox_id = await kernels.new()
         await kernels.run(sandbox_id, "x = 42")
-        await kernels.naps.pause(sandbox_id)
+        await kernels.lifecycle.pause(sandbox_id)
         await leave(kernels)
 
     async def fail(machine: FakeMachine) -> None:
@@ -68,8 +68,8 @@ async def test_machines_that_died_meanwhile_fall_back_or_fail_and_sleepers_sleep
 ) -> None:
     async with started_service(state_dir, driver) as kernels:
         safe, lost, asleep = [await kernels.new() for _ in range(3)]
-        await kernels.time_line.checkpoint(safe, name="safe")
-        await kernels.naps.sleep(asleep)
+        await kernels.checkpoints.checkpoint(safe, name="safe")
+        await kernels.lifecycle.sleep(asleep)
         pids = [kernels.machines.running(each).saved.machine.pid for each in (safe, lost)]
         await leave(kernels)
     for pid in pids:
@@ -86,12 +86,12 @@ async def test_machines_that_nobody_knows_are_ended(state_dir: Path, driver: Tes
         settings = kernels._settings
         image = kernels._images.current()["tiny"]
         spec = MachineSpec(shape=MachineShape(memory_mib=256, vcpus=1, disk_mib=1024), image=image.files)
-        place = new_place(settings.state_dir, settings.run_dir)
-        stray = await kernels.saver.boot(spec, place=place, guest=b"", timeout_s=60.0)
+        paths = new_paths(settings.state_dir, settings.run_dir)
+        stray = await kernels.saver.boot(spec, paths=paths, guest=b"", timeout_s=60.0)
         await stray.detach()
         (settings.state_dir / "machines" / "0123").mkdir(parents=True)
     async with started_driver(state_dir) as later, started_service(state_dir, later):
-        assert not place.run_dir.exists()
+        assert not paths.run_dir.exists()
         assert list((state_dir / "machines").iterdir()) == []
         assert start_time_ticks(stray.machine.pid) is None
 

@@ -27,7 +27,7 @@ async def test_what_is_asked_in_any_moment_of_a_sleep_is_answered(kernels: Servi
     async with kernels.client(sandbox_id) as client:
         await client.wait_for_ready(timeout=LIMIT_S)
         for _ in range(3):
-            sleeping = asyncio.create_task(kernels.naps.sleep(sandbox_id))
+            sleeping = asyncio.create_task(kernels.lifecycle.sleep(sandbox_id))
             await asyncio.sleep(wait_ms / 1000)
             reply = await reply_to(client, client.execute("1 + 1"))
             assert reply["content"]["status"] == "ok"
@@ -38,16 +38,16 @@ async def test_what_is_asked_of_a_paused_sandbox_waits_and_wakes_it_when_it_is_p
     sandbox_id = await kernels.new()
     async with kernels.client(sandbox_id) as client:
         await client.wait_for_ready(timeout=LIMIT_S)
-        await kernels.naps.pause(sandbox_id)
+        await kernels.lifecycle.pause(sandbox_id)
         message_id = client.execute("1 + 1")
-        await kernels.naps.resume(sandbox_id)
+        await kernels.lifecycle.resume(sandbox_id)
         assert (await reply_to(client, message_id))["content"]["status"] == "ok"
-        await kernels.naps.pause(sandbox_id)
+        await kernels.lifecycle.pause(sandbox_id)
         message_id = client.execute("1 + 1")
         async with asyncio.timeout(LIMIT_S):
             while not kernels.machines.has_request(sandbox_id):  # noqa: ASYNC110 - it is on its way through ZMQ
                 await asyncio.sleep(0.01)
-        await kernels.naps.sleep(sandbox_id)
+        await kernels.lifecycle.sleep(sandbox_id)
         assert (await reply_to(client, message_id))["content"]["status"] == "ok"
         assert kernels.get(sandbox_id).state is SandboxState.RUNNING
 
@@ -80,7 +80,7 @@ async def test_a_sandbox_with_something_to_answer_does_not_fall_asleep(kernels: 
 
 async def test_an_interrupt_of_nothing_wakes_nobody(kernels: Service) -> None:
     sandbox_id = await kernels.new()
-    await kernels.naps.sleep(sandbox_id)
+    await kernels.lifecycle.sleep(sandbox_id)
     await kernels.interrupt(sandbox_id)
     assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
 
@@ -89,7 +89,7 @@ async def test_a_wake_that_fails_is_an_event_and_the_next_request_tries_again(ke
     sandbox_id = await kernels.new()
     async with kernels.client(sandbox_id) as client:
         await client.wait_for_ready(timeout=LIMIT_S)
-        await kernels.naps.sleep(sandbox_id)
+        await kernels.lifecycle.sleep(sandbox_id)
         driver.refuses = "It is not to be."
         async with kernels.bus.subscribe() as events, asyncio.timeout(LIMIT_S):
             first = client.execute("1")

@@ -14,9 +14,9 @@ from tests.unit.kernels.conftest import Service
 async def test_nothing_is_kept_of_ids_that_name_no_sandbox(service: Service) -> None:
     for _ in range(100):
         with pytest.raises(UnknownSandboxError):
-            await service.naps.sleep(str(uuid.uuid4()))
+            await service.lifecycle.sleep(str(uuid.uuid4()))
         with pytest.raises(UnknownSandboxError):
-            await service.time_line.goto(str(uuid.uuid4()), "1")
+            await service.checkpoints.goto(str(uuid.uuid4()), "1")
     assert not service.machines._locks
 
 
@@ -34,7 +34,7 @@ async def test_who_waits_for_a_sandbox_that_is_deleted_comes_after_the_others(se
     async with asyncio.TaskGroup() as group, service.machines.lock("a"):
         group.create_task(use("second"))
         await asyncio.sleep(0)
-        await service.naps.forget("a")
+        await service.lifecycle.forget("a")
         group.create_task(use("third"))
         await asyncio.sleep(0)
         order.append("first ends")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kernels.checkpoints import MAX_CHECKPOINTS, too_many
 from kernels.models import Checkpoint
 from kernels.snapshots import pin_name
-from kernels.time_line import MAX_CHECKPOINTS, too_many
 from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_service
 from tests.unit.snapshots.small_snapshots import publish
 from vm_runtime.snapshots.store import Pin
@@ -50,11 +50,11 @@ async def test_what_takes_disk_is_thinned_out_whatever_took_it(state_dir: Path, 
         taken = []
         for name in (None, "kept", None, None, None, None, None):
             await kernels.run(sandbox_id, f"import os; open('big', 'wb').write(os.urandom({WRITTEN_BYTES}))")
-            taken.append(await kernels.time_line.checkpoint(sandbox_id, name=name))
+            taken.append(await kernels.checkpoints.checkpoint(sandbox_id, name=name))
         assert all(checkpoint.bytes > WRITTEN_BYTES for checkpoint in taken)
         deadline = time.monotonic() + LIMIT_S
         # The newest is what the sandbox is in, and not counted.
-        while _bytes((left := await kernels.time_line.checkpoints(sandbox_id))[:-1]) > BUDGET_BYTES:
+        while _bytes((left := await kernels.checkpoints.all(sandbox_id))[:-1]) > BUDGET_BYTES:
             assert time.monotonic() < deadline, left
             await asyncio.sleep(0.05)
         # Of the others as many stay as are within the budget.

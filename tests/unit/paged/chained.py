@@ -7,7 +7,7 @@ import os
 import secrets
 
 from vm_runtime.drivers.qemu import qcow2
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.snapshots.layers import encode_index
 from vm_runtime.snapshots.manifest import Manifest, Part, PartKind, Shape, SnapshotContents
 from vm_runtime.snapshots.memory import PAGE_SIZE, memory_digest
@@ -23,7 +23,7 @@ def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
         path = draft.path("base")
         path.write_bytes(secrets.token_bytes(MEMORY_BYTES))
         base = draft.add(PartKind.BASE, path, digest=memory_digest(path))
-        ground = Ground(
+        backing = BackingChain(
             base=base,
             layers=tuple(
                 draft.add_bytes(
@@ -40,7 +40,7 @@ def publish(store: SnapshotStore, *, layers: int, disks: int) -> Manifest:
             template="tiny",
             image_digest="0" * 64,
             shape=Shape(memory_mib=1, vcpus=1, disk_mib=64),
-            state=ground.state(
+            state=backing.state(
                 driver="qemu", format="f", needs={}, device=draft.add_bytes(PartKind.DEVICE, secrets.token_bytes(16))
             ),
             wire_marker="0" * 32,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.paged.chains import MAX_CHAIN, MAX_SETTLED, check_room, merge_from, rebased
-from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.errors import ChainTooLongError
 from vm_runtime.snapshots.manifest import MAX_LAYERS, Part
 
@@ -18,42 +18,42 @@ def part(name: str) -> Part:
     return Part(digest=name * 64, size_bytes=SIZE)
 
 
-def ground(base: str, layers: str, disks: str) -> Ground:
-    return Ground(base=part(base), layers=tuple(map(part, layers)), disks=tuple(map(part, disks)))
+def backing(base: str, layers: str, disks: str) -> BackingChain:
+    return BackingChain(base=part(base), layers=tuple(map(part, layers)), disks=tuple(map(part, disks)))
 
 
-OLD, NEW = ground("0", "123", "ab"), ground("9", "", "ae")
+OLD, NEW = backing("0", "123", "ab"), backing("9", "", "ae")
 
 
 def test_a_machine_on_the_state_or_above_it_gets_the_shorter_form() -> None:
-    assert rebased(ground("0", "123", "ab"), old=OLD, new=NEW) == ground("9", "", "ae")
-    assert rebased(ground("0", "12345", "abc"), old=OLD, new=NEW) == ground("9", "45", "aec")
+    assert rebased(backing("0", "123", "ab"), old=OLD, new=NEW) == backing("9", "", "ae")
+    assert rebased(backing("0", "12345", "abc"), old=OLD, new=NEW) == backing("9", "45", "aec")
 
 
 def test_memory_and_disks_are_replaced_each_for_themselves() -> None:
-    assert rebased(ground("0", "1234", "ac"), old=OLD, new=NEW) == ground("9", "4", "ac")
-    assert rebased(ground("8", "4", "abc"), old=OLD, new=NEW) == ground("8", "4", "aec")
+    assert rebased(backing("0", "1234", "ac"), old=OLD, new=NEW) == backing("9", "4", "ac")
+    assert rebased(backing("8", "4", "abc"), old=OLD, new=NEW) == backing("8", "4", "aec")
 
 
 def test_other_machines_stay_where_they_are() -> None:
-    for other in (ground("0", "12", "a"), ground("0", "21", "a"), ground("9", "123", "ac"), ground("0", "", "a")):
+    for other in (backing("0", "12", "a"), backing("0", "21", "a"), backing("9", "123", "ac"), backing("0", "", "a")):
         assert rebased(other, old=OLD, new=NEW) is None
 
 
-def long_ground(layers: int, disks: int) -> Ground:
+def long_backing(layers: int, disks: int) -> BackingChain:
     parts = [Part(digest=f"{number:064x}", size_bytes=SIZE) for number in range(max(layers, disks))]
-    return Ground(base=part("0"), layers=tuple(parts[:layers]), disks=tuple(parts[:disks]))
+    return BackingChain(base=part("0"), layers=tuple(parts[:layers]), disks=tuple(parts[:disks]))
 
 
 @pytest.mark.parametrize(("layers", "disks"), [(MAX_CHAIN, 1), (1, MAX_CHAIN)])
 def test_what_a_manifest_could_not_name_is_refused(layers: int, disks: int) -> None:
     with pytest.raises(ChainTooLongError, match=f"{MAX_CHAIN + 1} .* of at most {MAX_CHAIN}"):
-        check_room(long_ground(layers, disks), new_disks=1, open_disks=3, last=False)
-    check_room(long_ground(layers - 1, max(disks - 1, 1)), new_disks=1, open_disks=3, last=False)
+        check_room(long_backing(layers, disks), new_disks=1, open_disks=3, last=False)
+    check_room(long_backing(layers - 1, max(disks - 1, 1)), new_disks=1, open_disks=3, last=False)
     # There is room left to fall asleep.
-    check_room(long_ground(layers, disks), new_disks=1, open_disks=MAX_LAYERS, last=True)
+    check_room(long_backing(layers, disks), new_disks=1, open_disks=MAX_LAYERS, last=True)
     with pytest.raises(ChainTooLongError):
-        check_room(long_ground(1, 1), new_disks=1, open_disks=MAX_CHAIN, last=False)
+        check_room(long_backing(1, 1), new_disks=1, open_disks=MAX_CHAIN, last=False)
 
 
 @given(st.lists(st.integers(1, 10_000), max_size=60))

@@ -16,10 +16,10 @@ from vm_runtime.confinement.process import Spawner
 from vm_runtime.drivers.base import Failure, Shorter
 from vm_runtime.drivers.qemu import disk_merge
 from vm_runtime.paged import flattening
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.paged.bases import Bases
 from vm_runtime.paged.chains import LONG_CHAIN, MANY_DISKS
 from vm_runtime.paged.flattening import Flattener
-from vm_runtime.paged.ground import Ground
 from vm_runtime.snapshots.manifest import Manifest, PartKind
 from vm_runtime.snapshots.memory import PAGE_SIZE
 from vm_runtime.snapshots.store import SnapshotStore
@@ -158,5 +158,5 @@ async def test_it_gives_up_when_it_is_closed(bench: Bench) -> None:
 
 def _lengths(manifest: Manifest) -> tuple[int, int]:
     """Of its chains of layers and of disks."""
-    ground = Ground.of(manifest.state)
-    return len(ground.layers), len(ground.disks)
+    backing = BackingChain.of(manifest.state)
+    return len(backing.layers), len(backing.disks)

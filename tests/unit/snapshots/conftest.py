@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.snapshots.layers import copy_sparse
 from vm_runtime.snapshots.manifest import (
     Part,
@@ -66,7 +66,7 @@ class Mapper:
     def touch(self) -> str:
         return self._ask("touch")
 
-    def lend(self, files: Mapping[int, int]) -> dict[int, int]:
+    def pass_files(self, files: Mapping[int, int]) -> dict[int, int]:
         """Opens the files of our descriptors there; answers its own."""
         return {key: int(self._ask(f"open /proc/{os.getpid()}/fd/{fd}")) for key, fd in files.items()}
 
@@ -133,7 +133,7 @@ def fill(base_file: tuple[Path, str]) -> Callable[..., SnapshotContents]:
             template="python3",
             image_digest="ab" * 32,
             shape=Shape(memory_mib=8, vcpus=1, disk_mib=1024),
-            state=Ground(base=base, layers=(layer,) if layer else (), disks=(disk,)).state(
+            state=BackingChain(base=base, layers=(layer,) if layer else (), disks=(disk,)).state(
                 driver="qemu",
                 format="qemu-pages-1",
                 needs={"version": "7.2.22"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.snapshots.layers import encode_index
 from vm_runtime.snapshots.manifest import KernelInformation, Manifest, Part, PartKind, Shape, SnapshotContents
 from vm_runtime.snapshots.memory import PAGE_SIZE
@@ -48,7 +48,7 @@ def publish(
                 parents=tuple(parents),
                 flattened_from=flattened_from,
                 shape=SHAPE,
-                state=Ground(
+                state=BackingChain(
                     base=_part(draft, PartKind.BASE, bytes([base]) * PAGE_SIZE + bytes((PAGES - 1) * PAGE_SIZE)),
                     layers=tuple(
                         _part(draft, PartKind.LAYER, encode_index(PAGES * PAGE_SIZE, [(0, 1)], []) + _page(layer))

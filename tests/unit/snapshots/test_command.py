@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.commands import snapshot
+from gateway.cli import snapshot
 from vm_runtime.snapshots.manifest import Manifest, PartKind, SnapshotContents
 from vm_runtime.snapshots.store import Pin, SnapshotStore
 

@@ -83,7 +83,7 @@ def test_base_and_layers_restored_are_the_memory_that_was_captured(
         tracker.prepare()
         captured = tracker.capture()
         path = directory / str(number)
-        digest, size_bytes = captured.write(path, under=MemoryImage(base, layers))
+        digest, size_bytes = captured.write(path, parent=MemoryImage(base, layers))
         assert (file_digest(path), path.stat().st_size) == (digest, size_bytes)
         layers.append(Layer.open(path, size_bytes=SIZE_BYTES, digest=digest))
     image = MemoryImage(base, layers)
@@ -101,10 +101,10 @@ def test_base_and_layers_restored_are_the_memory_that_was_captured(
 def test_an_unchanged_page_is_not_stored_again(mapper: Start, base: BaseMemory, tmp_path: Path) -> None:
     process = mapper()
     process.write(10, 200, 0x41)
-    _, first_bytes = _tracker(process).capture().write(tmp_path / "1", under=MemoryImage(base, []))
+    _, first_bytes = _tracker(process).capture().write(tmp_path / "1", parent=MemoryImage(base, []))
     layer = Layer.open(tmp_path / "1", size_bytes=SIZE_BYTES)
     process.write(50, 2, 0x42)
-    _, second_bytes = _tracker(process).capture().write(tmp_path / "2", under=MemoryImage(base, [layer]))
+    _, second_bytes = _tracker(process).capture().write(tmp_path / "2", parent=MemoryImage(base, [layer]))
     assert first_bytes == 201 * PAGE_SIZE
     assert second_bytes == 3 * PAGE_SIZE
     layer.close()
@@ -113,7 +113,7 @@ def test_an_unchanged_page_is_not_stored_again(mapper: Start, base: BaseMemory, 
 def test_pages_that_became_zero_are_stored_without_content(mapper: Start, base: BaseMemory, tmp_path: Path) -> None:
     process = mapper()
     seen = process.write(0, 300, 0)  # the first hundred hold data in the base, the others are zero there
-    _, size_bytes = _tracker(process).capture().write(tmp_path / "1", under=MemoryImage(base, []))
+    _, size_bytes = _tracker(process).capture().write(tmp_path / "1", parent=MemoryImage(base, []))
     assert size_bytes == PAGE_SIZE
     layer = Layer.open(tmp_path / "1", size_bytes=SIZE_BYTES)
     assert layer.zero_runs == ((0, 100),)
@@ -164,7 +164,7 @@ def test_a_tampered_layer_is_refused(
     process = mapper()
     process.write(2, 1, 1)
     path = tmp_path / "layer"
-    digest, _ = _tracker(process).capture().write(path, under=MemoryImage(base, []))
+    digest, _ = _tracker(process).capture().write(path, parent=MemoryImage(base, []))
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(content)

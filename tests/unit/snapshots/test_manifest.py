@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vm_runtime.paged.ground import Ground
+from vm_runtime.paged.backing import BackingChain
 from vm_runtime.saving.record import SavedRecord
 from vm_runtime.snapshots.errors import BrokenSnapshotError
 from vm_runtime.snapshots.manifest import (
@@ -29,7 +29,7 @@ VERSION_1 = (GOLDEN / "manifest-1.json").read_bytes().rstrip(b"\n")
 VERSION_2 = (GOLDEN / "manifest-2.json").read_bytes().rstrip(b"\n")
 WHOLE = (GOLDEN / "manifest-2-whole.json").read_bytes().rstrip(b"\n")
 
-PAGES = Ground(
+PAGES = BackingChain(
     base=Part(digest="01" * 32, size_bytes=512 << 20),
     layers=(Part(digest="02" * 32, size_bytes=8192), Part(digest="03" * 32, size_bytes=12288)),
     disks=(Part(digest="05" * 32, size_bytes=1 << 30), Part(digest="06" * 32, size_bytes=196608)),

@@ -60,7 +60,7 @@ def _captured(process: Any, tracker: Any) -> CapturedPages:
 
 def _share(captured: CapturedPages, child: Any) -> None:
     shared = captured.shared()
-    place_pages(child.pid, child.address, shared.pieces, lent=child.lend(shared.files))
+    place_pages(child.pid, child.address, shared.pieces, passed=child.pass_files(shared.files))
 
 
 def _own(process: Any) -> int:
@@ -152,7 +152,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, base: BaseMemory) -> Iterato
         layers: list[Layer] = []
         for number, writes in enumerate(rounds):
             _write(process, writes)
-            _captured(process, tracker).write(directory / str(number), under=MemoryImage(base, layers))
+            _captured(process, tracker).write(directory / str(number), parent=MemoryImage(base, layers))
             layers.append(Layer.open(directory / str(number), size_bytes=SIZE_BYTES))
         opened.extend(layers)
         return layers
@@ -178,9 +178,9 @@ def test_a_family_sees_what_was_captured_and_has_nothing_of_its_own(
         layers = chain(parent, tracker, rounds)
         _write(parent, last)
         captured, seen = _captured(parent, tracker), parent.touch()
-    ground = MemoryImage(base, layers)
-    with open_family(ground, captured) as pages:
-        place_pages(child.pid, child.address, pages.pieces, lent=child.lend(pages.files))
+    lower = MemoryImage(base, layers)
+    with open_family(lower, captured) as pages:
+        place_pages(child.pid, child.address, pages.pieces, passed=child.pass_files(pages.files))
     assert child.touch() == seen
     # What lies at an edge of what is mapped may be too short for a mapping of its own.
     assert _own(child) <= sum(piece.pages for piece in pages.pieces if piece.pages < sharing.LONG_RUN_PAGES)
@@ -189,12 +189,12 @@ def test_a_family_sees_what_was_captured_and_has_nothing_of_its_own(
         _write(child, later)
         seen = child.touch()
         directory = tmp_path_factory.mktemp("child")
-        captured.write(directory / "0", under=ground)
+        captured.write(directory / "0", parent=lower)
         below = MemoryImage(base, [*layers, Layer.open(directory / "0", size_bytes=SIZE_BYTES)])
-        _captured(child, tracker).write(directory / "1", under=below)
+        _captured(child, tracker).write(directory / "1", parent=below)
     above = Layer.open(directory / "1", size_bytes=SIZE_BYTES)
     image = MemoryImage(base, [*below.layers, above])
-    image.restore_into(clone.pid, clone.address, lent=clone.lend(image.files()))
+    image.restore_into(clone.pid, clone.address, passed=clone.pass_files(image.files()))
     assert clone.touch() == seen
     below.layers[-1].close()
     above.close()
@@ -209,5 +209,5 @@ def test_a_family_does_not_need_ptrace(mapper: Start, base: BaseMemory, chain: A
         seen = parent.write(20, 700, 3)
         captured = _captured(parent, tracker)
         with open_family(MemoryImage(base, layers), captured) as pages:
-            place_pages(child.pid, child.address, pages.pieces, lent={})
+            place_pages(child.pid, child.address, pages.pieces, passed={})
     assert child.touch() == seen

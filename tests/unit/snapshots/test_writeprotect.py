@@ -108,7 +108,7 @@ def test_what_is_written_after_the_copy_ahead_is_in_the_capture(
         seen = process.write(700, 10, 2)
         captured = tracker.capture()
         assert captured.page_count == 1500
-        captured.write(tmp_path / "layer", under=MemoryImage(base, []))
+        captured.write(tmp_path / "layer", parent=MemoryImage(base, []))
     layer = Layer.open(tmp_path / "layer", size_bytes=SIZE_BYTES)
     restored = mapper()
     MemoryImage(base, [layer]).restore_into(restored.pid, restored.address)
@@ -160,7 +160,7 @@ def test_a_chain_of_increments_restores_to_the_memory_that_was_captured(
             below = captured.parts
             continue
         path = directory / str(number)
-        captured.write(path, under=image)
+        captured.write(path, parent=image)
         layers.append(Layer.open(path, size_bytes=SIZE_BYTES))
         image, anew = image.over(layers[-1]), MemoryImage(base, layers)
         assert (image.segments, image.layers) == (anew.segments, anew.layers)

@@ -12,7 +12,7 @@ import pytest
 from vm_runtime.wire.errors import RemoteProtocolError
 from vm_runtime.wire.generations import GENERATION
 from vm_runtime.wire.greeting import Hello, KernelStatus, Limits, Welcome
-from vm_runtime.wire.protocol import BOOT_MARKER, Session
+from vm_runtime.wire.protocol import BOOT_MARKER, WireSession
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "version_1.json").read_text())
 
@@ -32,17 +32,17 @@ HELLO = Hello(
 WELCOME = Welcome(agent_version="1.0", kernel=KernelStatus(state="idle", pid=42, busy=False), extra={}, generation=1)
 
 
-def send(session: Session) -> str:
+def send(session: WireSession) -> str:
     return b"".join(session.data_to_send(1 << 20)).hex()
 
 
 def conversation() -> dict[str, Any]:
     """Every frame of version 1, in the order of a short session."""
     frames: dict[str, Any] = {}
-    host = Session.host(HELLO, marker=BOOT_MARKER)
-    guest = Session.guest(limits=Limits(window_bytes=2048))
+    host = WireSession.host(HELLO, marker=BOOT_MARKER)
+    guest = WireSession.guest(limits=Limits(window_bytes=2048))
 
-    def step(name: str, sender: Session, receiver: Session, skip: int = 0) -> None:
+    def step(name: str, sender: WireSession, receiver: WireSession, skip: int = 0) -> None:
         frames[name] = send(sender)
         receiver.receive_data(bytes.fromhex(frames[name])[skip:])
 

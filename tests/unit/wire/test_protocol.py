@@ -21,23 +21,23 @@ from vm_runtime.wire.protocol import (
     MAX_PENDING_CONTROL_BYTES,
     MAX_SKIPPED_BYTES,
     MAX_UNANSWERED_RESETS,
-    Session,
+    WireSession,
 )
 from vm_runtime.wire.states import SessionState
 
 SMALL = Limits(window_bytes=1024, max_streams=4, max_pending_opens=2)
 
 
-def drain(session: Session) -> bytes:
+def drain(session: WireSession) -> bytes:
     out = b""
     while buffers := session.data_to_send(1 << 16):
         out += b"".join(buffers)
     return out
 
 
-def greet(limits: Limits | None = None) -> tuple[Session, Session]:
-    host = Session.host(Hello(limits=limits or Limits()), marker=BOOT_MARKER)
-    guest = Session.guest(limits=limits)
+def greet(limits: Limits | None = None) -> tuple[WireSession, WireSession]:
+    host = WireSession.host(Hello(limits=limits or Limits()), marker=BOOT_MARKER)
+    guest = WireSession.guest(limits=limits)
     guest.receive_data(drain(host)[16:])
     guest.welcome(Welcome(agent_version="t"))
     host.receive_data(drain(guest))
@@ -162,7 +162,7 @@ TestTwoEnds = TwoEnds.TestCase
 @given(st.binary(max_size=4000), st.lists(st.integers(1, 400), max_size=30), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_garbage_is_only_ever_the_peers_fault(garbage: bytes, cuts: list[int], greeted: bool) -> None:
-    session = greet()[0] if greeted else Session.host(Hello(), marker=BOOT_MARKER)
+    session = greet()[0] if greeted else WireSession.host(Hello(), marker=BOOT_MARKER)
     try:
         for cut in [*cuts, len(garbage)]:
             session.receive_data(garbage[:cut])
@@ -186,8 +186,8 @@ def test_a_marker_is_found_however_it_is_cut(before: bytes, after: bytes, cuts: 
 
 
 def test_a_guest_is_greeted_behind_leftovers() -> None:
-    host = Session.host(Hello(), marker=BOOT_MARKER)
-    guest = Session.guest()
+    host = WireSession.host(Hello(), marker=BOOT_MARKER)
+    guest = WireSession.guest()
     for byte in drain(host)[16:]:
         guest.receive_data(bytes([byte]))
     guest.welcome(Welcome(agent_version="t"))
@@ -197,7 +197,7 @@ def test_a_guest_is_greeted_behind_leftovers() -> None:
 
 
 def test_a_host_gives_up_on_endless_leftovers() -> None:
-    host = Session.host(Hello(), marker=BOOT_MARKER)
+    host = WireSession.host(Hello(), marker=BOOT_MARKER)
     with pytest.raises(RemoteProtocolError, match="No greeting"):
         for _ in range(MAX_SKIPPED_BYTES // 65536 + 1):
             host.receive_data(bytes(65536))
@@ -205,9 +205,9 @@ def test_a_host_gives_up_on_endless_leftovers() -> None:
 
 def test_no_common_version_is_told_to_both() -> None:
     hello = Hello()
-    host = Session.host(hello, marker=BOOT_MARKER)
+    host = WireSession.host(hello, marker=BOOT_MARKER)
     payload = json.dumps({**hello.to_json(), "versions": [7, 9], "limits": "of the future"}).encode()
-    guest = Session.guest()
+    guest = WireSession.guest()
     with pytest.raises(VersionError):
         guest.receive_data(encode_frame(FrameType.HELLO, 0, payload))
     (event,) = host.receive_data(drain(guest))

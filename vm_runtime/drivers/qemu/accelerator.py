@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.program import PROGRAM, find_program
 from vm_runtime.errors import DriverUnavailableError, VmRuntimeError
@@ -35,7 +35,7 @@ KVM_DEVICE = Path("/dev/kvm")
 
 # A guest under working KVM starts its first program in about a second; a hanging one never does.
 PROBE_LIMIT_S = 8.0
-# Linux says so on its console just before it starts the first program.
+# Linux prints this on its console just before it starts the first program.
 _FIRST_PROGRAM = "Run /init"
 _PROBE_SHAPE = MachineShape(memory_mib=256, vcpus=1, disk_mib=16)
 
@@ -50,7 +50,10 @@ class Wish(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """accelerator: to use. why: a sentence. decided: False where the question is open, as there is no image to boot."""
+    """accelerator: to use.
+    why: a sentence.
+    decided: False where the question is open, as there is no image to boot.
+    """
 
     accelerator: Accelerator
     why: str
@@ -113,16 +116,16 @@ def _device_problem() -> str | None:
 
 
 async def _boot_under_kvm(image: ImageFiles, qemu: str, start: Start) -> tuple[_Remembered, bool]:
-    """The answer, and whether it is one: a VMM that did not even start says nothing of KVM."""
+    """The answer, and whether it is one: a VMM that did not even start shows nothing about KVM."""
     is_certain = True
     started = time.monotonic()
     accelerator, outcome = Accelerator.TCG, ""
     with tempfile.TemporaryDirectory(prefix="hypercell-probe-") as name:
-        place = MachinePlace(id=f"probe-{secrets.token_hex(4)}", run_dir=Path(name, "run"), disk_dir=Path(name, "disk"))
+        paths = MachinePaths(id=f"probe-{secrets.token_hex(4)}", run_dir=Path(name, "run"), disk_dir=Path(name, "disk"))
         spec = MachineSpec(shape=_PROBE_SHAPE, image=image)
         driver = await start(Accelerator.KVM)
         try:
-            machine = await driver.boot_kernel(spec, place=place, guest=b"", timeout_s=PROBE_LIMIT_S, quiet=False)
+            machine = await driver.boot_kernel(spec, paths=paths, guest=b"", timeout_s=PROBE_LIMIT_S, quiet=False)
             try:
                 if await machine.wait_serial(_FIRST_PROGRAM, timeout_s=PROBE_LIMIT_S):
                     accelerator = Accelerator.KVM

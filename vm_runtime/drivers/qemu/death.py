@@ -21,8 +21,12 @@ _HARMLESS = re.compile(r"warning:", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was seen. control_lost: why it was ended by us without a request. shutdown_reason: of QMP's SHUTDOWN event.
-    stderr, serial: the ends of what was printed."""
+    """What was seen.
+
+    control_lost: why it was ended by us without a request.
+    shutdown_reason: of QMP's SHUTDOWN event.
+    stderr, serial: the ends of what was printed.
+    """
 
     requested: bool
     exit_status: int | None

@@ -28,7 +28,7 @@ from vm_runtime.drivers.base import (
     Driver,
     DriverSettings,
     Failure,
-    MachinePlace,
+    MachinePaths,
     Shorter,
 )
 from vm_runtime.drivers.qemu import qcow2
@@ -101,10 +101,10 @@ class QemuDriver(Driver):
     tsc_khz: int | None
 
     @classmethod
-    async def start(cls, settings: DriverSettings, *, say: Callable[[str], None]) -> Self:
+    async def start(cls, settings: DriverSettings, *, progress: Callable[[str], None]) -> Self:
         wish = Wish(settings.options.get("accelerator", Wish.AUTO))
         choice = await choose(wish, state_dir=settings.state_dir, image=settings.image, start=cls.on)
-        say(choice.why)
+        progress(choice.why)
         return await cls.on(choice.accelerator)
 
     @classmethod
@@ -179,19 +179,19 @@ class QemuDriver(Driver):
         seccomp = ConfinementStep(name="seccomp")
         return (*self.confinement.steps(), seccomp, *self.cgroups.steps())
 
-    async def boot(self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float) -> QemuMachine:
-        return await self.boot_kernel(spec, place=place, guest=guest, timeout_s=timeout_s, quiet=True)
+    async def boot(self, spec: MachineSpec, *, paths: MachinePaths, guest: bytes, timeout_s: float) -> QemuMachine:
+        return await self.boot_kernel(spec, paths=paths, guest=guest, timeout_s=timeout_s, quiet=True)
 
     async def boot_kernel(
-        self, spec: MachineSpec, *, place: MachinePlace, guest: bytes, timeout_s: float, quiet: bool
+        self, spec: MachineSpec, *, paths: MachinePaths, guest: bytes, timeout_s: float, quiet: bool
     ) -> QemuMachine:
         """As `boot`, with boot messages if not quiet. An image without an initramfs gets none if guest is empty."""
-        place.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        disk = place.disk_dir / "disk.raw"
+        paths.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        disk = paths.disk_dir / "disk.raw"
         try:
             await format_disk(disk, spec.shape.disk_mib)
             with ExitStack() as stack:
-                memory_fd = os.memfd_create(f"hypercell-ram-{place.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                memory_fd = os.memfd_create(f"hypercell-ram-{paths.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 own_memory_fd = stack.enter_context(closing(memory_fd))
                 os.ftruncate(memory_fd, spec.shape.memory_mib << 20)
                 files = [(spec.image.vmlinux, b"")]
@@ -202,7 +202,7 @@ class QemuDriver(Driver):
                     for path, more in files
                 ]
                 machine = await self._launch(
-                    spec, place, memory_fd=own_memory_fd, own_memory=True, disk=[disk], kernel_files=copies, quiet=quiet
+                    spec, paths, memory_fd=own_memory_fd, own_memory=True, disk=[disk], kernel_files=copies, quiet=quiet
                 )
         except BaseException:
             _remove_disk(disk)
@@ -214,15 +214,15 @@ class QemuDriver(Driver):
         return machine
 
     async def prepare_restore(
-        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, place: MachinePlace
+        self, spec: MachineSpec, base: BaseMemory, disk_chain: Sequence[Path], *, paths: MachinePaths
     ) -> PreparedQemu:
-        place.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        overlay = place.disk_dir / "disk.qcow2"
+        paths.disk_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        overlay = paths.disk_dir / "disk.qcow2"
         qcow2.create_overlay(overlay, virtual_bytes=spec.shape.disk_mib << 20)
         try:
             machine = await self._launch(
                 spec,
-                place,
+                paths,
                 memory_fd=base.fd,
                 own_memory=False,
                 memory_read_only=not base.sealed and not self.sealed_bases,
@@ -235,21 +235,21 @@ class QemuDriver(Driver):
             await machine.connect()
         return PreparedQemu(machine)
 
-    async def adopt(self, place: MachinePlace) -> QemuMachine:
-        record = await asyncio.to_thread(MachineRecord.read, place.run_dir)
+    async def adopt(self, paths: MachinePaths) -> QemuMachine:
+        record = await asyncio.to_thread(MachineRecord.read, paths.run_dir)
         if record is None:
-            await asyncio.to_thread(self._remove_unknown, place)
-            raise MachineGoneError(f"There is no machine at {place.run_dir}.")
+            await asyncio.to_thread(self._remove_unknown, paths)
+            raise MachineGoneError(f"There is no machine at {paths.run_dir}.")
         process = Process.find(record.pid, record.start_time) if record.boot_id == boot_id() else None
         if process is None:
-            await asyncio.to_thread(remove_leftovers, place, record)
-            await asyncio.to_thread(remove_frozen_disks, place)
-            raise MachineGoneError(f"The VMM of machine {place.id} has ended while no gateway watched it.")
+            await asyncio.to_thread(remove_leftovers, paths, record)
+            await asyncio.to_thread(remove_frozen_disks, paths)
+            raise MachineGoneError(f"The VMM of machine {paths.id} has ended while no gateway watched it.")
         memory_fd = None
         if record.memory_fd is not None:
             memory_fd = os.open(f"/proc/{record.pid}/fd/{record.memory_fd}", os.O_RDWR | os.O_CLOEXEC)
         machine = QemuMachine(
-            place=place,
+            paths=paths,
             record=record,
             process=process,
             cgroup=Cgroup(directories=record.cgroups),
@@ -260,7 +260,7 @@ class QemuDriver(Driver):
             qmp = await machine.connect()
             status: dict[str, Any] = await qmp.execute("query-status")
             if status["status"] in ("inmigrate", "prelaunch"):
-                raise MachineStartError(f"Machine {place.id} had not been started completely; it was ended.")
+                raise MachineStartError(f"Machine {paths.id} had not been started completely; it was ended.")
             machine.adopted(running=bool(status["running"]))
             await machine.settle_disk()
         return machine
@@ -282,7 +282,7 @@ class QemuDriver(Driver):
     async def _launch(
         self,
         spec: MachineSpec,
-        place: MachinePlace,
+        paths: MachinePaths,
         *,
         memory_fd: int,
         own_memory: bool,
@@ -292,7 +292,7 @@ class QemuDriver(Driver):
         quiet: bool = True,
     ) -> QemuMachine:
         """Start the process and make its Machine, which watches it already."""
-        place.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        paths.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         cgroup = Cgroup(directories=())
         process: Process | None = None
         try:
@@ -310,9 +310,9 @@ class QemuDriver(Driver):
 
                 memory_number = give(memory_fd)
                 sockets = Sockets(
-                    qmp=give(stack.enter_context(_listen(place.run_dir / QMP_SOCKET)).fileno()),
-                    wire=give(stack.enter_context(_listen(place.run_dir / WIRE_SOCKET)).fileno()),
-                    serial=give(stack.enter_context(_listen(place.run_dir / SERIAL_SOCKET)).fileno()),
+                    qmp=give(stack.enter_context(_listen(paths.run_dir / QMP_SOCKET)).fileno()),
+                    wire=give(stack.enter_context(_listen(paths.run_dir / WIRE_SOCKET)).fileno()),
+                    serial=give(stack.enter_context(_listen(paths.run_dir / SERIAL_SOCKET)).fileno()),
                 )
                 fdsets: list[tuple[int, int]] = []
 
@@ -326,10 +326,10 @@ class QemuDriver(Driver):
 
                 kernel = None
                 if kernel_files:
-                    paths = [f"/proc/self/fd/{give(fd)}" for fd in kernel_files]
+                    files = [f"/proc/self/fd/{give(fd)}" for fd in kernel_files]
                     kernel = Kernel(
-                        vmlinux=paths[0],
-                        initramfs=paths[1] if len(paths) > 1 else None,
+                        vmlinux=files[0],
+                        initramfs=files[1] if len(files) > 1 else None,
                         quiet=quiet,
                         tsc_khz=self.tsc_khz,
                     )
@@ -347,20 +347,20 @@ class QemuDriver(Driver):
                     fdsets=fdsets,
                     kernel=kernel,
                 )
-                cgroup = self.cgroups.create(place.id, _limits(spec.shape))
+                cgroup = self.cgroups.create(paths.id, _limits(spec.shape))
                 request = SpawnRequest(
                     argv=[str(self.program), *arguments(launch)],
                     env=_ENVIRONMENT,
                     descriptors=passed,
                     confinement=self.confinement.of(
-                        place.id, read_only=self._shown_directories(), rlimits=_rlimits(spec.shape)
+                        paths.id, read_only=self._shown_directories(), rlimits=_rlimits(spec.shape)
                     ),
                     namespaces=self.confinement.namespaces,
                     cgroups=cgroup.process_files,
                 )
                 process, _ = await self.spawner.spawn(request)
                 record = MachineRecord(
-                    id=place.id,
+                    id=paths.id,
                     pid=process.pid,
                     start_time=start_time_ticks(process.pid) or 0,
                     boot_id=boot_id(),
@@ -378,10 +378,10 @@ class QemuDriver(Driver):
                     overlay=disk[-1],
                     cgroups=cgroup.directories,
                 )
-                record.write(place.run_dir)
+                record.write(paths.run_dir)
                 await self.spawner.keep(process)
                 machine = QemuMachine(
-                    place=place,
+                    paths=paths,
                     record=record,
                     process=process,
                     cgroup=cgroup,
@@ -395,20 +395,20 @@ class QemuDriver(Driver):
                 process.send_signal(signal.SIGKILL)
                 await asyncio.shield(process.wait())
                 process.close()
-            await asyncio.shield(asyncio.to_thread(remove_runtime_files, place, cgroup))
+            await asyncio.shield(asyncio.to_thread(remove_runtime_files, paths, cgroup))
             if isinstance(error, OSError):
-                raise SpawnError(f"Machine {place.id} could not be prepared: {error}") from error
+                raise SpawnError(f"Machine {paths.id} could not be prepared: {error}") from error
             raise
 
     def _shown_directories(self) -> tuple[str, ...]:
         """Where QEMU and its files are, if not with the system's."""
         return () if self.program.is_relative_to("/usr") else (str(self.program.parent.parent),)
 
-    def _remove_unknown(self, place: MachinePlace) -> None:
+    def _remove_unknown(self, paths: MachinePaths) -> None:
         """A start that was interrupted before its record was written leaves sockets and perhaps empty cgroups."""
-        remove_frozen_disks(place)
-        directories = tuple(dict.fromkeys(parent / place.id for parent in self.cgroups.parents.values()))
-        remove_runtime_files(place, Cgroup(directories=directories))
+        remove_frozen_disks(paths)
+        directories = tuple(dict.fromkeys(parent / paths.id for parent in self.cgroups.parents.values()))
+        remove_runtime_files(paths, Cgroup(directories=directories))
 
 
 def _limits(shape: MachineShape) -> Limits:

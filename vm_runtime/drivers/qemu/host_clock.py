@@ -1,7 +1,7 @@
 """The rate of this CPU's time stamp counter, which guests see as it is under emulation.
 
-Linux cannot measure it in a microvm under TCG (there is no PIT to measure it against), so it is told. A wrong number
-makes the guest's whole clock wrong: told 2.0 GHz on a CPU of 2.6 GHz, a second in the guest took 0.7 s.
+Linux cannot measure it in a microvm under TCG (there is no PIT to measure it against), so it is given. A wrong number
+makes the guest's whole clock wrong: given 2.0 GHz on a CPU of 2.6 GHz, a second in the guest took 0.7 s.
 """
 
 from __future__ import annotations

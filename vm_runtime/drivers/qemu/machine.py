@@ -18,11 +18,11 @@ from typing import Any
 
 from vm_runtime.confinement.cgroups import Cgroup
 from vm_runtime.confinement.process import Process
-from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.arguments import DiskFile, lower_node, overlay_node
 from vm_runtime.drivers.qemu.death import Evidence, printable, reason
-from vm_runtime.drivers.qemu.lending import may_lend
+from vm_runtime.drivers.qemu.fd_passing import may_pass
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineError, MachineGoneError, VmmCommandError, VmmProtocolError
@@ -39,7 +39,7 @@ SERIAL_SOCKET = "serial.sock"
 
 # The end of a console says why a guest died; a panic with its back trace has about 4 KiB.
 CONSOLE_TAIL_BYTES = 16384
-# A server takes one client, and notices that the earlier one has gone when its main loop runs.
+# A server takes one client, and notices that the earlier one has disconnected when its main loop runs.
 _CONNECT_TIMEOUT_S = 10.0
 # A VMM that ends by itself closes its control socket first; one that lives on without it is ended then.
 _END_TIMEOUT_S = 2.0
@@ -90,12 +90,12 @@ class QemuMachine(PagedMachine):
     """Made by the driver, which hands over process, sockets and memory; everything ends with `kill()` or `detach()`."""
 
     def __init__(
-        self, *, place: MachinePlace, record: MachineRecord, process: Process, cgroup: Cgroup, memory_fd: int | None
+        self, *, paths: MachinePaths, record: MachineRecord, process: Process, cgroup: Cgroup, memory_fd: int | None
     ) -> None:
-        self.id = place.id
+        self.id = paths.id
         self.spec = record.spec
         self.pid = record.pid
-        self.place = place
+        self.paths = paths
         self._record = record
         self._process = process
         self._cgroup = cgroup
@@ -123,7 +123,7 @@ class QemuMachine(PagedMachine):
             self._tasks.append(asyncio.create_task(_drain(stderr, self._stderr), name=f"stderr of {self.id}"))
         serial = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            serial.connect(str(self.place.run_dir / SERIAL_SOCKET))
+            serial.connect(str(self.paths.run_dir / SERIAL_SOCKET))
         except (OSError, BlockingIOError):
             serial.close()  # it is dead already, which the watcher is about to see
         else:
@@ -133,7 +133,7 @@ class QemuMachine(PagedMachine):
     async def connect(self, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> Qmp:
         """Open the control socket. MachineGoneError if the VMM died instead."""
         connecting = asyncio.create_task(
-            Qmp.connect(self.place.run_dir / QMP_SOCKET, self._on_event, timeout_s=timeout_s)
+            Qmp.connect(self.paths.run_dir / QMP_SOCKET, self._on_event, timeout_s=timeout_s)
         )
         try:
             await asyncio.wait([connecting, self._watcher], return_when=asyncio.FIRST_COMPLETED)
@@ -189,7 +189,8 @@ class QemuMachine(PagedMachine):
         return True
 
     async def wait_running(self) -> None:
-        """Wait until the VMM says that its vCPUs run, after an incoming device state. MachineGoneError if it died."""
+        """Wait until the VMM reports that its vCPUs run, after an incoming device state. MachineGoneError if it
+        died."""
         ran = asyncio.create_task(self._ran.wait())
         try:
             await asyncio.wait([ran, self._watcher], return_when=asyncio.FIRST_COMPLETED)
@@ -205,7 +206,7 @@ class QemuMachine(PagedMachine):
         return self._state
 
     async def open_wire(self) -> SocketCarrier:
-        return await SocketCarrier.connect_unix(self.place.run_dir / WIRE_SOCKET)
+        return await SocketCarrier.connect_unix(self.paths.run_dir / WIRE_SOCKET)
 
     @property
     def memory_fd(self) -> int | None:
@@ -300,7 +301,7 @@ class QemuMachine(PagedMachine):
 
     def _set_record(self, **changes: Any) -> None:
         self._record = self._record.model_copy(update=changes)
-        self._record.write(self.place.run_dir)
+        self._record.write(self.paths.run_dir)
 
     async def rebase_disk(self, lower: Sequence[Path], *, keep: int) -> None:
         require(self._state, RunState.RUNNING, RunState.PAUSED)
@@ -345,7 +346,7 @@ class QemuMachine(PagedMachine):
             self._removed_fdsets.update(fdsets)
             return
         for fdset in fdsets:
-            with contextlib.suppress(VmmCommandError):  # a set is gone with its last descriptor
+            with contextlib.suppress(VmmCommandError):  # a set ends with its last descriptor
                 await self._execute("remove-fd", {"fdset-id": fdset})
 
     async def load_state(self, device: Path) -> None:
@@ -362,18 +363,18 @@ class QemuMachine(PagedMachine):
                 await self._execute("add-fd", {"fdset-id": file.fdset}, descriptors=(fd,))
 
     @contextlib.asynccontextmanager
-    async def lend(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
-        """See `PreparedMachine.lend`."""
-        lent: dict[int, int] = {}
+    async def pass_files(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
+        """See `PreparedMachine.pass_files`."""
+        passed: dict[int, int] = {}
         try:
             for key, fd in files.items():
-                if not may_lend(fd, self.pid):
+                if not may_pass(fd, self.pid):
                     continue
                 answer = await self._execute("add-fd", {"fdset-id": _LENT_FDSET}, descriptors=(fd,))
-                lent[key] = answer["fd"]
-            yield lent
+                passed[key] = answer["fd"]
+            yield passed
         finally:
-            if lent and not self._death.done():
+            if passed and not self._death.done():
                 with contextlib.suppress(MachineError, VmmProtocolError):  # its death, which is reported elsewhere
                     await self._remove_descriptors({_LENT_FDSET})
 
@@ -402,7 +403,7 @@ class QemuMachine(PagedMachine):
         if self._memory_fd is not None:
             os.close(self._memory_fd)
             self._memory_fd = None
-        await asyncio.to_thread(remove_leftovers, self.place, self._record)
+        await asyncio.to_thread(remove_leftovers, self.paths, self._record)
         return death
 
     async def detach(self) -> None:
@@ -471,7 +472,7 @@ class QemuMachine(PagedMachine):
         )
         await self._release()
         self._process.close()
-        await asyncio.to_thread(remove_runtime_files, self.place, self._cgroup)
+        await asyncio.to_thread(remove_runtime_files, self.paths, self._cgroup)
         death = Death(
             reason=reason(evidence),
             exit_status=ended.exit_status,
@@ -491,23 +492,23 @@ class QemuMachine(PagedMachine):
             await self._qmp.close()
 
 
-def remove_runtime_files(place: MachinePlace, cgroup: Cgroup) -> None:
+def remove_runtime_files(paths: MachinePaths, cgroup: Cgroup) -> None:
     """What a dead VMM no longer needs: sockets, record, cgroups. Twice is harmless. Blocking."""
     for name in (QMP_SOCKET, WIRE_SOCKET, SERIAL_SOCKET):
-        (place.run_dir / name).unlink(missing_ok=True)
-    MachineRecord.remove(place.run_dir)
+        (paths.run_dir / name).unlink(missing_ok=True)
+    MachineRecord.remove(paths.run_dir)
     with contextlib.suppress(OSError):  # somebody else's files may lie there
-        place.run_dir.rmdir()
+        paths.run_dir.rmdir()
     cgroup.remove()
 
 
-def remove_leftovers(place: MachinePlace, record: MachineRecord) -> None:
+def remove_leftovers(paths: MachinePaths, record: MachineRecord) -> None:
     """Everything of a dead machine, its overlay too. Frozen disk files belong to whoever froze them."""
-    remove_runtime_files(place, Cgroup(directories=record.cgroups))
+    remove_runtime_files(paths, Cgroup(directories=record.cgroups))
     if record.overlay is not None:
         record.overlay.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            place.disk_dir.rmdir()
+            paths.disk_dir.rmdir()
 
 
 def _next_node(record: MachineRecord) -> tuple[str, int]:

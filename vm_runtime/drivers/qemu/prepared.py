@@ -30,9 +30,9 @@ class PreparedQemu(PreparedMachine):
         return self._machine.memory_mapping()
 
     @contextlib.asynccontextmanager
-    async def lend(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
-        async with ending_on_error(self._machine), self._machine.lend(files) as lent:
-            yield lent
+    async def pass_files(self, files: Mapping[int, int]) -> AsyncIterator[Mapping[int, int]]:
+        async with ending_on_error(self._machine), self._machine.pass_files(files) as passed:
+            yield passed
 
     async def load(self, device: Path, *, fill: Callable[[MemoryMapping], None]) -> QemuMachine:
         machine = self._machine

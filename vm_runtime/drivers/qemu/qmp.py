@@ -1,7 +1,7 @@
 """A client of QEMU's control protocol (QMP) over a UNIX socket.
 
-Knows no commands' meaning: one command at a time, descriptors passed along with it, events to a callback.
-Reference: QEMU's docs/interop/qmp-spec.txt. A server serves one client; a second one waits until the first has gone.
+Knows no commands' meaning: one command at a time, descriptors passed along with it, events to a callback. Reference:
+QEMU's docs/interop/qmp-spec.txt. A server serves one client; a second one waits until the first has disconnected.
 
     CONNECTING -> READY -> CLOSED
 

@@ -1,8 +1,8 @@
 """`machine.json`: what a later gateway must know to find a running machine again.
 
 Written once the VMM has started, and before and after each change of its disk's chain; removed with the machine. It
-lies in the runtime directory, so it is gone after a reboot. A record of another format version is not read: its machine
-is unknown then.
+lies in the runtime directory, so it does not outlive a reboot. A record of another format version is not read: its
+machine is unknown then.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from vm_runtime.spec import ImageFiles, MachineShape, MachineSpec
 
 
 class MachineRecord(Record):
-    """pid with start_time (ticks since boot) and boot_id name the process. memory_inode: of the file that is mapped as
-    guest RAM. memory_fd: its number in a booted VMM, None for a clone. overlay: the disk file to remove with it.
+    """pid with start_time (ticks since boot) and boot_id name the process.
+
+    memory_inode: of the file that is mapped as guest RAM.
+    memory_fd: its number in a booted VMM, None for a clone.
+    overlay: the disk file to remove with it.
     next_overlay: the file of a disk freeze that has begun; whether it has happened, only the VMM knows.
-    disk_floor: number of the lowest overlay that still has a block node. disk_lower: how often what lies under the
-    overlays was replaced, or was about to be."""
+    disk_floor: number of the lowest overlay that still has a block node.
+    disk_lower: how often what lies under the overlays was replaced, or was about to be.
+    """
 
     file_name = "machine.json"
 

@@ -20,14 +20,14 @@ from vm_runtime.guest.sandbox.host import ask
 from vm_runtime.guest.sandbox.recording import Output, replay, run_recorded
 from vm_runtime.guest.sandbox.rendering import Column, Columns
 
-# The variable that tells a branch which it is, as `sandbox.index` does.
+# The variable that has a branch's number, as `sandbox.index` does.
 BRANCH_VARIABLE = "branch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a child tells of its run. error: one line, None if the cell ran through. score: the value of --by, if asked
-    for and found."""
+class BranchResult:
+    """What a child reports of its run. error: one line, None if the cell ran through. score: the value of --by, if
+    asked for and found."""
 
     outputs: list[Output]
     seconds: float
@@ -48,18 +48,20 @@ class BranchOptions:
 
 
 def branch(ip: Any, cell: str, options: BranchOptions) -> None:
-    """Run the cell in n children; show the outputs in columns; with `keep_best` go on as the best of them."""
+    """Run the cell in n children; show the outputs in columns; with `keep_best` continue as the best of them."""
     children = split(options.n, name=options.name, same_random=options.same_random, ends_with_cell_failure=False)
     if children is None:
         _run_branch(ip, cell, options)
         return
     ours = children if isinstance(children, Children) else Children([children])
-    outcomes: dict[int, Outcome | str] = {child.index: str(child.error) for child in ours if child.error is not None}
-    handle = display(_columns(ours, outcomes, None), display_id=True)
+    results: dict[int, BranchResult | str] = {
+        child.index: str(child.error) for child in ours if child.error is not None
+    }
+    handle = display(_columns(ours, results, None), display_id=True)
     try:
-        _collect(ours, outcomes, options.limit_s, lambda: handle.update(_columns(ours, outcomes, None)))
-        best = _best(ours, outcomes) if options.keep_best else None
-        handle.update(_columns(ours, outcomes, best))
+        _collect(ours, results, options.limit_s, lambda: handle.update(_columns(ours, results, None)))
+        best = _best(ours, results) if options.keep_best else None
+        handle.update(_columns(ours, results, best))
     except BaseException:
         _kill(ours)
         raise
@@ -72,14 +74,14 @@ def branch(ip: Any, cell: str, options: BranchOptions) -> None:
 
 
 def try_cell(ip: Any, cell: str) -> None:
-    """Run the cell in a child, and go on as that child if it succeeds; else show the error, with nothing changed."""
+    """Run the cell in a child, and continue as that child if it succeeds; else show the error, with nothing changed."""
     child = split(1, name="try", same_random=True, ends_with_cell_failure=False)
     if child is None:
-        outcome = _run(ip, cell, by=None)
-        if outcome.error is not None:
-            end("ok", outcome)
+        result = _run(ip, cell, by=None)
+        if result.error is not None:
+            end("ok", result)
         elif offer("ok", None):
-            replay(ip, outcome.outputs)
+            replay(ip, result.outputs)
             return
         notebook.end_cell()
     assert isinstance(child, Child)
@@ -98,15 +100,15 @@ def try_cell(ip: Any, cell: str) -> None:
 def _run_branch(ip: Any, cell: str, options: BranchOptions) -> None:
     """In a child. Returns only if this state has become the parent's."""
     ip.user_ns[BRANCH_VARIABLE] = identity.read().index
-    outcome = _run(ip, cell, by=options.by)
+    result = _run(ip, cell, by=options.by)
     if not options.keep_best:
-        end("ok", outcome)
-    elif offer("ok", outcome):
+        end("ok", result)
+    elif offer("ok", result):
         return
     notebook.end_cell()
 
 
-def _run(ip: Any, cell: str, *, by: str | None) -> Outcome:
+def _run(ip: Any, cell: str, *, by: str | None) -> BranchResult:
     recording = run_recorded(ip, cell)
     error, score = recording.error, None
     if error is None and by is not None:
@@ -116,37 +118,37 @@ def _run(ip: Any, cell: str, *, by: str | None) -> Outcome:
             text = f"--by {by}: {type(problem).__name__}: {problem}\n"
             recording.add({"output_type": "stream", "name": "stderr", "text": text})
     line = None if error is None else f"{error['ename']}: {error['evalue']}"
-    return Outcome(outputs=recording.outputs, seconds=recording.seconds, error=line, score=score)
+    return BranchResult(outputs=recording.outputs, seconds=recording.seconds, error=line, score=score)
 
 
 def _collect(
-    children: Sequence[Child], outcomes: dict[int, Outcome | str], limit_s: float | None, changed: Any
+    children: Sequence[Child], results: dict[int, BranchResult | str], limit_s: float | None, changed: Any
 ) -> None:
-    """Wait for all children, and tell of each that has ended. Those that take too long are ended."""
+    """Wait for all children, and show each that has ended. Those that take too long are ended."""
     deadline_s = None if limit_s is None else time.monotonic() + limit_s
-    running = [child for child in children if child.index not in outcomes]
+    running = [child for child in children if child.index not in results]
     while running:
         left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         try:
             child = wait(running, timeout=left_s)
         except ChildTimeoutError:
             for late in running:
-                outcomes[late.index] = f"took longer than {limit_s:g} s and was ended"
+                results[late.index] = f"took longer than {limit_s:g} s and was ended"
             _kill(running)
             changed()
             return
         running.remove(child)
         try:
-            outcomes[child.index] = child.result()
+            results[child.index] = child.result()
         except (ChildError, SandboxError) as error:
-            outcomes[child.index] = str(error)
+            results[child.index] = str(error)
         changed()
 
 
-def _best(children: Sequence[Child], outcomes: dict[int, Outcome | str]) -> Child | None:
+def _best(children: Sequence[Child], results: dict[int, BranchResult | str]) -> Child | None:
     def score(child: Child) -> float:
-        outcome = outcomes.get(child.index)
-        found = outcome.score if isinstance(outcome, Outcome) and outcome.error is None else None
+        result = results.get(child.index)
+        found = result.score if isinstance(result, BranchResult) and result.error is None else None
         return -math.inf if found is None or math.isnan(found) else found
 
     best = max(children, key=score)
@@ -154,7 +156,7 @@ def _best(children: Sequence[Child], outcomes: dict[int, Outcome | str]) -> Chil
 
 
 def _become(child: Child) -> None:
-    """Go on as the child. Where it works, this state ends here, and the child's finishes the cell."""
+    """Continue as the child. Where it works, this state ends here, and the child's finishes the cell."""
     notebook.flush()
     ask("become", id=child.id)
 
@@ -165,20 +167,20 @@ def _kill(children: Sequence[Child]) -> None:
             child.kill()
 
 
-def _columns(children: Sequence[Child], outcomes: dict[int, Outcome | str], best: Child | None) -> Columns:
+def _columns(children: Sequence[Child], results: dict[int, BranchResult | str], best: Child | None) -> Columns:
     columns = []
     for child in children:
-        outcome = outcomes.get(child.index)
+        result = results.get(child.index)
         title = f"branch {child.index}"
-        if outcome is None:
+        if result is None:
             columns.append(Column(title=title, note=f"{link(child.id or '', child.url)} runs …"))
-        elif isinstance(outcome, str):
-            columns.append(Column(title=title, note=html.escape(outcome)))
+        elif isinstance(result, str):
+            columns.append(Column(title=title, note=html.escape(result)))
         else:
-            note = f"{outcome.seconds:.2f} s"
-            note += f" · {outcome.score:g}" if outcome.score is not None else ""
-            note += " · failed" if outcome.error is not None else ""
+            note = f"{result.seconds:.2f} s"
+            note += f" · {result.score:g}" if result.score is not None else ""
+            note += " · failed" if result.error is not None else ""
             kept = child is best
             note += " · kept" if kept else ""
-            columns.append(Column(title=title, note=note, outputs=outcome.outputs, kept=kept))
+            columns.append(Column(title=title, note=note, outputs=result.outputs, kept=kept))
     return Columns(columns)

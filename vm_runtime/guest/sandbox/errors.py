@@ -56,7 +56,7 @@ class ChildFailedError(ChildError):
 
 
 class ChildCrashedError(ChildError):
-    """The child ended without saying anything."""
+    """The child ended without a result."""
 
 
 class ChildUnfinishedError(ChildError):

@@ -9,9 +9,9 @@ from typing import Any
 from vm_runtime.guest.sandbox import identity, timeline
 from vm_runtime.guest.sandbox.branches import BranchOptions, branch, try_cell
 from vm_runtime.guest.sandbox.children import link
-from vm_runtime.guest.sandbox.commands import Command, UsageProblem, completions, help_text, parse
 from vm_runtime.guest.sandbox.errors import SandboxError
 from vm_runtime.guest.sandbox.forking import split
+from vm_runtime.guest.sandbox.grammar import MagicLine, UsageProblem, completions, help_text, parse
 from vm_runtime.guest.sandbox.host import ask
 
 # A completion that asks the host must come while the user still looks for it.
@@ -74,7 +74,7 @@ def _run(ip: Any, line: str, cell: str | None) -> Any:
         raise MagicError(str(error)) from None
 
 
-def _line(command: Command) -> Any:
+def _line(command: MagicLine) -> Any:
     argument = command.argument or ""
     match command.name:
         case "fork":
@@ -105,7 +105,7 @@ def _line(command: Command) -> Any:
     return None
 
 
-def _cell(ip: Any, command: Command, cell: str) -> None:
+def _cell(ip: Any, command: MagicLine, cell: str) -> None:
     if command.name == "try":
         try_cell(ip, cell)
         return

@@ -24,7 +24,7 @@ _cell_ran: Callable[[Any], None] | None = None
 
 
 class CellEnd(BaseException):
-    """Ends a cell without a word. No Exception, so that the user's `except Exception` lets it pass."""
+    """Ends a cell without output. No Exception, so that the user's `except Exception` lets it pass."""
 
 
 def shell() -> Any | None:
@@ -46,7 +46,7 @@ def load(ip: Any) -> None:
 
 
 def reply_to() -> dict[str, Any] | None:
-    """Who is to be answered once this state is gone: the running cell's request. None outside of cells."""
+    """Who is to be answered once this state has ended: the running cell's request. None outside of cells."""
     kernel = _kernel()
     parent = kernel.get_parent("shell") if kernel is not None else {}
     if kernel is None or not parent:

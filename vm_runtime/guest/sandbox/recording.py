@@ -31,7 +31,7 @@ class Recording:
     clear_at_next: bool = False
 
     def add(self, output: Output) -> None:
-        """Append, or say once that no more is kept."""
+        """Append, or note once that no more is kept."""
         if self.clear_at_next:
             self.clear_at_next = False
             self.outputs.clear()

@@ -1,1 +1,0 @@
-"""What the subcommands of `hypercell` do; `hypercell.cli` has their arguments."""

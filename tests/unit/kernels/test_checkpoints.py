@@ -1,0 +1,95 @@
+"""Checkpoints after cells and by name, and going back to them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.errors import RequestError, UnknownSnapshotError
+from kernels.models import SandboxState
+from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_service
+
+
+async def test_each_cell_leaves_a_checkpoint_that_says_which(state_dir: Path, driver: TestDriver) -> None:
+    async with started_service(state_dir, driver, checkpoints="cell") as kernels:
+        sandbox_id = await kernels.new()
+        for number in (1, 2):
+            await kernels.run(sandbox_id, f"open('number', 'w').write('{number}')")
+            await kernels.checkpointed(sandbox_id, number)
+        assert [each.cell for each in await kernels.checkpoints.all(sandbox_id)] == [1, 2]
+        await kernels.checkpoints.goto(sandbox_id, "1")
+        assert await kernels.run(sandbox_id, "print(open('number').read())") == "1\n"
+
+
+async def test_a_cell_is_captured_while_the_checkpoint_before_it_is_being_stored(
+    state_dir: Path, driver: TestDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started_service(state_dir, driver, checkpoints="cell") as kernels:
+        sandbox_id = await kernels.new()
+        snapshots, keep = kernels.snapshots, kernels.snapshots.keep
+        storing, may_end = asyncio.Event(), asyncio.Event()
+
+        async def held_up(*arguments: Any) -> None:
+            storing.set()
+            await may_end.wait()
+            await keep(*arguments)
+
+        monkeypatch.setattr(snapshots, "keep", held_up)
+        await kernels.run(sandbox_id, "open('number', 'w').write('1')")
+        await storing.wait()
+        async with asyncio.timeout(LIMIT_S), kernels.machines.cell_lock(sandbox_id):
+            assert kernels.registry.get(sandbox_id).snapshot_id is None
+        await kernels.run(sandbox_id, "open('number', 'w').write('2')")
+        undoing = asyncio.create_task(kernels.checkpoints.undo(sandbox_id))
+        may_end.set()
+        await undoing
+        assert [each.cell for each in await kernels.checkpoints.all(sandbox_id)] == [1, 2, 2]
+        assert await kernels.run(sandbox_id, "print(open('number').read())") == "1\n"
+
+
+async def test_one_goes_to_a_checkpoint_by_name_and_back(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.run(sandbox_id, "open('name', 'w').write('old')")
+    old = await kernels.checkpoints.checkpoint(sandbox_id, name="old")
+    await kernels.run(sandbox_id, "open('name', 'w').write('new')")
+    assert (await kernels.checkpoints.goto(sandbox_id, "old")).state is SandboxState.RUNNING
+    assert await kernels.run(sandbox_id, "print(open('name').read())") == "old\n"
+    (left,) = [each for each in await kernels.checkpoints.all(sandbox_id) if each.id != old.id]
+    assert left.name is not None and left.name.startswith("left at ")
+    await kernels.checkpoints.goto(sandbox_id, left.id[:8])
+    assert await kernels.run(sandbox_id, "print(open('name').read())") == "new\n"
+
+
+async def test_what_is_no_checkpoint_is_refused_and_nothing_is_left(kernels: Service) -> None:
+    sandbox_id = await kernels.new()
+    machine = kernels.machines.running(sandbox_id).saved.machine
+    for target in ("nowhere", "7", ""):
+        with pytest.raises(UnknownSnapshotError):
+            await kernels.checkpoints.goto(sandbox_id, target)
+    with pytest.raises(UnknownSnapshotError):
+        await kernels.checkpoints.undo(sandbox_id)
+    with pytest.raises(RequestError):
+        await kernels.checkpoints.checkpoint(sandbox_id, name="x" * 101)
+    assert kernels.machines.running(sandbox_id).saved.machine is machine
+    assert await kernels.checkpoints.all(sandbox_id) == []
+
+
+async def test_where_a_checkpoint_cannot_be_restored_the_sandbox_runs_on(kernels: Service, driver: TestDriver) -> None:
+    sandbox_id = await kernels.new()
+    await kernels.checkpoints.checkpoint(sandbox_id, name="old")
+    machine = kernels.machines.running(sandbox_id).saved.machine
+    driver.refuses = "not today"
+    with pytest.raises(Exception, match="not today"):
+        await kernels.checkpoints.goto(sandbox_id, "old")
+    assert kernels.machines.running(sandbox_id).saved.machine is machine
+    assert await kernels.run(sandbox_id, "print('on')") == "on\n"
+
+
+async def test_a_guest_takes_checkpoints_and_asks_who_it_is(kernels: Service) -> None:
+    sandbox_id = await kernels.new(name="box")
+    await kernels.run(sandbox_id, "import sandbox; sandbox.snapshot('from inside')")
+    assert [each.name for each in await kernels.checkpoints.all(sandbox_id)] == ["from inside"]
+    assert await kernels.run(sandbox_id, "import sandbox; print(sandbox.id)") == f"{sandbox_id}\n"
