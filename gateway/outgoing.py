@@ -16,7 +16,7 @@ from gateway.metrics import Metrics
 from gateway.stream_split import split_stream
 
 # Large enough that a fast client never starves (a loopback or LAN connection holds less in flight), small enough that
-# fifty slow clients cost 200 MB.
+# fifty slow clients cost 400 MB: each message is held as it came, too, until it has left.
 HIGH_WATER_BYTES = 4 * 1024 * 1024
 LOW_WATER_BYTES = 1024 * 1024
 
@@ -44,6 +44,7 @@ class Outgoing:
         self._on_drained = on_drained
         self._metrics = metrics
         self._waiting: deque[Iterator[KernelMessage]] = deque()
+        self._leaving: dict[asyncio.Future[None], KernelMessage] = {}
         self._unsent_bytes = 0
         self._full_since: float | None = None
         self._closed = False
@@ -61,10 +62,11 @@ class Outgoing:
         self._pump()
 
     def close(self) -> list[KernelMessage]:
-        """Ends sending; what was not handed to the WebSocket yet, in order."""
+        """Ends sending; what has not left this process, in order: also what a broken WebSocket has taken."""
         self._closed = True
         self._note_drained()
-        rest = [message for pieces in self._waiting for message in pieces]
+        rest = [*self._leaving.values(), *(message for pieces in self._waiting for message in pieces)]
+        self._leaving.clear()
         self._waiting.clear()
         return rest
 
@@ -99,11 +101,13 @@ class Outgoing:
         self._unsent_bytes += size
         self._metrics.count_message("to_client", message.channel, size)
         future = self._write(data, binary)
+        self._leaving[future] = message
 
         def sent(future: asyncio.Future[None]) -> None:
             self._unsent_bytes -= size
-            # A closed connection ends in the handler's on_close; here it only must not count as unseen.
+            # What a broken connection did not take is kept until the handler's on_close.
             if not future.cancelled() and future.exception() is None:
+                self._leaving.pop(future, None)
                 self._pump()
 
         future.add_done_callback(sent)
