@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,12 +98,9 @@ class Tools:
     def frozen_disks(self, machine: PagedMachine, backing: BackingChain) -> list[Path]:
         """Frozen files of a machine that no snapshot has yet, oldest first: also those of snapshots that failed, or
         that an earlier gateway did not finish. Blocking."""
-        stored: set[int] = set()
-        for disk in backing.disks:
-            with contextlib.suppress(FileNotFoundError):
-                stored.add(self.store.part_path(PartKind.DISK, disk.digest).stat().st_ino)
-        own = [path for path in machine.disk_chain[:-1] if path.parent == machine.paths.disk_dir and path.exists()]
-        return [path for path in own if path.stat().st_ino not in stored]
+        stored = set(_inodes(self.store.part_path(PartKind.DISK, disk.digest) for disk in backing.disks).values())
+        own = _inodes(path for path in machine.disk_chain[:-1] if path.parent == machine.paths.disk_dir)
+        return [path for path, inode in own.items() if inode not in stored]
 
     def state(self, backing: BackingChain, device: Part | None) -> State:
         return backing.state(driver=self.vmm.name, format=self.vmm.state_format, needs=self.vmm.needs, device=device)
@@ -207,9 +204,9 @@ class PageCapture(Capture):
         await asyncio.to_thread(self._drop_stored_disks)
 
     def _drop_stored_disks(self) -> None:
-        unstored = self._frozen_disks()
-        for path in self._machine.disk_chain[:-1]:
-            if path.parent == self._machine.paths.disk_dir and path not in unstored:
+        """Those that were frozen when it was taken: the next capture may be freezing another one just now."""
+        for path in self._disks:
+            if path.parent == self._machine.paths.disk_dir:
                 path.unlink(missing_ok=True)
 
     def _frozen_disks(self) -> list[Path]:
@@ -377,6 +374,15 @@ class BootedCapture(Capture):
         finally:
             if self._device is not None:
                 os.close(self._device)
+
+
+def _inodes(paths: Iterable[Path]) -> dict[Path, int]:
+    """Of those that exist; a snapshot that is stored meanwhile removes what it has stored."""
+    inodes: dict[Path, int] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            inodes[path] = path.stat().st_ino
+    return inodes
 
 
 def _content(fd: int) -> bytes:
