@@ -230,7 +230,6 @@ class Flattener:
             try:
                 await work
             except (SnapshotError, VmRuntimeError, OSError) as error:
-                _log.warning("Snapshot %s could not be flattened: %s", manifest.id, error)
                 reasons.append(str(error))
 
         await attempt(self._shorten_memory(manifest, stopped=stopped))
@@ -240,8 +239,10 @@ class Flattener:
             # Also of an earlier attempt, after which a machine may have stayed where it was.
             old, new = BackingChain.of(manifest.state), BackingChain.of(current.state)
             await attempt(self._on_shortened(partial(_rebased_state, old=old, new=new)))
-        exists = await self._in_thread(self._store.manifest_path(manifest.id).exists)
-        return " ".join(reasons) if reasons and exists else None
+        if not reasons or not await self._in_thread(self._store.manifest_path(manifest.id).exists):
+            return None
+        _log.warning("Snapshot %s could not be flattened: %s", manifest.id, " ".join(reasons))
+        return " ".join(reasons)
 
     async def _shorten_memory(self, manifest: Manifest, *, stopped: bool) -> None:
         backing = BackingChain.of((await self._in_thread(self._current, manifest)).state)

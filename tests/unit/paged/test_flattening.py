@@ -126,13 +126,14 @@ async def test_memory_that_cannot_be_merged_does_not_keep_disks_long(bench: Benc
     assert len(bench.failed) == 1
 
 
-async def test_what_was_removed_is_no_failure(bench: Bench) -> None:
+async def test_what_was_removed_is_no_failure(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     manifest = publish(bench.store, layers=LONG_CHAIN, disks=MANY_DISKS)
     bench.store.rm(manifest.id)
     bench.flattener.want(manifest, stopped=False)
     await bench.flattener.settled()
     assert bench.failed == []
     assert bench.flattener.status().waiting == 0
+    assert caplog.records == []
 
 
 async def test_snapshots_that_are_being_taken_all_the_time_do_not_stop_it(
