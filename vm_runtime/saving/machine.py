@@ -73,6 +73,7 @@ class SavedMachine:
         self._captured = asyncio.Semaphore(_MOST_CAPTURED)
         self._capturing = asyncio.Lock()
         self._storing = asyncio.Lock()
+        self._store_failed = False
 
     async def take(self, description: Description, *, then: AfterCapture, hooks: Sequence[SnapshotHooks] = ()) -> Taken:
         """Take a snapshot. RUNNING or PAUSED. hooks: who takes part in it.
@@ -104,7 +105,9 @@ class SavedMachine:
         async with self._captured, AsyncExitStack() as stack:
             async with self._capturing:
                 was_running = self.machine.state is RunState.RUNNING
-                if children:  # they lie on what is stored
+                # Children lie on what is stored. And what cannot be stored goes to the snapshot captured after it: if
+                # that one fails, too, nothing more is to pile up in memory.
+                if children or self._store_failed:
                     async with self._storing:
                         pass
                 capture = await stack.enter_async_context(
@@ -121,7 +124,9 @@ class SavedMachine:
             async with self._storing:
                 try:
                     manifest = await self._put_away(capture, description, hooks)
+                    self._store_failed = False
                 except BaseException:
+                    self._store_failed = True
                     if stopped:
                         await self._run_again()
                     raise

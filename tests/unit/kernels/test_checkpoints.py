@@ -11,6 +11,11 @@ import pytest
 from kernels.errors import RequestError, UnknownSnapshotError
 from kernels.models import SandboxState
 from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_service
+from vm_runtime.drivers.base import Capture
+from vm_runtime.saving.hooks import SnapshotHooks
+from vm_runtime.saving.values import AfterCapture, Description, Taken
+from vm_runtime.snapshots.errors import SnapshotError
+from vm_runtime.snapshots.manifest import Manifest
 
 
 async def test_each_cell_leaves_a_checkpoint_that_says_which(state_dir: Path, driver: TestDriver) -> None:
@@ -93,3 +98,49 @@ async def test_a_guest_takes_checkpoints_and_asks_who_it_is(kernels: Service) ->
     await kernels.run(sandbox_id, "import sandbox; sandbox.snapshot('from inside')")
     assert [each.name for each in await kernels.checkpoints.all(sandbox_id)] == ["from inside"]
     assert await kernels.run(sandbox_id, "import sandbox; print(sandbox.id)") == f"{sandbox_id}\n"
+
+
+class Taking(SnapshotHooks):
+    """A snapshot whose steps are seen. may_end: it is stored only then; None: it cannot be stored."""
+
+    def __init__(self, may_end: asyncio.Event | None) -> None:
+        self.began = False
+        self.is_published = asyncio.Event()
+        self._may_end = may_end
+
+    async def prepare(self, capture: Capture) -> None:
+        self.began = True
+
+    def described(self, description: Description) -> Description:
+        if self._may_end is None:
+            raise SnapshotError("not this one")
+        return description
+
+    async def stored(self, manifest: Manifest) -> None:
+        self.is_published.set()
+        if self._may_end is not None:
+            await self._may_end.wait()
+
+
+async def test_what_cannot_be_stored_does_not_pile_up(kernels: Service) -> None:
+    """What a snapshot that failed held is with the one after it: nothing more is captured until that is stored."""
+    live = kernels.machines.running(await kernels.new())
+    description = kernels.snapshots.description(live, name=None)
+
+    def take(hook: Taking) -> asyncio.Task[Taken]:
+        return asyncio.create_task(live.saved.take(description, then=AfterCapture.RESUME, hooks=[hook]))
+
+    may_end = asyncio.Event()
+    with pytest.raises(SnapshotError, match="not this one"):
+        await take(Taking(None))
+    second, third = Taking(may_end), Taking(may_end)
+    taking = [take(second)]
+    await second.is_published.wait()
+    taking.append(take(third))
+    for _ in range(100):  # it would begin within a few turns of the loop
+        await asyncio.sleep(0)
+    began_early = third.began
+    may_end.set()
+    await asyncio.gather(*taking)
+    assert not began_early
+    assert third.began
