@@ -42,12 +42,18 @@ StartMachine = Callable[[MachineSpec, MachinePaths, FakeContent], Awaitable[Fake
 
 
 class FakeStates(States):
-    """See `States`."""
+    """See `States`. held: the ids of machines that were loaded and not released."""
 
     def __init__(self, store: SnapshotStore, *, driver: str, start: StartMachine) -> None:
         self._store = store
         self._driver = driver
-        self._start = start
+        self._start_machine = start
+        self.held: set[str] = set()
+
+    async def _start(self, spec: MachineSpec, paths: MachinePaths, content: FakeContent) -> FakeMachine:
+        machine = await self._start_machine(spec, paths, content)
+        self.held.add(machine.id)
+        return machine
 
     @asynccontextmanager
     async def opened(self, state: State) -> AsyncIterator[OpenState]:
@@ -72,7 +78,7 @@ class FakeStates(States):
         """Nothing: it uses no files of the store."""
 
     def release(self, machine: Machine) -> None:
-        """Nothing is held."""
+        self.held.discard(machine.id)
 
     def shorten(self, manifest: Manifest, state: State, *, stopped: bool) -> None:
         """Nothing: there are no chains."""

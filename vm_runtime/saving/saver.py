@@ -189,7 +189,13 @@ class Saver:
         hooks: Sequence[SnapshotHooks],
     ) -> Forked:
         children = Children(parent.machine.spec, child_paths)
-        taken = await parent.take(description, then=AfterCapture.RESUME, hooks=[*hooks, children])
+        try:
+            taken = await parent.take(description, then=AfterCapture.RESUME, hooks=[*hooks, children])
+        except BaseException:
+            for machine in children.machines:
+                if isinstance(machine, Machine):  # `Children` has ended it
+                    self._states.release(machine)
+            raise
         handing_out = (
             self._hand_out(machine, paths, taken.manifest)
             for machine, paths in zip(children.machines, child_paths, strict=True)

@@ -10,7 +10,9 @@ import pytest
 from kernels.child_results import ChildResult
 from kernels.errors import LimitError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
+from tests.fake_driver.states import FakeStates
 from tests.unit.kernels.conftest import Service, TestDriver, started_service
+from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.states import RunState
 
 # A cell that waits until the test lets it go.
@@ -141,3 +143,19 @@ async def test_a_child_that_does_not_start_is_an_error_in_its_place(kernels: Ser
     results = await kernels.forks.fork(parent, count=2)
     assert [str(result) for result in results] == ["not today"] * 2
     assert [each.id for each in kernels.registry.sandboxes()] == [parent]
+
+
+async def test_children_of_a_fork_that_cannot_be_stored_leave_nothing(
+    kernels: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*arguments: object) -> None:
+        raise SnapshotError("not today")
+
+    parent = await kernels.new()
+    monkeypatch.setattr(kernels.snapshots, "keep", refused)
+    with pytest.raises(MachineFailedError, match="not today"):
+        await kernels.forks.fork(parent, count=2)
+    assert [each.id for each in kernels.registry.sandboxes()] == [parent]
+    states = kernels.saver._states
+    assert isinstance(states, FakeStates)
+    assert states.held == {kernels.machines.running(parent).saved.machine.id}
