@@ -304,6 +304,8 @@ class PageCapture(Capture):
         finally:
             if self in self._open_backing.captures:  # first: the one after it is stored next
                 self._pass_on()
+            elif self._pages is None:
+                self._open_backing.tracker.give_up()
             if self._shared is not None:
                 await asyncio.wait([self._shared])
             await self._stack.aclose()

@@ -45,6 +45,9 @@ class DirtyTracker(Protocol):
     def capture(self) -> CapturedPages:
         """Copy the pages; the machine must be paused, from before this call until after it."""
 
+    def give_up(self) -> None:
+        """After `prepare`, where no `capture` follows: let go of the memory."""
+
     def put_back(self, parts: Iterable[CapturedPart]) -> None:
         """Have the next `capture` that begins hold these pages of an earlier one, too, which was not stored."""
 
@@ -74,11 +77,14 @@ class CumulativeTracker:
         buffer, self._buffer = self._buffer, None
         return capture(self._pid, self._address, self._size_bytes, buffer=buffer)
 
+    def give_up(self) -> None:
+        self._buffer = None
+
     def put_back(self, parts: Iterable[CapturedPart]) -> None:
         """Nothing to note: every capture is complete."""
 
     def close(self) -> None:
-        self._buffer = None
+        self.give_up()
 
     def __enter__(self) -> Self:
         return self

@@ -146,12 +146,15 @@ class WriteProtectTracker:
         self._pending = []
         return CapturedPages(size_bytes=self._size_bytes, parts=(*ahead, (tuple(runs), buffer)))
 
+    def give_up(self) -> None:
+        self._ahead, self._buffer = [], None
+
     def put_back(self, parts: Iterable[CapturedPart]) -> None:
         self._put_back = union(self._put_back, *(runs for runs, _ in parts))
 
     def close(self) -> None:
         """Give the descriptors back. The VMM keeps its own: protection ends with the VMM."""
-        self._ahead, self._buffer = [], None
+        self.give_up()
         for fd in (self._userfaultfd, self._pagemap):
             if fd >= 0:
                 os.close(fd)

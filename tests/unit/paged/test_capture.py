@@ -1,7 +1,8 @@
-"""Disk files of a machine that is captured again while its last capture is being stored."""
+"""What a capture leaves: disk files, while the next one is being taken, and memory."""
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 from collections.abc import AsyncIterator
@@ -24,7 +25,7 @@ from vm_runtime.paged.capture import OpenBacking, PageCapture, Tools
 from vm_runtime.paged.machine import PagedVmm
 from vm_runtime.snapshots.manifest import PartKind
 from vm_runtime.snapshots.memory import BaseMemory
-from vm_runtime.snapshots.pages import mapped_address
+from vm_runtime.snapshots.pages import PageBuffer, mapped_address
 from vm_runtime.snapshots.store import SnapshotStore
 from vm_runtime.snapshots.tracking import CumulativeTracker
 
@@ -116,3 +117,14 @@ async def test_a_frozen_disk_may_be_stored_and_removed_while_another_capture_loo
     first, second = machine.disk_chain
     machine._record = machine._record.model_copy(update={"disk_chain": (Removed(first), second)})
     assert bench.tools.frozen_disks(machine, bench.open_backing.backing) in ([], [first])
+
+
+async def test_a_capture_that_is_given_up_before_the_pause_leaves_no_copies_in_memory(bench: Bench) -> None:
+    def buffers() -> int:
+        return sum(isinstance(each, PageBuffer) for each in gc.get_objects())
+
+    before = buffers()
+    async with PageCapture(bench.tools, bench.machine, bench.open_backing, children=0, last=False).opened() as capture:
+        await capture.prepare()
+        assert buffers() > before
+    assert buffers() == before
