@@ -14,6 +14,7 @@ from gateway.errors import FrameError
 from gateway.frames import KernelMessage, encode_legacy, encode_v1
 from gateway.metrics import Metrics
 from gateway.stream_split import split_stream
+from vm_runtime.saving.threads import succeeded
 
 # Large enough that a fast client never starves (a loopback or LAN connection holds less in flight), small enough that
 # fifty slow clients cost 400 MB: each message is held as it came, too, until it has left.
@@ -65,7 +66,8 @@ class Outgoing:
         """Ends sending; what has not left this process, in order: also what a broken WebSocket has taken."""
         self._closed = True
         self._note_drained()
-        rest = [*self._leaving.values(), *(message for pieces in self._waiting for message in pieces)]
+        leaving = [message for future, message in self._leaving.items() if not succeeded(future)]
+        rest = [*leaving, *(message for pieces in self._waiting for message in pieces)]
         self._leaving.clear()
         self._waiting.clear()
         return rest
@@ -106,7 +108,7 @@ class Outgoing:
         def sent(future: asyncio.Future[None]) -> None:
             self._unsent_bytes -= size
             # What a broken connection did not take is kept until the handler's on_close.
-            if not future.cancelled() and future.exception() is None:
+            if succeeded(future):
                 self._leaving.pop(future, None)
                 self._pump()
 

@@ -46,6 +46,13 @@ async def test_what_a_connection_has_taken_and_not_sent_is_there_when_it_has_end
     assert socket.outgoing.close() == []
 
 
+async def test_what_has_left_in_this_turn_of_the_loop_is_not_sent_twice() -> None:
+    socket = Socket()
+    socket.outgoing.put(line(0))
+    socket.futures[0].set_result(None)
+    assert socket.outgoing.close() == []
+
+
 async def test_what_waits_comes_after_what_leaves() -> None:
     socket = Socket()
     first, second = line(0, HIGH_WATER_BYTES), line(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -96,10 +97,13 @@ async def test_a_session_that_is_given_up_while_it_begins_is_closed(
     async def session(link: Link) -> None:
         link.on_open = never_answer
         await link.wait_closed()
-        ended.set()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await serve(SocketCarrier(reader, writer), session, make_welcome=welcome)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        ended.set()
 
     path = tmp_path / "wire.sock"
     async with await asyncio.start_unix_server(accept, path), asyncio.timeout(30):
