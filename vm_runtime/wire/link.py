@@ -383,6 +383,8 @@ class Link:
         task.add_done_callback(lambda _: self._handlers.pop(incoming.id, None))
 
     async def _run_handler(self, handler: Handler, incoming: Incoming) -> None:
+        # Also where the handler is closed instead of cancelled.
+        code, reason = "cancelled", "The handler was cancelled"
         try:
             await handler(incoming)
             incoming.reject("unanswered", "The handler returned without an answer")
@@ -397,9 +399,6 @@ class Link:
         except Exception as error:
             logger.exception("Handler of %s failed", incoming.kind)
             code, reason = "internal", f"{type(error).__name__}: {error}"
-        except asyncio.CancelledError:
-            code, reason = "cancelled", "The handler was cancelled"
-            raise
         finally:
             self._incoming.pop(incoming.id, None)
             if not self.closed:

@@ -124,6 +124,28 @@ async def test_refusals_and_failures(joined: Any) -> None:
             await stream.write(b"x")
 
 
+async def test_a_handler_that_is_closed_refuses_its_stream(joined: Any) -> None:
+    """As Python does with what is left in the middle."""
+    opened: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+
+    async def never(incoming: Incoming) -> None:
+        await asyncio.Event().wait()
+
+    async def handler(incoming: Incoming) -> None:
+        opened.set_result(incoming)
+        await never(incoming)
+
+    async with joined() as (host, guest):
+        guest.on_open = handler
+        calling = asyncio.create_task(host.call("wait"))
+        left = guest._run_handler(never, await opened)
+        left.send(None)
+        left.close()
+        with pytest.raises(OpenRejectedError) as caught:
+            await calling
+        assert caught.value.code == "cancelled"
+
+
 async def test_a_call_that_times_out_cancels_its_handler(joined: Any) -> None:
     cancelled = asyncio.Event()
 
