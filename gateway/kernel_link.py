@@ -58,16 +58,18 @@ async def wait_subscribed(
     with suppress(TimeoutError):
         async with asyncio.timeout(BUSY_SUBSCRIBE_TIMEOUT_S if busy else SUBSCRIBE_TIMEOUT_S):
             with suppress(TimeoutError):
-                await asyncio.wait_for(delivered(), FIRST_NUDGE_S)
-                return
+                async with asyncio.timeout(FIRST_NUDGE_S):
+                    await delivered()
+                    return
             # A socket of its own: the reply must not reach the client.
             nudge = ZmqSocket(context, zmq.DEALER, _address(info, "control"))
             try:
                 while look().state is SandboxState.RUNNING:
                     await nudge.send(to_zmq(make_message("control", "kernel_info_request", {}), signer))
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(delivered(), NUDGE_INTERVAL_S)
-                        return
+                        async with asyncio.timeout(NUDGE_INTERVAL_S):
+                            await delivered()
+                            return
             finally:
                 nudge.close()
 

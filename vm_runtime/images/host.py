@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vm_runtime.images.errors import BuildHostError
@@ -110,11 +111,14 @@ async def run_tool(
 async def _end_group(process: asyncio.subprocess.Process) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     try:
-        # Its pipe is drained, since a tool that waits for us to read would never end.
-        await asyncio.wait_for(process.communicate(), TERMINATE_GRACE_S)
-    except TimeoutError:
-        os.killpg(process.pid, signal.SIGKILL)
-        await process.communicate()
+        with suppress(TimeoutError):
+            # Its pipe is drained, since a tool that waits for us to read would never end.
+            async with asyncio.timeout(TERMINATE_GRACE_S):
+                await process.communicate()
+    finally:
+        if process.returncode is None:  # late, or nobody waits any more
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.communicate()
 
 
 async def find_pip() -> list[str]:
