@@ -149,9 +149,18 @@ class Endpoints:
 
     async def _all(self, step: Callable[[ClientConnection], Awaitable[None]]) -> None:
         """Does something with each connection; with one that is lost meanwhile, or hangs, it is not done."""
+
+        async def tried(connection: ClientConnection) -> None:
+            try:
+                await step(connection)
+            except (WireError, OSError):
+                pass
+            except Exception:
+                log.exception("A step with a client's %s connection failed", connection.channel)
+
         with suppress(TimeoutError):
             async with asyncio.timeout(STEP_LIMIT_S):
-                await asyncio.gather(*(step(each) for each in list(self._connections)), return_exceptions=True)
+                await asyncio.gather(*map(tried, list(self._connections)))
 
     async def detach(self) -> None:
         """The machine has ended, or is about to. Twice is harmless."""

@@ -14,8 +14,11 @@ import zmq.asyncio
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.session import Session
 
+from kernels.client_connection import ClientConnection
 from kernels.endpoints import GREETED_CHANNELS, Endpoints, greet_ahead
+from kernels.zmtp import GREETING
 from tests.unit.guest.conftest import KEY, Host, run
+from vm_runtime.wire.errors import LinkClosedError
 from vm_runtime.wire.stream import Stream
 
 
@@ -281,3 +284,22 @@ async def test_each_subscriber_is_welcomed(kernel: Kernel) -> None:
             assert session.deserialize(frames)["msg_type"] == "iopub_welcome"
     finally:
         context.destroy(linger=0)
+
+
+async def test_what_goes_wrong_with_a_connection_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    endpoints = Endpoints(tmp_path / "e", lambda: None)
+    await endpoints.start()
+    reader, writer = await asyncio.open_unix_connection(tmp_path / "e" / "k-1")
+    await reader.readexactly(len(GREETING))
+
+    async def lost(connection: ClientConnection) -> None:
+        raise LinkClosedError("connection_lost", "")
+
+    async def wrong(connection: ClientConnection) -> None:
+        raise ZeroDivisionError
+
+    for step, logged in ((lost, []), (wrong, [ZeroDivisionError])):
+        await endpoints._all(step)
+        assert [record.exc_info[0] for record in caplog.records if record.exc_info] == logged
+    writer.close()
+    await endpoints.close()
