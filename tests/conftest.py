@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import leftovers
 from tests.gateways import STATE, RunningGateway, copy_state, running_gateway
+
+# How long an example takes is the host's business.
+settings.register_profile("hypercell", deadline=None)
+settings.load_profile("hypercell")
 
 
 def pytest_sessionstart() -> None:
