@@ -192,23 +192,28 @@ class SandboxCommands:
                     if not received:
                         raise GuestRefusedError("command_lost", "The command's stream ended before it began.")
                     found = frames.feed(received)
+                (_, payload), *rest = found
+                started = StartedCommand.parse(parse_json(payload))
+                events = [_event(kind, data) for kind, data in rest]
             except BaseException:
                 stream.reset()
                 raise
-        (_, payload), *rest = found
-        started = StartedCommand.parse(parse_json(payload))
         limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
         limit = self._deadlines.within(limit_s, "the end of a command")
         command = AttachedCommand(stream, command_id=started.command_id, pid=started.pid, limit=limit)
         command._frames = frames
-        command._events.extend(_event(kind, data) for kind, data in rest)
+        command._events.extend(events)
         return command
 
     async def attach(self, command_id: str, *, stdin: bool) -> AttachedCommand:
         """All output that is still kept, then what comes. stdin: whether to write to it."""
         with guest_errors():
             stream = await self._open("exec.attach", {"command_id": command_id, "stdin": stdin})
-        info = CommandInfo.parse(stream.result)
+        try:
+            info = CommandInfo.parse(stream.result)
+        except BaseException:
+            stream.reset()
+            raise
         limit = self._deadlines.within(None, "the end of a command")
         return AttachedCommand(stream, command_id=info.command_id, pid=info.pid, limit=limit)
 

@@ -200,7 +200,12 @@ class SandboxFiles:
 
     async def read(self, path: str, *, offset: int = 0, length: int | None = None) -> FileDownload:
         """offset: below zero it counts from the end. length: at most so much, None for all."""
-        return FileDownload(await self._stream("files.read", path=path, offset=offset, length=length), self._deadlines)
+        stream = await self._stream("files.read", path=path, offset=offset, length=length)
+        try:
+            return FileDownload(stream, self._deadlines)
+        except BaseException:
+            stream.reset()
+            raise
 
     async def write(
         self, path: str, *, mode: int | None = None, parents: bool = True, append: bool = False

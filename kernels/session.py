@@ -178,8 +178,7 @@ class GuestSession:
     ) -> GuestSession:
         """Connects and greets. Errors: MachineFailedError when the guest does not answer or answers wrongly."""
         try:
-            carrier = await open_wire()
-            greeted_at = time.monotonic()
+            marker = bytes.fromhex(greeting.marker)
             hello = Hello(
                 identity=greeting.identity,
                 kernel_key=greeting.key,
@@ -187,7 +186,9 @@ class GuestSession:
                 keep_random=greeting.keep_random,
                 extra=greeting.extra,
             )
-            link = await Link.connect(carrier, hello, marker=bytes.fromhex(greeting.marker), timeout_s=timeout_s)
+            carrier = await open_wire()
+            greeted_at = time.monotonic()
+            link = await Link.connect(carrier, hello, marker=marker, timeout_s=timeout_s)
         except TimeoutError as error:
             raise MachineFailedError(f"The guest did not greet within {timeout_s:.0f} s.") from error
         except (WireError, OSError) as error:

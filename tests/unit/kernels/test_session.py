@@ -11,9 +11,13 @@ from typing import Literal
 import pytest
 
 from kernels import session as module
+from kernels.errors import MachineFailedError
+from kernels.exec import CommandRequest, SandboxCommands
+from kernels.files import SandboxFiles
 from kernels.session import Greeting, GuestEvent, GuestSession, KernelExited, KernelStatus, condensed
 from tests.unit.kernels.conftest import Service
-from vm_runtime.wire.carriers import SocketCarrier
+from vm_runtime.wire.carriers import Carrier, SocketCarrier
+from vm_runtime.wire.command_frames import CommandFrame, encode_frame
 from vm_runtime.wire.greeting import Hello, Welcome
 from vm_runtime.wire.link import Link
 from vm_runtime.wire.protocol import BOOT_MARKER
@@ -119,3 +123,57 @@ async def test_exits_that_a_kernel_cannot_have_had_are_not_queued(kernels: Servi
     for pid in range(FLOOD):
         live.on_event(KernelExited(pid=pid))
     assert live._exits.qsize() < 10
+
+
+async def test_a_greeting_that_is_none_opens_no_wire() -> None:
+    opened = False
+
+    async def open_wire() -> Carrier:
+        nonlocal opened
+        opened = True
+        raise OSError
+
+    with pytest.raises(ValueError, match="hex"):
+        await GuestSession.open(open_wire, Greeting(marker="no hex", identity={}, key=None, restored=False))
+    assert not opened
+
+
+@pytest.mark.parametrize("kind", ["exec.start", "exec.attach", "files.read"])
+async def test_a_stream_whose_beginning_is_made_up_is_given_up(tmp_path: Path, kind: str) -> None:
+    given_up, served = asyncio.Event(), asyncio.Event()
+
+    async def welcome(hello: Hello) -> Welcome:
+        return Welcome(agent_version="1", kernel=None, extra={})
+
+    async def answer(incoming: Incoming) -> None:
+        stream = await incoming.accept({"command_id": "/", "offset": -1})
+        if kind == "exec.start":
+            await stream.write(encode_frame(CommandFrame.STARTED, b"[]"))
+        await stream.wait_lost()
+        given_up.set()
+
+    async def lie(link: Link) -> None:
+        link.on_open = answer
+        await link.wait_closed()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve(SocketCarrier(reader, writer), lie, make_welcome=welcome)
+        await writer.wait_closed()
+        served.set()
+
+    path = tmp_path / "wire.sock"
+    async with await asyncio.start_unix_server(accept, path):
+        greeting = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
+        session = await GuestSession.open(lambda: SocketCarrier.connect_unix(path), greeting)
+        with pytest.raises(MachineFailedError):
+            match kind:
+                case "exec.start":
+                    await SandboxCommands(session).start(CommandRequest(command="true"))
+                case "exec.attach":
+                    await SandboxCommands(session).attach("a", stdin=False)
+                case _:
+                    await SandboxFiles(session).read("file")
+        async with asyncio.timeout(30):
+            await given_up.wait()
+        await session.close()
+        await served.wait()
