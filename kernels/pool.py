@@ -163,5 +163,6 @@ class Pool(Generic[S]):
 async def _end(spare: Spare) -> None:
     try:
         await spare.close()
-    except (VmRuntimeError, OSError) as error:
-        log.warning("A machine of the warm pool could not be ended: %s", error)
+    except Exception as error:
+        expected = isinstance(error, (VmRuntimeError, OSError))
+        log.warning("A machine of the warm pool could not be ended: %s", error, exc_info=not expected)

@@ -143,6 +143,19 @@ async def test_a_refill_that_fails_is_tried_again(error: Exception, caplog: pyte
     assert "could not be refilled" in caplog.text
 
 
+async def test_one_that_cannot_be_ended_does_not_end_the_pool(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    host = Host()
+    async with filled(host, size=1, limit=1) as pool:
+        monkeypatch.setattr(host.made[0], "close", fail)
+        host.made[0].dead = True
+        await until(lambda: "could not be ended" in caplog.text and pool.ready_count() == 1)
+
+
 async def test_it_grows_while_starts_find_it_empty_and_shrinks_when_that_was_not_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
