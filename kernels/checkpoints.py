@@ -19,6 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kernels.background import Background
+from kernels.connected import ConnectedMachine
 from kernels.errors import (
     CellRunsError,
     CheckpointLimitError,
@@ -35,6 +36,7 @@ from kernels.models import Checkpoint, CheckpointPolicy, EventKind, Sandbox, San
 from kernels.registry import Registry
 from kernels.snapshots import LEFT_AT, Snapshots, cell_of, checkpoint_of, is_automatic, store_errors
 from vm_runtime.errors import VmRuntimeError
+from vm_runtime.saving.threads import uncancelled
 from vm_runtime.saving.values import AfterCapture
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.index import SnapshotEntry
@@ -293,17 +295,21 @@ class Checkpoints:
                 connected = await restoring
             except (SnapshotError, VmRuntimeError, KernelsError) as error:
                 raise MachineFailedError(f"The checkpoint could not be restored: {error}") from error
-            await self._snapshots.keep(sandbox_id, manifest)
+            await self._snapshots.exchange(sandbox_id, connected, manifest)
         except BaseException:
-            restoring.cancel()
-            (found,) = await asyncio.gather(restoring, return_exceptions=True)
-            if not isinstance(found, BaseException):
-                await found.close()
-            if live is not None and state is SandboxState.RUNNING:
-                await live.resume()
+            await uncancelled(self._stay(restoring, live if state is SandboxState.RUNNING else None))
             raise
-        await self._machines.exchange(sandbox_id, connected, manifest)
         return self._registry.get(sandbox_id)
+
+    @staticmethod
+    async def _stay(restoring: asyncio.Task[ConnectedMachine], live: LiveSandbox | None) -> None:
+        """Goes nowhere. live: what ran, and runs on unless it has been given up already."""
+        restoring.cancel()
+        (found,) = await asyncio.gather(restoring, return_exceptions=True)
+        if isinstance(found, ConnectedMachine):
+            await found.close()
+        if live is not None:
+            await live.resume()
 
     def _find(self, sandbox_id: str, target: str) -> SnapshotEntry:
         entries = self._store.ls(sandbox_id=sandbox_id)

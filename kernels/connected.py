@@ -9,11 +9,13 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 from kernels.endpoints import Greeted
 from kernels.session import GREETING_TIMEOUT_S, Greeting, GuestSession
 from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.saving.threads import uncancelled
 
 
 def new_sandbox_id() -> str:
@@ -34,8 +36,9 @@ def paths_of(machine_id: str, state_dir: Path, run_dir: Path) -> MachinePaths:
 class ConnectedMachine:
     """A machine, what lies under it, the session with its guest, and its kernel's HMAC `key`.
 
-    identity: what was sent to its guest as such. greeted: connections for its kernel's first client. Its owner ends it
-    with `close()`, or hands it on and forgets it. Events before someone took it are dropped.
+    identity: what was sent to its guest as such. greeted: connections for its kernel's first client. Events before
+    someone took it are dropped. Its owner ends it with `close()`, or hands it on and forgets it: `async with` ends it
+    at the end of the block, unless a sandbox has `taken` machine and session by then.
     """
 
     def __init__(self, saved: SavedMachine, session: GuestSession, key: str, identity: Mapping[str, str]) -> None:
@@ -44,6 +47,7 @@ class ConnectedMachine:
         self.key = key
         self.identity = identity
         self.greeted: Mapping[str, Greeted] = {}
+        self._is_taken = False
 
     @classmethod
     async def greet(
@@ -61,7 +65,23 @@ class ConnectedMachine:
     def dead(self) -> bool:
         return self.saved.machine.is_dead
 
+    def taken(self) -> None:
+        """Machine and session are someone else's from now on."""
+        self._is_taken = True
+
     async def close(self) -> None:
-        """Ends session and machine; twice is harmless."""
-        await self.session.close()
-        await self.saved.kill()
+        """Ends session and machine, unless they were taken; finished first when cancelled. Twice is harmless."""
+        if not self._is_taken:
+            await uncancelled(self._close())
+
+    async def _close(self) -> None:
+        try:
+            await self.session.close()
+        finally:
+            await self.saved.kill()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()

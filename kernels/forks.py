@@ -29,6 +29,7 @@ from kernels.settings import ServiceSettings
 from kernels.snapshots import Snapshots
 from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.machine import SavedMachine
+from vm_runtime.saving.threads import gather_all, uncancelled
 from vm_runtime.saving.values import AfterCapture
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.manifest import Manifest
@@ -84,17 +85,10 @@ class Forks:
             await self._wait_idle(sandbox_id)
             self._check_limits(parent, count)  # others may have forked meanwhile
         children = [self._child_record(parent, index, name) for index in range(count)]
-        for child in children:
-            self._registry.add(child)
         try:
-            snapshot, machines = await self._split(sandbox_id, len(children), mid_cell=mid_cell)
-        except BaseException as error:
             for child in children:
-                await self._lifecycle.forget(child.sandbox.id)
-            if isinstance(error, SnapshotError | VmRuntimeError):
-                raise MachineFailedError(f"The sandbox could not be forked and runs on: {error}") from error
-            raise
-        try:
+                self._registry.add(child)
+            snapshot, machines = await self._split(sandbox_id, len(children), mid_cell=mid_cell)
             async with asyncio.TaskGroup() as group:
                 made = [
                     group.create_task(
@@ -103,9 +97,10 @@ class Forks:
                     for child, machine in zip(children, machines, strict=True)
                 ]
             return [each.result() for each in made]
-        except BaseException:  # cancelled: nobody knows of them
-            for child in children:
-                await self._lifecycle.forget(child.sandbox.id)
+        except BaseException as error:  # nobody knows of them
+            await uncancelled(gather_all(*(self._lifecycle.forget(child.sandbox.id) for child in children)))
+            if isinstance(error, SnapshotError | VmRuntimeError):
+                raise MachineFailedError(f"The sandbox could not be forked and runs on: {error}") from error
             raise
 
     def _check_limits(self, parent: SandboxRecord, count: int) -> None:
@@ -204,7 +199,7 @@ class Forks:
                 keep_random=same_random, extra=extra,
             )  # fmt: skip
             connected = await ConnectedMachine.greet(machine, greeting)
-            async with self._machines.lock(sandbox.id):
+            async with connected, self._machines.lock(sandbox.id):
                 await self._machines.go_live(sandbox.id, connected, snapshot=snapshot)
                 await self._snapshots.keep(sandbox.id, snapshot)
             return self._registry.get(sandbox.id)
@@ -215,43 +210,44 @@ class Forks:
     async def become(self, parent_id: str, child_id: str) -> Sandbox:
         """The parent continues in the state of its child, which waits in an offer; the child's sandbox is then removed.
 
-        Errors: SandboxStateError (no such offer), MachineFailedError.
+        Finished first when cancelled. Errors: SandboxStateError (no such offer), MachineFailedError.
         """
         offer = self.child_results.get(child_id)
         if offer is None or offer.state != "offered" or offer.parent_id != parent_id:
             raise SandboxStateError(child_id, found="not waiting", wanted="a child that offers its state")
         async with self._machines.lock(parent_id), self._machines.lock(child_id):
-            parent, live = self._machines.live.get(parent_id), self._machines.running(child_id)
-            run = [each for each in (parent, live) if each and each.saved.machine.state is RunState.RUNNING]
+            await uncancelled(self._become(parent_id, child_id, offer.call_id))
+        return self._registry.get(parent_id)
+
+    async def _become(self, parent_id: str, child_id: str, call_id: str) -> None:
+        parent, live = self._machines.live.get(parent_id), self._machines.running(child_id)
+        run = [each for each in (parent, live) if each and each.saved.machine.state is RunState.RUNNING]
+        snapshot = None
+        try:
             for each in run:
                 await each.hold_clients()
             extra = {
-                "calls": {offer.call_id: {"result": {"became": parent_id}}},
+                "calls": {call_id: {"result": {"became": parent_id}}},
                 # What the child knows nothing of was asked of the state that its parent leaves.
                 "aborted": parent.pending_requests.cells_but(live.pending_requests.cells) if parent is not None else [],
             }
-            snapshot = None
-            try:
-                snapshot = (await self._snapshots.take(child_id, then=AfterCapture.STOP, heir_id=parent_id)).manifest
-                connected = await self._machines.restore(
-                    parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra
-                )
-            except BaseException as error:
-                # Neither has given up anything yet: the parent runs, and the child only has to run on.
-                for each in run:
-                    await each.resume()
-                if snapshot is not None:
-                    await self._snapshots.remove(snapshot.id)
-                if isinstance(error, SnapshotError | VmRuntimeError | KernelsError):
-                    raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
-                raise
-            await self._snapshots.keep(parent_id, snapshot)
-            await self._machines.exchange(parent_id, connected, snapshot)
-            self._registry.adopt(child_id, parent_id)
-            await self.child_results.adopt(child_id, parent_id)
-            await self._lifecycle.forget(child_id)
+            snapshot = (await self._snapshots.take(child_id, then=AfterCapture.STOP, heir_id=parent_id)).manifest
+            connected = await self._machines.restore(
+                parent_id, snapshot, keep_random=True, drop_requests=False, extra=extra
+            )
+            await self._snapshots.exchange(parent_id, connected, snapshot)
+        except Exception as error:
+            # The child has given up nothing, and the parent runs on, too, or sleeps on the child's state by now.
+            await gather_all(*(each.resume() for each in run))
+            if snapshot is not None and self._registry.get(parent_id).snapshot_id != snapshot.id:
+                await self._snapshots.remove(snapshot.id)
+            if isinstance(error, SnapshotError | VmRuntimeError | KernelsError):
+                raise MachineFailedError(f"The child's state cannot be taken over; both go on: {error}") from error
+            raise
+        self._registry.adopt(child_id, parent_id)
+        await self.child_results.adopt(child_id, parent_id)
+        await self._lifecycle.forget(child_id)
         await self.child_results.forget(child_id=child_id)
-        return self._registry.get(parent_id)
 
     async def watch(self) -> None:
         """Records children that end without a result as crashed, and drops the results of parents that no longer

@@ -28,6 +28,7 @@ from kernels.registry import Registry
 from kernels.snapshots import Snapshots
 from kernels.templates import Progress
 from vm_runtime.errors import VmRuntimeError
+from vm_runtime.saving.threads import uncancelled
 from vm_runtime.saving.values import AfterCapture
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.snapshots.store import SnapshotStore
@@ -104,13 +105,16 @@ class Lifecycle:
             await live.hold_clients()
         try:
             await self._snapshots.take(sandbox_id, then=AfterCapture.STOP)
-        except Exception as error:
+        except BaseException as error:
             # Also where the snapshot exists but could not be recorded (a full disk): what runs must not be lost.
             if was_running:
                 await live.resume()
-            if isinstance(error, CheckpointLimitError):
+            if isinstance(error, CheckpointLimitError) or not isinstance(error, Exception):
                 raise
             raise MachineFailedError(f"The sandbox could not be put to sleep and runs on: {error}") from error
+        return await uncancelled(self._fall_asleep(sandbox_id, resumes=resumes))
+
+    async def _fall_asleep(self, sandbox_id: str, *, resumes: bool) -> Sandbox:
         await self._machines.take_down(sandbox_id, "asleep")
         self._registry.update(sandbox_id, resumes=resumes)
         sandbox = self._registry.move(sandbox_id, SandboxState.ASLEEP)
@@ -161,10 +165,12 @@ class Lifecycle:
             # What is under way to a machine that stands still would be lost if it were put to sleep then.
             await live.hold_clients()
             try:
-                await live.saved.machine.pause()
-            except VmRuntimeError as error:
-                await live.take_back()
-                raise MachineFailedError(f"The sandbox could not be paused: {error}") from error
+                await uncancelled(live.saved.machine.pause())
+            except BaseException as error:
+                await live.resume()
+                if isinstance(error, VmRuntimeError):
+                    raise MachineFailedError(f"The sandbox could not be paused: {error}") from error
+                raise
             live.session.deadlines.pause()
             return self._registry.move(sandbox_id, SandboxState.PAUSED)
 
@@ -179,10 +185,12 @@ class Lifecycle:
             except VmRuntimeError as error:
                 raise MachineFailedError(f"The sandbox could not be resumed: {error}") from error
             live.session.deadlines.resume()
-            await live.session.correct_clock(math.inf)  # it stood still with the CPUs
-            self._registry.touch(sandbox_id)
-            sandbox = self._registry.move(sandbox_id, SandboxState.RUNNING)
-            await live.take_back()
+            try:
+                await live.session.correct_clock(math.inf)  # it stood still with the CPUs
+            finally:
+                self._registry.touch(sandbox_id)
+                sandbox = self._registry.move(sandbox_id, SandboxState.RUNNING)
+                await live.take_back()
             return sandbox
 
     def client_asks(self, sandbox_id: str) -> None:
@@ -222,7 +230,11 @@ class Lifecycle:
             await self.forget(sandbox_id)
 
     async def forget(self, sandbox_id: str) -> None:
-        """The same within its lock: machine, endpoints, record, and its claim on snapshots."""
+        """The same within its lock: machine, endpoints, record, and its claim on snapshots. Finished first when
+        cancelled."""
+        await uncancelled(self._forget(sandbox_id))
+
+    async def _forget(self, sandbox_id: str) -> None:
         await self._machines.forget(sandbox_id)
         if sandbox_id in self._registry:
             stood_on = self._registry.get(sandbox_id).snapshot_id

@@ -21,7 +21,7 @@ from kernels.errors import MachineFailedError, MachineUnresponsiveError
 from kernels.models import EventKind
 from kernels.registry import Registry
 from kernels.session import CallHandler, GuestEvent, KernelExited, KernelStatus, PendingRequests
-from vm_runtime.saving.threads import gather_all
+from vm_runtime.saving.threads import gather_all, uncancelled
 from vm_runtime.states import RunState
 
 log = logging.getLogger(__name__)
@@ -138,16 +138,23 @@ class LiveSandbox:
     async def hold_clients(self) -> PendingRequests | None:
         """Before the machine stands still: its clients wait from now on, and nothing that is under way between them and
         its kernel is lost. What the kernel has not answered, None if it does not report it; also in
-        `pending_requests`."""
+        `pending_requests`. Given up half-way, clients reach the kernel again."""
         self.holds_clients, self.pending_requests = True, PendingRequests(count=0)
+        answer = None
         try:
-            self.pending_requests = await self._endpoints.quiesce(self._quiet)
-            return self.pending_requests
-        except MachineFailedError as error:
-            log.info("A kernel does not say what it has not answered: %s", error)
-            return None
-        finally:
+            try:
+                self.pending_requests = answer = await self._endpoints.quiesce(self._quiet)
+            except MachineFailedError as error:
+                log.info("A kernel does not say what it has not answered: %s", error)
             await self._endpoints.detach()
+        except BaseException:
+            await uncancelled(self._give_up_holding())
+            raise
+        return answer
+
+    async def _give_up_holding(self) -> None:
+        await self._endpoints.detach()  # those that do not pass anything on any more
+        await self.take_back()
 
     async def _quiet(self) -> PendingRequests:
         if self._is_dead:
@@ -164,7 +171,10 @@ class LiveSandbox:
 
     async def take_back(self) -> None:
         """Ends what `hold_clients` began: clients reach the kernel again, each as soon as all that were there are
-        back."""
+        back. Finished first when cancelled: a kernel that is not asked keeps its output."""
+        await uncancelled(self._take_back())
+
+    async def _take_back(self) -> None:
         self.start()
         await self._endpoints.rejoined()
         try:
@@ -199,7 +209,11 @@ class LiveSandbox:
             log.info("A kernel was not told that its next cell may begin: %s", error)
 
     async def resume(self) -> None:
-        """Resumes the machine, if it was stopped to save its state, its cells, and its clients' way to it."""
+        """Resumes the machine, if it was stopped to save its state, its cells, and its clients' way to it. Finished
+        first when cancelled."""
+        await uncancelled(self._resume())
+
+    async def _resume(self) -> None:
         if self.saved.machine.is_dead:
             return
         if self.saved.machine.state is RunState.PAUSED:
@@ -389,10 +403,12 @@ class LiveSandbox:
         await self.saved.detach()
 
     async def close(self, why: str) -> None:
-        """Ends session and machine; twice is harmless. why: a key of `kernels.errors.LEFT`."""
-        await self._endpoints.detach()
-        await self.session.close(why)
-        await self.saved.kill()
+        """Ends session and machine; twice is harmless. Not to be cancelled. why: a key of `kernels.errors.LEFT`."""
+        try:
+            await self._endpoints.detach()
+            await self.session.close(why)
+        finally:
+            await self.saved.kill()
 
 
 def _pid_in(answer: Mapping[str, Any]) -> int | None:

@@ -134,7 +134,7 @@ class Machines:
         snapshot: the machine has just been restored from it.
         Errors: MachineFailedError, VmRuntimeError.
         """
-        try:
+        async with connected:
             record = self._registry.record(sandbox_id)
             live = LiveSandbox(
                 sandbox_id,
@@ -158,31 +158,33 @@ class Machines:
                 resumes=False,
             )
             self._registry.move(sandbox_id, SandboxState.RUNNING, execution_state=live.execution_state)
-        except BaseException:
-            await connected.close()
-            raise
+            connected.taken()
         self.live[sandbox_id] = live
         self._supervisors[sandbox_id] = asyncio.create_task(self._supervise(live))
         if quiet:
-            await uncancelled(live.take_back())
+            await live.take_back()
         else:
             live.start()
 
     async def exchange(self, sandbox_id: str, connected: ConnectedMachine, snapshot: Manifest) -> None:
         """The sandbox continues in a machine that has been restored from a snapshot (`restore`); the one it has ends.
-        Errors: as `go_live`."""
-        if sandbox_id in self.live:
-            await self.take_down(sandbox_id, "elsewhere")
-            self._registry.move(sandbox_id, SandboxState.ASLEEP)
-        await self.go_live(sandbox_id, connected, quiet=True, snapshot=snapshot)
+        Owns the machine from the call on, and is finished first when cancelled. Errors: as `go_live`."""
+        await uncancelled(self._exchange(sandbox_id, connected, snapshot))
+
+    async def _exchange(self, sandbox_id: str, connected: ConnectedMachine, snapshot: Manifest) -> None:
+        async with connected:
+            if sandbox_id in self.live:
+                await self.take_down(sandbox_id, "elsewhere")
+                self._registry.move(sandbox_id, SandboxState.ASLEEP)
+            await self.go_live(sandbox_id, connected, quiet=True, snapshot=snapshot)
 
     async def _supervise(self, live: LiveSandbox) -> None:
         try:
             reason = await live.run()
             async with self.lock(live.id):
                 if self.live.get(live.id) is live:
-                    await self.take_down(live.id, "died")
-                    self._observer.machine_lost(live.id, reason)
+                    self._supervisors.pop(live.id, None)  # this task must not end itself
+                    await self.lose(live.id, reason)
         except Exception:
             log.exception("The machine of sandbox %s is not supervised any more", live.id)
 
@@ -215,7 +217,19 @@ class Machines:
         return await self._launcher.restore(snapshot, greeting, on_running=on_running)
 
     async def take_down(self, sandbox_id: str, why: str) -> None:
-        """Ends the machine, if there is one. The record stays as it is. why: a key of `kernels.errors.LEFT`."""
+        """Ends the machine, if there is one. The record stays as it is. Finished first when cancelled. why: a key of
+        `kernels.errors.LEFT`."""
+        await uncancelled(self._take_down(sandbox_id, why))
+
+    async def lose(self, sandbox_id: str, reason: str) -> None:
+        """Ends a machine that is of no use any more. Finished first when cancelled."""
+        await uncancelled(self._lose(sandbox_id, reason))
+
+    async def _lose(self, sandbox_id: str, reason: str) -> None:
+        await self._take_down(sandbox_id, "died")
+        self._observer.machine_lost(sandbox_id, reason)
+
+    async def _take_down(self, sandbox_id: str, why: str) -> None:
         live = await self._let_go(sandbox_id)
         if live is not None:
             await live.close("stopping" if self.is_stopping else why)
@@ -228,7 +242,7 @@ class Machines:
 
     async def _let_go(self, sandbox_id: str) -> LiveSandbox | None:
         supervisor = self._supervisors.pop(sandbox_id, None)
-        if supervisor is not None and supervisor is not asyncio.current_task():
+        if supervisor is not None:
             supervisor.cancel()
             await asyncio.wait([supervisor])
         return self.live.pop(sandbox_id, None)

@@ -24,7 +24,7 @@ from kernels.snapshots import Snapshots
 from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.errors import MachineGoneError, VmRuntimeError
 from vm_runtime.saving.saver import Saver
-from vm_runtime.saving.threads import gather_all
+from vm_runtime.saving.threads import gather_all, uncancelled
 from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.states import RunState
 
@@ -102,7 +102,8 @@ class Recovery:
             self._registry.update(sandbox.id, machine_id="")
             return
         try:
-            await self._machines.go_live(sandbox.id, await self._adopt(record))
+            # A start that is given up meanwhile must not end what is being greeted.
+            await uncancelled(self._adopt(record))
         except (KernelsError, VmRuntimeError, SnapshotError) as error:
             self._lifecycle.machine_lost(sandbox.id, str(error))
             return
@@ -113,8 +114,8 @@ class Recovery:
                 # It is found again all the same. One that has just died is its supervisor's business.
                 log.warning("Sandbox %s was paused and runs now: %s", sandbox.id, error)
 
-    async def _adopt(self, record: SandboxRecord) -> ConnectedMachine:
-        """Its machine, which runs afterwards. Errors: MachineFailedError, VmRuntimeError."""
+    async def _adopt(self, record: SandboxRecord) -> None:
+        """Its machine is its own again, and runs. Errors: MachineFailedError, VmRuntimeError."""
         saved = await self._saver.adopt(self._paths(record.machine_id))
         if saved.machine.state is RunState.PAUSED:
             # That gateway was killed in the pause of a snapshot, or a user had paused it; a guest that stands still
@@ -126,4 +127,5 @@ class Recovery:
                 raise
         identity = identity_of(record.sandbox)
         greeting = Greeting(marker=record.marker, identity=identity, key=record.key, restored=False)
-        return await ConnectedMachine.greet(saved, greeting, timeout_s=ADOPTION_TIMEOUT_S)
+        connected = await ConnectedMachine.greet(saved, greeting, timeout_s=ADOPTION_TIMEOUT_S)
+        await self._machines.go_live(record.sandbox.id, connected)

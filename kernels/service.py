@@ -332,8 +332,7 @@ class SandboxService:
                 await self.machines.running(sandbox_id).restart()
                 return
             except MachineUnresponsiveError as error:
-                await self.machines.take_down(sandbox_id, "died")
-                self.lifecycle.machine_lost(sandbox_id, f"Its machine was ended for a restart. {error}")
+                await self.machines.lose(sandbox_id, f"Its machine was ended for a restart. {error}")
         await self.lifecycle.wake(sandbox_id)
         async with self.machines.lock(sandbox_id):
             await self.machines.running(sandbox_id).restart()

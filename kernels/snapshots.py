@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from kernels import errors
 from kernels.cell_barrier import CellBarrier
+from kernels.connected import ConnectedMachine
 from kernels.live import LiveSandbox
 from kernels.machines import Machines
 from kernels.models import Checkpoint, CheckpointPolicy, SandboxState, Snapshot
@@ -24,6 +25,7 @@ from vm_runtime.errors import VmRuntimeError
 from vm_runtime.saving.hooks import SnapshotHooks
 from vm_runtime.saving.machine import SavedMachine
 from vm_runtime.saving.saver import Saver
+from vm_runtime.saving.threads import gather_all, succeeded, uncancelled
 from vm_runtime.saving.values import AfterCapture, Description, Taken
 from vm_runtime.snapshots.errors import ChainTooLongError, SnapshotError, SnapshotInUseError, SnapshotRequestError
 from vm_runtime.snapshots.index import SnapshotEntry
@@ -138,15 +140,25 @@ class Snapshots:
         sandbox = self._registry.get(sandbox_id)
         if sandbox.state is SandboxState.ASLEEP:
             snapshot = await asyncio.to_thread(self._store.get, sandbox.snapshot_id or "")
-            restoring = (self._saver.restore(snapshot, paths=paths) for paths in child_paths)
-            machines = await asyncio.gather(*restoring, return_exceptions=True)
-            return snapshot, [_no_cancel(machine) for machine in machines]
+            return snapshot, await self._restored(snapshot, child_paths)
         with self._taking(sandbox_id) as live:
             barrier = CellBarrier(live, then=AfterCapture.RESUME, strict=strict, waits=self._waits(sandbox_id))
             description = self.description(live, name=None)
             hooks = [barrier, _Kept(self, sandbox_id)]
             forked = await self._saver.fork(live.saved, description, child_paths=child_paths, hooks=hooks)
         return forked.taken.manifest, forked.children
+
+    async def _restored(
+        self, snapshot: Manifest, child_paths: Sequence[MachinePaths]
+    ) -> Sequence[SavedMachine | Exception]:
+        restoring = [asyncio.ensure_future(self._saver.restore(snapshot, paths=paths)) for paths in child_paths]
+        try:
+            machines = await asyncio.gather(*restoring, return_exceptions=True)
+            return [_no_cancel(machine) for machine in machines]
+        except BaseException:
+            # Cancelled, when all of them have ended.
+            await gather_all(*(each.result().kill() for each in restoring if succeeded(each)))
+            raise
 
     def description(self, live: LiveSandbox, *, name: str | None) -> Description:
         """What a snapshot of this sandbox records of it."""
@@ -192,9 +204,22 @@ class Snapshots:
             return [snapshot_of(entry) for entry in await asyncio.to_thread(self._store.ls, owner=owner)]
 
     async def keep(self, sandbox_id: str, snapshot: Manifest) -> None:
-        """From now on the sandbox wakes from this snapshot, so it must stay."""
+        """From now on the sandbox wakes from this snapshot, so it must stay. Finished first when cancelled."""
+        await uncancelled(self._keep(sandbox_id, snapshot))
+
+    async def _keep(self, sandbox_id: str, snapshot: Manifest) -> None:
         await asyncio.to_thread(self._store.pin, pin_name(sandbox_id), Pin(snapshots=(snapshot.id,)))
         self._registry.change(sandbox_id, snapshot_id=snapshot.id)
+
+    async def exchange(self, sandbox_id: str, connected: ConnectedMachine, snapshot: Manifest) -> None:
+        """`Machines.exchange`; the sandbox wakes from the snapshot from now on. Where it cannot be kept, nothing is
+        given up."""
+        await uncancelled(self._exchange(sandbox_id, connected, snapshot))
+
+    async def _exchange(self, sandbox_id: str, connected: ConnectedMachine, snapshot: Manifest) -> None:
+        async with connected:
+            await self.keep(sandbox_id, snapshot)
+            await self._machines.exchange(sandbox_id, connected, snapshot)
 
     async def removing(self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs what removes from the store, in a thread of its own: snapshots that are being taken need the others."""

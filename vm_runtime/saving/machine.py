@@ -214,7 +214,11 @@ class SavedMachine:
                 await asyncio.to_thread(pin_machine, self._store, self.paths, self.state)
 
     async def kill(self) -> Death:
-        """End the machine, and let go of what it needs. Twice is harmless. Not from within a hook of a snapshot."""
+        """End the machine, and let go of what it needs; finished first when cancelled. Twice is harmless. Not from
+        within a hook of a snapshot."""
+        return await uncancelled(self._kill())
+
+    async def _kill(self) -> Death:
         try:
             return await self.machine.kill()
         finally:

@@ -78,7 +78,7 @@ class Saver:
         async with AsyncExitStack() as on_error:
             on_error.push_async_callback(asyncio.to_thread, unpin_machine, self._store, paths.id)
             # In this order: what is found to be in the store then, stays.
-            await asyncio.to_thread(pin_machine, self._store, paths, state)
+            await uncancelled(asyncio.to_thread(pin_machine, self._store, paths, state))
             async with self._states.opened(state) as opened:
                 unloaded = await opened.start_unloaded(spec, paths=paths)
                 saved = self._saved(await unloaded.load(), paths=paths, snapshot=manifest, state=state)
