@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels.errors import LimitError
+from vm_runtime.saving.threads import uncancelled
 
 # docs/sandbox_calls.md: what crosses between sandboxes by value.
 MAX_VALUE_BYTES = 16 << 20
@@ -112,9 +113,12 @@ class ChildResults:
                     f"The parent has {count} results of children; at most {MAX_PER_PARENT} and "
                     f"{MAX_PARENT_BYTES >> 20} MiB are kept until it ends."
                 )
-            await asyncio.to_thread(self._write, result, value)
-            self._note(result, len(value))
-            self.notify(result.child_id)
+            await uncancelled(self._keep(result, value))
+
+    async def _keep(self, result: ChildResult, value: bytes) -> None:
+        await asyncio.to_thread(self._write, result, value)
+        self._note(result, len(value))
+        self.notify(result.child_id)
 
     def _note(self, result: ChildResult, value_bytes: int) -> None:
         self._known[result.child_id] = result

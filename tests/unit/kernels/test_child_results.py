@@ -132,3 +132,25 @@ async def test_who_becomes_its_child_has_the_results_of_its_children(
         assert known.value("child-1") == b"value"
     await child_results.forget(parent_id="grandparent")
     assert _children(tmp_path) == set()
+
+
+async def test_what_is_written_when_its_guest_gives_up_is_known(
+    child_results: ChildResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, write = asyncio.get_running_loop(), child_results._write
+    writing, may_write = asyncio.Event(), threading.Event()
+
+    def late(result: ChildResult, value: bytes) -> None:
+        loop.call_soon_threadsafe(writing.set)
+        may_write.wait()
+        write(result, value)
+
+    monkeypatch.setattr(child_results, "_write", late)
+    recording = asyncio.create_task(child_results.record(_exited(1), b"value"))
+    await writing.wait()
+    recording.cancel()
+    await asyncio.sleep(0)
+    may_write.set()
+    with pytest.raises(asyncio.CancelledError):
+        await recording
+    assert child_results.get("child-1") == _exited(1)
