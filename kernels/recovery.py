@@ -105,6 +105,7 @@ class Recovery:
             # A start that is given up meanwhile must not end what is being greeted.
             await uncancelled(self._adopt(record))
         except (KernelsError, VmRuntimeError, SnapshotError) as error:
+            await self._end_stray(record.machine_id)
             self._lifecycle.machine_lost(sandbox.id, str(error))
             return
         if sandbox.state is SandboxState.PAUSED:

@@ -15,10 +15,12 @@ from kernels.connected import new_paths
 from kernels.errors import KernelsError, StorageError
 from kernels.models import SandboxState
 from kernels.session import GuestSession
+from tests.fake_driver.states import FakeStates
 from tests.unit.kernels.conftest import Service, TestDriver, started_driver, started_service
 from tests.unit.kernels.test_forks import offered
 from tests.unit.kernels.test_recovery import leave
 from vm_runtime.saving.values import AfterCapture
+from vm_runtime.snapshots.errors import SnapshotError
 from vm_runtime.states import RunState
 
 
@@ -220,6 +222,26 @@ async def test_what_a_machine_was_to_lie_on_is_kept_for_none(kernels: Service) -
     with pytest.raises(asyncio.CancelledError):
         await restoring
     assert kernels._store.pins().keys() == before
+
+
+async def test_a_machine_that_cannot_be_found_again_ends(
+    state_dir: Path, driver: TestDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started_service(state_dir, driver) as kernels:
+        sandbox_id = await kernels.new()
+        await kernels.checkpoints.checkpoint(sandbox_id, name="safe")
+        await leave(kernels)
+        assert len(machines(kernels)) == 1
+
+    async def fail(states: FakeStates, *args: object) -> None:
+        raise SnapshotError("What lies under it is damaged.")
+
+    async with started_driver(state_dir) as later:
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeStates, "set_backing", fail)
+            async with started_service(state_dir, later) as kernels:
+                assert kernels.get(sandbox_id).state is SandboxState.ASLEEP
+                assert machines(kernels) == set()
 
 
 async def test_a_start_that_is_given_up_ends_no_machine_that_it_has_found(
