@@ -16,7 +16,7 @@ from kernels.errors import KernelsError, StorageError
 from kernels.models import SandboxState
 from kernels.session import GuestSession
 from tests.fake_driver.states import FakeStates
-from tests.unit.kernels.conftest import Service, TestDriver, started_driver, started_service
+from tests.unit.kernels.conftest import LIMIT_S, Service, TestDriver, started_driver, started_service
 from tests.unit.kernels.test_forks import offered
 from tests.unit.kernels.test_recovery import leave
 from vm_runtime.saving.values import AfterCapture
@@ -158,20 +158,23 @@ async def test_what_was_to_stand_still_is_given_back_to_its_clients(
 ) -> None:
     sandbox_id = await kernels.new()
     live = kernels.machines.running(sandbox_id)
-    match moment:
-        case "asked what is unanswered":
-            held, work = Held(monkeypatch, live, "_quiet"), kernels.lifecycle.sleep(sandbox_id)
-        case "stored":
-            held, work = Held(monkeypatch, kernels.snapshots, "keep"), kernels.lifecycle.sleep(sandbox_id)
-        case "paused":
-            held, work = Held(monkeypatch, live.saved.machine, "pause"), kernels.lifecycle.pause(sandbox_id)
-        case _:
-            await kernels.lifecycle.pause(sandbox_id)
-            held, work = Held(monkeypatch, live.session, "correct_clock"), kernels.lifecycle.resume(sandbox_id)
-    await held.cancelled_there(work)
-    assert live.saved.machine.state is RunState.RUNNING and not live.holds_clients
-    assert kernels.get(sandbox_id).state is SandboxState.RUNNING
-    assert await kernels.run(sandbox_id, "print('on')") == "on\n"
+    async with kernels.client(sandbox_id) as client:
+        await client.wait_for_ready(timeout=LIMIT_S)
+        match moment:
+            case "asked what is unanswered":
+                held, work = Held(monkeypatch, live, "_quiet"), kernels.lifecycle.sleep(sandbox_id)
+            case "stored":
+                held, work = Held(monkeypatch, kernels.snapshots, "keep"), kernels.lifecycle.sleep(sandbox_id)
+            case "paused":
+                held, work = Held(monkeypatch, live.saved.machine, "pause"), kernels.lifecycle.pause(sandbox_id)
+            case _:
+                await kernels.lifecycle.pause(sandbox_id)
+                held, work = Held(monkeypatch, live.session, "correct_clock"), kernels.lifecycle.resume(sandbox_id)
+        await held.cancelled_there(work)
+        assert live.saved.machine.state is RunState.RUNNING and not live.holds_clients
+        assert kernels.get(sandbox_id).state is SandboxState.RUNNING
+        reply = await client.execute_interactive("1", timeout=LIMIT_S)
+        assert reply["content"]["status"] == "ok"
 
 
 @pytest.mark.parametrize("state", [SandboxState.ASLEEP, SandboxState.GONE])
