@@ -203,7 +203,10 @@ class Forks:
                 await self._machines.go_live(sandbox.id, connected, snapshot=snapshot)
                 await self._snapshots.keep(sandbox.id, snapshot)
             return self._registry.get(sandbox.id)
-        except (KernelsError, VmRuntimeError, SnapshotError) as error:
+        except Exception as error:
+            # Also what nobody expected: its siblings run.
+            if not isinstance(error, (KernelsError, VmRuntimeError, SnapshotError)):
+                log.exception("Child %s of sandbox %s could not be made", sandbox.id, sandbox.parent_id)
             await self._lifecycle.forget(sandbox.id)
             return error if isinstance(error, KernelsError) else MachineFailedError(str(error))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kernels.child_results import ChildResult
+from kernels.connected import ConnectedMachine
 from kernels.errors import LimitError, MachineFailedError, SandboxStateError
 from kernels.models import Sandbox, SandboxState
 from tests.fake_driver.states import FakeStates
@@ -134,6 +136,26 @@ async def test_where_a_parent_cannot_become_its_child_both_go_on(
     assert [each.id for each in await kernels.checkpoints.all(parent)] == [before]
     await kernels.forks.become(parent, child)
     assert await kernels.run(parent, "print(open('name').read())") == "child\n"
+
+
+async def test_a_child_that_nobody_expected_to_fail_fails_alone(
+    kernels: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = await kernels.new()
+    go_live = kernels.machines.go_live
+    failed: list[ConnectedMachine] = []
+
+    async def fail_once(sandbox_id: str, connected: ConnectedMachine, **options: Any) -> None:
+        if not failed:
+            failed.append(connected)
+            raise OSError("The disk is full.")
+        await go_live(sandbox_id, connected, **options)
+
+    monkeypatch.setattr(kernels.machines, "go_live", fail_once)
+    results = await kernels.forks.fork(parent, count=2)
+    assert sorted(isinstance(result, Sandbox) for result in results) == [False, True]
+    assert failed[0].dead and "The disk is full." in caplog.text
+    assert len(kernels.registry.sandboxes()) == 2
 
 
 async def test_a_child_that_does_not_start_is_an_error_in_its_place(kernels: Service, driver: TestDriver) -> None:
