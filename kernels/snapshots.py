@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -141,11 +141,16 @@ class Snapshots:
         if sandbox.state is SandboxState.ASLEEP:
             snapshot = await asyncio.to_thread(self._store.get, sandbox.snapshot_id or "")
             return snapshot, await self._restored(snapshot, child_paths)
-        with self._taking(sandbox_id) as live:
-            barrier = CellBarrier(live, then=AfterCapture.RESUME, strict=strict, waits=self._waits(sandbox_id))
-            description = self.description(live, name=None)
-            hooks = [barrier, _Kept(self, sandbox_id)]
-            forked = await self._saver.fork(live.saved, description, child_paths=child_paths, hooks=hooks)
+        async with AsyncExitStack() as on_error:
+            with self._taking(sandbox_id) as live:
+                barrier = CellBarrier(live, then=AfterCapture.RESUME, strict=strict, waits=self._waits(sandbox_id))
+                description = self.description(live, name=None)
+                hooks = [barrier, _Kept(self, sandbox_id)]
+                forked = await self._saver.fork(live.saved, description, child_paths=child_paths, hooks=hooks)
+                for child in forked.children:
+                    if isinstance(child, SavedMachine):
+                        on_error.push_async_callback(child.kill)
+            on_error.pop_all()
         return forked.taken.manifest, forked.children
 
     async def _restored(

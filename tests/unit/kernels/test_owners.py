@@ -84,6 +84,21 @@ async def test_a_fork_of_what_sleeps_ends_the_children_that_run_already(
     assert [each.id for each in kernels.registry.sandboxes()] == [parent]
 
 
+async def test_children_end_where_their_fork_cannot_be_written_down(
+    kernels: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = await kernels.new()
+
+    def fail(*args: object) -> None:
+        raise OSError("The disk is full.")
+
+    monkeypatch.setattr(kernels.registry, "checkpoint_problem", fail)
+    with pytest.raises(OSError, match="The disk is full"):
+        await kernels.forks.fork(parent, count=2)
+    assert machines(kernels) == owned(kernels)
+    assert list(kernels.machines.live) == [parent]
+
+
 async def test_a_child_that_waits_for_its_lock_ends_with_the_fork(kernels: Service) -> None:
     parent = await kernels.new()
     forking = asyncio.create_task(kernels.forks.fork(parent, count=1))
