@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ settings.load_profile("hypercell")
 
 
 def pytest_sessionstart() -> None:
+    # A shell's background job ignores it, and so would the programs that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     leftovers.sweep()
 
 
