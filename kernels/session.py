@@ -80,7 +80,7 @@ class LastCell(GuestValue):
 
     held: bool
     cell: Count | None = Field(None, validation_alias="execution_count")
-    pending_requests: Requests = ()
+    pending_requests: Requests = Field((), validation_alias="unanswered")
 
 
 class PendingRequests(GuestValue):
