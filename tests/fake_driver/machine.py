@@ -106,6 +106,8 @@ class FakeMachine(Machine):
     async def kill(self) -> Death:
         if not self._death.done():
             self._kill_requested = True
+            # A machine ends with all that runs in it: its agent must not report how the others ended before.
+            self._process.send_signal(signal.SIGSTOP)
             # Where there is no pid namespace, what a cell has started would live on.
             for pid in await asyncio.to_thread(tree.pids, self.pid):
                 if pid != self.pid:
