@@ -135,7 +135,7 @@ class Lab(SandboxService):
     @asynccontextmanager
     async def connected(self, sandbox_id: str) -> AsyncIterator[RawKernel]:
         """A client on the kernel's own sockets."""
-        async with raw_kernel(dict(self.connection_info(sandbox_id))) as kernel:
+        async with raw_kernel(dict(await self.connection_info(sandbox_id))) as kernel:
             yield kernel
 
     @asynccontextmanager

@@ -7,8 +7,8 @@ someone who closed the laptop on purpose.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from dataclasses import replace
 
 from gateway.frames import KernelMessage
 from gateway.kernel_link import KernelLink
@@ -40,49 +40,59 @@ class MessageBuffer:
         self._dropped = 0
         self._dropped_bytes = 0
         self._dropped_parent: bytes = b"{}"
+        self._keeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begins to keep what the link delivers."""
         if self.link is not None:
-            self.link.start(self.keep)
-            self.link.resume()
+            self._keeping = asyncio.create_task(self._keep_all(self.link))
+
+    async def _keep_all(self, link: KernelLink) -> None:
+        async for message in link:
+            self.keep(message)
 
     @property
     def has_unread(self) -> bool:
-        """Whether the link has something that was not delivered yet."""
+        """Whether the link has something that was not taken yet."""
         return self.link is not None and self.link.has_unread
 
-    def unlink(self) -> PendingRequests:
-        """The kernel sleeps or has ended: closes the sockets. When it wakes it keeps by itself what nobody receives.
-        What it has not answered."""
+    def take_link(self) -> KernelLink | None:
+        """Keeps what has come, and no more: the link, for someone to take over or close."""
         link, self.link = self.link, None
-        return PendingRequests() if link is None else link.end()
+        if self._keeping is not None:
+            self._keeping.cancel()
+        if link is not None:
+            for message in link.arrived():
+                self.keep(message)
+        return link
+
+    def unlink(self) -> None:
+        """The kernel sleeps or has ended: ends the link. When it wakes it keeps by itself what nobody receives."""
+        link = self.take_link()
+        if link is not None:
+            link.close()
 
     def lose(self, state: str, reason: str | None) -> None:
         """The kernel has ended, and is `restarting` or `dead`."""
-        for message in self.unlink().last_words(state, reason):
+        for message in self._lost().last_words(state, reason):
             self.keep(message)
 
-    def relink(self, link: KernelLink) -> None:
-        """Continues with the link to a restarted kernel."""
-        for message in self.unlink().answers(RESTARTED):
+    def restarted(self) -> None:
+        """Another kernel is there. What the one before has not answered is answered here."""
+        for message in self._lost().answers(RESTARTED):
             self.keep(message)
-        self.link = link
-        self.start()
+
+    def _lost(self) -> PendingRequests:
+        if self.link is None:
+            return PendingRequests()
+        for message in self.link.arrived():
+            self.keep(message)
+        return self.link.lose_kernel()
 
     def keep(self, message: KernelMessage) -> None:
         """Adds one message; drops the oldest ones beyond the limits."""
-        # A copy: the parts may lie in zmq's memory.
-        kept = replace(
-            message,
-            header=bytes(message.header),
-            parent=bytes(message.parent),
-            metadata=bytes(message.metadata),
-            content=bytes(message.content),
-            buffers=tuple(bytes(buffer) for buffer in message.buffers),
-        )
-        self._messages.append(kept)
-        self._count(kept.size)
+        self._messages.append(message)
+        self._count(message.size)
         while self._messages and (self._bytes > self._max_bytes or self._budget.used > self._budget.total_bytes):
             oldest = self._messages.popleft()
             self._count(-oldest.size)
@@ -110,6 +120,5 @@ class MessageBuffer:
 
     def close(self) -> None:
         """Forgets everything and ends the link."""
+        self.unlink()
         self.release(for_session=self.session_id)
-        if self.link is not None:
-            self.link.close()

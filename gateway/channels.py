@@ -20,10 +20,10 @@ from gateway.endpoint import JsonHandler
 from gateway.errors import ApiError, FrameError
 from gateway.frames import V1, decode_legacy, decode_v1
 from gateway.handlers.sandboxes import FORWARDING_HEADERS
+from gateway.kernel_link import KernelLink
 from gateway.liveness import WatchedSocket
 from gateway.local_peer import peer_uid
 from gateway.state import Gateway
-from gateway.zmq_socket import ZmqSocket
 from kernels.errors import KernelsError, UnknownSandboxError
 from kernels.models import SandboxState
 
@@ -46,7 +46,7 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
         self._legacy = True
         self._kernel_id = ""
         self._session_id = ""
-        self._iopub: ZmqSocket | None = None
+        self._link: KernelLink | None = None
 
     async def prepare(self) -> None:
         self.check_host()
@@ -107,21 +107,21 @@ class ChannelsHandler(JsonHandler, WatchedSocket):
             raise ApiError(404, "kernel_not_found", f"Kernel does not exist: {kernel_id}") from error
         self.gateway.clients.check_room(kernel_id, self._session_id)
         # Before it opens: what others cause from then on must not be missed.
-        self._iopub = await self.gateway.clients.subscribe(kernel_id, self._session_id)
+        self._link = await self.gateway.clients.subscribe(kernel_id, self._session_id)
         try:
             await super().get(kernel_id)
         finally:
-            if self._iopub is not None:
-                self._iopub.close()
+            if self._link is not None:
+                self._link.close()
 
     async def open(self, *args: str, **kwargs: str) -> None:
         # Without this each small answer waits up to 40 ms for the client's delayed ACK.
         self.set_nodelay(True)
         self.begin_watching()
         client = Client(write=self._write, close=self._close_with, legacy=self._legacy)
-        iopub, self._iopub = self._iopub, None
+        link, self._link = self._link, None
         try:
-            self._connection = self.gateway.clients.attach(self._kernel_id, self._session_id, client, iopub=iopub)
+            self._connection = self.gateway.clients.attach(self._kernel_id, self._session_id, client, link)
         except KernelsError as error:
             self._close_with(CLOSE_FAILED, str(error))
 

@@ -1,6 +1,6 @@
 """All clients of all kernels: who is connected, what is kept for those who left, and what they get when a kernel dies.
 
-Follows jupyter_server's rules: one connection per session, the last one out leaves its sockets behind. Knows nothing of
+Follows jupyter_server's rules: one connection per session, the last one out leaves its link behind. Knows nothing of
 HTTP.
 """
 
@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-
-import zmq
 
 from gateway import kept_messages
 from gateway.buffering import BufferBudget, MessageBuffer
 from gateway.connection import Client, Connection
 from gateway.errors import ApiError, FrameError
 from gateway.frames import KernelMessage
-from gateway.kernel_link import KernelLink, iopub_socket, wait_subscribed
+from gateway.kernel_link import KernelLink
 from gateway.metrics import Metrics
 from gateway.settings import GatewaySettings
-from gateway.zmq_socket import ZmqSocket
-from kernels.errors import KernelsError, UnknownSandboxError
+from kernels.errors import UnknownSandboxError
 from kernels.events import EventQueue
 from kernels.models import EventKind, SandboxEvent, SandboxState
 from kernels.service import SandboxService
@@ -39,17 +36,16 @@ CLOSE_FAILED = 1011
 LAST_WORDS_S = 5.0
 CLOSING_S = 2.0
 LOOK_INTERVAL_S = 0.01
-# Clients open their WebSocket right after they have made a kernel; others (jupyter_client's) never do.
-PREPARED_S = 10.0
+# jupyter_server's kernel_info_timeout: after it the client is served anyway and may try for itself.
+SUBSCRIBE_TIMEOUT_S = 60.0
 
 
 @dataclass
 class _KernelClients:
-    """The clients of one kernel, by session, and what the last one left behind. iopub: a socket for the first one."""
+    """The clients of one kernel, by session, and what the last one left behind."""
 
     connections: dict[str, Connection] = field(default_factory=dict)
     buffer: MessageBuffer | None = None
-    iopub: ZmqSocket | None = None
 
 
 class ClientRegistry:
@@ -59,33 +55,23 @@ class ClientRegistry:
         self._service = service
         self._settings = settings
         self._metrics = metrics
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        # Four sockets per connection; zmq's own default of 1023 is reached with 255 of them.
-        self._context.set(zmq.MAX_SOCKETS, 8 * settings.max_connections + 64)
         self._budget = BufferBudget(settings.buffer_total_mib * 1024 * 1024)
         self._kernels: dict[str, _KernelClients] = {}
         self._kept = settings.state_dir / "kept"
         self._stopping = False
-        self._tasks: asyncio.TaskGroup | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ClientRegistry]:
-        """Ends every connection and socket at the end; what is left for clients is kept for the next gateway."""
+        """Ends every connection at the end; what is left for clients is kept for the next gateway."""
         for kept in self._kept.glob("*"):
             with suppress(UnknownSandboxError):
                 self._service.get(kept.name)
                 continue
             kept.unlink()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                try:
-                    yield self
-                finally:
-                    await self._end()
+            yield self
         finally:
-            # Not before the last task has closed its sockets: it would wait for them, and the event loop with it.
-            self._context.term()
+            await self._end()
 
     def hold(self) -> None:
         """The gateway stops: from now on clients only receive."""
@@ -104,9 +90,6 @@ class ClientRegistry:
         for kernel_id in self._kernels:
             for connection in self._connections(kernel_id):
                 self.detach(kernel_id, connection)
-        # What waited for slow clients can come now.
-        await self._service.until_clients_have_all()
-        await _until(lambda: not any(map(self._has_unsent, self._kernels)), limit_s=CLOSING_S)
         for kernel_id, clients in self._kernels.items():
             if clients.buffer is not None:
                 clients.buffer.unlink()
@@ -116,7 +99,7 @@ class ClientRegistry:
     def _has_unsent(self, kernel_id: str) -> bool:
         """Whether something has come from a kernel that is neither with its clients nor kept for them."""
         clients = self._kernels[kernel_id]
-        waits = any(each.outgoing.unsent_bytes or each.has_unread for each in clients.connections.values())
+        waits = any(each.outgoing.unsent_bytes or each.link.has_unread for each in clients.connections.values())
         return waits or (clients.buffer is not None and clients.buffer.has_unread)
 
     def _save(self, kernel_id: str, buffer: MessageBuffer) -> None:
@@ -181,108 +164,65 @@ class ClientRegistry:
                 f"The gateway has {settings.max_connections} connections, the most it may have (max_connections).",
             )
 
-    async def subscribe(self, kernel_id: str, session_id: str) -> ZmqSocket | None:
-        """For a client that is about to connect: a socket that misses nothing of what a kernel that is awake sends, for
-        `attach`; whoever does not come so far closes it. None for one that will take over another's. Errors: those of
-        `connection_info`."""
-        clients = self._clients(kernel_id)
-        sandbox = self._service.get(kernel_id)
-        has_link = clients.buffer is not None and clients.buffer.link is not None
-        taken_over = session_id in clients.connections or has_link
-        if taken_over or sandbox.state is not SandboxState.RUNNING or sandbox.execution_state == "dead":
-            return None
-        info = self._service.connection_info(kernel_id)
-        iopub, clients.iopub = clients.iopub, None
-        iopub = iopub or iopub_socket(self._context, info)
-        try:
-            await wait_subscribed(self._context, info, iopub.wait_readable, lambda: self._service.get(kernel_id))
-        except BaseException:
-            iopub.close()
-            raise
-        return iopub
+    def _link(self, kernel_id: str, session_id: str) -> KernelLink:
+        return KernelLink(self._service.channels(kernel_id, session_id), self._service.registry.record(kernel_id).key)
 
-    def attach(self, kernel_id: str, session_id: str, client: Client, *, iopub: ZmqSocket | None = None) -> Connection:
-        """Connects a client; what was kept for it is sent first. iopub: from `subscribe`, owned by this from the call
-        on. Errors: those of `connection_info`."""
-        try:
-            info = self._service.connection_info(kernel_id)
-        except KernelsError:
-            if iopub is not None:
-                iopub.close()
-            raise
+    async def subscribe(self, kernel_id: str, session_id: str) -> KernelLink | None:
+        """For a client that is about to connect: a link that misses nothing of what a kernel that is awake sends, for
+        `attach`; whoever does not come so far closes it. None for one that will take over another's. Errors:
+        UnknownSandboxError, LimitError."""
         clients = self._clients(kernel_id)
-        connection = Connection(client, session_id, self._metrics)
+        has_link = clients.buffer is not None and clients.buffer.link is not None
+        if session_id in clients.connections or has_link:
+            return None
+        link = self._link(kernel_id, session_id)
+        try:
+            if self._service.get(kernel_id).execution_state != "dead":
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(link.wait_subscribed(), SUBSCRIBE_TIMEOUT_S)
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def attach(self, kernel_id: str, session_id: str, client: Client, link: KernelLink | None = None) -> Connection:
+        """Connects a client; what was kept for it is sent first. link: from `subscribe`, owned by this from the call
+        on. Errors: as `subscribe`."""
+        clients = self._clients(kernel_id)
         backlog: list[KernelMessage] = []
         stale = clients.connections.pop(session_id, None)
         buffer, clients.buffer = clients.buffer, None
-        link: KernelLink | None = None
+        left: KernelLink | None = None
         if stale is not None:
             # A client that lost its network comes back before its old connection has timed out here.
-            link, backlog = stale.release()
+            left, backlog = stale.release()
             self._metrics.connections.dec()
             stale.client.close(CLOSE_NORMAL, "replaced by a newer connection of the same session")
         elif buffer is not None:
+            left = buffer.take_link()
             backlog = buffer.release(for_session=session_id)
-            link = buffer.link
-            if link is not None and buffer.session_id != session_id:
-                subscribed = link.subscribed
-                link = KernelLink(self._context, info, session_id, iopub=link.take_iopub(), subscribed=subscribed)
+            if left is not None and buffer.session_id != session_id:
+                left.become(session_id)
+        if left is not None and link is not None:
+            link.close()
+        link = left or link or self._link(kernel_id, session_id)
+        connection = Connection(client, session_id, link, backlog=backlog, metrics=self._metrics)
         clients.connections[session_id] = connection
         self._metrics.connections.inc()
-        if link is None:
-            link = KernelLink(self._context, info, session_id, iopub=iopub, subscribed=iopub is not None)
-        elif iopub is not None:
-            iopub.close()
-        link.resume()  # the client it was paused for has disconnected
-        connection.use(link, backlog)
         if stale is None and buffer is None:
             self._announce_loss(kernel_id, connection)
-        self._settle(kernel_id, connection)
+        sandbox = self._service.get(kernel_id)
+        if sandbox.execution_state == "dead":
+            connection.die(sandbox.reason)
+        elif self._stopping:
+            connection.hold()
         return connection
-
-    def prepare(self, kernel_id: str) -> None:
-        """Subscribes to a new kernel, whose first client is about to come and must not wait for that. If none comes, it
-        is let go. Errors: those of `connection_info`."""
-        clients = self._clients(kernel_id)
-        if clients.connections or clients.buffer is not None or clients.iopub is not None:
-            return
-        iopub = clients.iopub = iopub_socket(self._context, self._service.connection_info(kernel_id))
-        asyncio.get_running_loop().call_later(PREPARED_S, self._let_go, kernel_id, iopub)
-
-    def _let_go(self, kernel_id: str, iopub: ZmqSocket) -> None:
-        clients = self._kernels.get(kernel_id)
-        if clients is not None and clients.iopub is iopub:
-            clients.iopub = None
-            iopub.close()
 
     def _announce_loss(self, kernel_id: str, connection: Connection) -> None:
         """A sandbox that sleeps for a reason has lost its machine: who was not connected then learns it now."""
         sandbox = self._service.get(kernel_id)
         if sandbox.state is SandboxState.ASLEEP and sandbox.reason is not None:
             connection.announce("restarting", sandbox.reason)
-
-    def _settle(self, kernel_id: str, connection: Connection) -> None:
-        """Sees to it that the client's messages pass, as soon as no answer can be missed."""
-        link, sandbox = connection.link, self._service.get(kernel_id)
-        assert link is not None
-        if self._stopping:
-            return
-        if sandbox.execution_state == "dead":
-            connection.die(sandbox.reason)
-        elif link.subscribed or sandbox.state is not SandboxState.RUNNING:
-            connection.admit()  # also to a machine that stands: its endpoints subscribe before they pass requests on
-        else:
-
-            async def admit() -> None:
-                with suppress(UnknownSandboxError):
-                    await link.wait_subscribed(lambda: self._service.get(kernel_id))
-                    connection.admit()
-
-            connection.settle(self._spawn(admit))
-
-    def _spawn(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
-        assert self._tasks is not None
-        return self._tasks.create_task(_logged(work))
 
     def close_clients(self, kernel_id: str, code: int, reason: str) -> None:
         """Asks all clients of a kernel to go; what is left is as if they had gone by themselves."""
@@ -302,8 +242,7 @@ class ClientRegistry:
         self._metrics.connections.dec()
         link, unsent = connection.release()
         if clients.connections:
-            if link is not None:
-                link.close()
+            link.close()
             return
         buffer = clients.buffer = self._park(connection.session_id, link)
         for message in unsent:
@@ -316,10 +255,11 @@ class ClientRegistry:
         match event.kind:
             case EventKind.KERNEL_RESTARTING:
                 self._lose(kernel_id, "restarting", reason)
-            case EventKind.KERNEL_RESTARTED:
+            case EventKind.KERNEL_RESTARTED if not self._stopping:
                 for connection in connections:
-                    self._reconnect(kernel_id, connection)
-                self._relink_buffer(kernel_id)
+                    connection.restarted()
+                if (buffer := self._parked(kernel_id)) is not None:
+                    buffer.restarted()
             case EventKind.KERNEL_DEAD:
                 self._lose(kernel_id, "dead", reason)
             case EventKind.WAKE_FAILED:
@@ -338,35 +278,12 @@ class ClientRegistry:
     def _lose(self, kernel_id: str, state: str, reason: str | None) -> None:
         for connection in self._connections(kernel_id):
             connection.lose(state, reason)
-        clients = self._kernels.get(kernel_id)
-        if clients is not None and clients.buffer is not None:
-            clients.buffer.lose(state, reason)
+        if (buffer := self._parked(kernel_id)) is not None:
+            buffer.lose(state, reason)
 
-    def _reconnect(self, kernel_id: str, connection: Connection) -> None:
-        connection.unlink()
-        try:
-            info = self._service.connection_info(kernel_id)
-        except KernelsError as error:
-            # It died again; its event is on its way to the client.
-            log.info("A client of kernel %s was not connected again: %s", kernel_id, error)
-            return
-        connection.use(KernelLink(self._context, info, connection.session_id))
-        self._settle(kernel_id, connection)
-
-    def _relink_buffer(self, kernel_id: str) -> None:
+    def _parked(self, kernel_id: str) -> MessageBuffer | None:
         clients = self._kernels.get(kernel_id)
-        if clients is None or clients.buffer is None:
-            return
-        with suppress(UnknownSandboxError):
-            if self._service.get(kernel_id).state is SandboxState.ASLEEP:
-                clients.buffer.unlink()
-                return
-        try:
-            info = self._service.connection_info(kernel_id)
-        except KernelsError:
-            self._forget_buffer(kernel_id)
-            return
-        clients.buffer.relink(KernelLink(self._context, info, clients.buffer.session_id))
+        return clients.buffer if clients is not None else None
 
     def _connections(self, kernel_id: str) -> list[Connection]:
         clients = self._kernels.get(kernel_id)
@@ -374,14 +291,9 @@ class ClientRegistry:
 
     def _forget_buffer(self, kernel_id: str) -> None:
         clients = self._kernels.get(kernel_id)
-        if clients is None:
-            return
-        if clients.buffer is not None:
+        if clients is not None and clients.buffer is not None:
             clients.buffer.close()
             clients.buffer = None
-        if clients.iopub is not None:
-            clients.iopub.close()
-            clients.iopub = None
 
     def _drop(self, kernel_id: str) -> None:
         """The kernel is no more."""
@@ -390,8 +302,7 @@ class ClientRegistry:
         for connection in self._connections(kernel_id):
             self._metrics.connections.dec()
             link, _ = connection.release()
-            if link is not None:
-                link.close()
+            link.close()
             connection.client.close(CLOSE_NORMAL, "the kernel was deleted")
         self._kernels.pop(kernel_id, None)
 
@@ -400,13 +311,5 @@ async def _until(holds: Callable[[], bool], *, limit_s: float) -> None:
     """Until something holds, or the time is up."""
     with suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
-            while not holds():  # noqa: ASYNC110 - nothing signals how far ZMQ and the sockets are
+            while not holds():  # noqa: ASYNC110 - nothing signals how far the clients' sockets are
                 await asyncio.sleep(LOOK_INTERVAL_S)
-
-
-async def _logged(work: Callable[[], Awaitable[None]]) -> None:
-    """What goes wrong for one client must not end the others'."""
-    try:
-        await work()
-    except Exception:
-        log.exception("A client could not be served")

@@ -46,8 +46,9 @@ class GatewaySettings(ServiceSettings, BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
     # A browser tab opens one WebSocket per notebook; a hundred tabs on one kernel is someone's loop gone wrong.
-    max_connections_per_kernel: int = Field(64, ge=1, description="Most WebSockets to one kernel.")
-    # Each takes five descriptors here and four streams on the wire.
+    # Each takes four of its wire's streams (kernels/channels.py, MAX_SOCKETS).
+    max_connections_per_kernel: int = Field(48, ge=1, description="Most WebSockets to one kernel.")
+    # Each takes a descriptor here and four streams on the wire.
     max_connections: int = Field(1000, ge=1, description="Most WebSockets altogether.")
     # ipywidgets' file upload sends whole files in one message.
     max_message_mib: int = Field(64, ge=1, le=1024, description="Largest message that a client may send, in MiB.")

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from kernels.endpoints import Greeted
+from kernels.channel_socket import KernelEnd
 from kernels.session import GREETING_TIMEOUT_S, Greeting, GuestSession
 from vm_runtime.drivers.base import MachinePaths
 from vm_runtime.saving.machine import SavedMachine
@@ -43,7 +43,7 @@ class ConnectedMachine:
         self.session = session
         self.key = key
         self.identity = identity
-        self.greeted: Mapping[str, Greeted] = {}
+        self.greeted: Mapping[str, KernelEnd] = {}
 
     @classmethod
     async def greet(

@@ -77,7 +77,7 @@ class Launcher:
         greeting = _first_greeting(template, SPARE_IDENTITY)
         connected = await self.restore(template.snapshot, greeting, on_running=yielding)
         try:
-            await prewarm(connected, self._settings.run_dir, SPARE_IDENTITY)
+            await prewarm(connected, SPARE_IDENTITY)
         except BaseException:
             await connected.close()
             raise

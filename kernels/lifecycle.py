@@ -222,11 +222,13 @@ class Lifecycle:
             await self.forget(sandbox_id)
 
     async def forget(self, sandbox_id: str) -> None:
-        """The same within its lock: machine, endpoints, record, and its claim on snapshots."""
-        await self._machines.forget(sandbox_id)
-        if sandbox_id in self._registry:
-            stood_on = self._registry.get(sandbox_id).snapshot_id
-            self._registry.remove(sandbox_id)
+        """The same within its lock: machine, record, clients, and its claim on snapshots."""
+        await self._machines.take_down(sandbox_id, "deleted")
+        known = sandbox_id in self._registry
+        stood_on = self._registry.get(sandbox_id).snapshot_id if known else None
+        self._registry.remove(sandbox_id)
+        await self._machines.drop_clients(sandbox_id)
+        if known:
             await self._snapshots.drop(sandbox_id, stood_on=stood_on)
 
     async def watch(self) -> None:

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from kernels.background import Background
+from kernels.channels import KernelClients
 from kernels.connected import ConnectedMachine
-from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, MachineUnresponsiveError
 from kernels.models import EventKind
 from kernels.registry import Registry
@@ -67,7 +67,7 @@ class LiveSandbox:
 
     `await run()` supervises.
 
-    endpoints: the sandbox's own, which outlive the machine; attached by `start`.
+    clients: the sandbox's own, which outlive the machine; attached by `start`.
     cell: the number of the last cell that ended, None while that is unknown.
     kernel_started_at: when this kernel took the place of another one in this machine, None where it did not.
     next_waits: whether the kernel waits with the next one for `release_cells`.
@@ -81,7 +81,7 @@ class LiveSandbox:
         sandbox_id: str,
         connected: ConnectedMachine,
         *,
-        endpoints: Endpoints,
+        clients: KernelClients,
         registry: Registry,
         observer: SandboxObserver,
         restart_limit: int,
@@ -97,7 +97,7 @@ class LiveSandbox:
         self.holds_clients = False
         self.pending_requests = PendingRequests(count=0)
         self._cell_ended = asyncio.Event()
-        self._endpoints = endpoints
+        self._clients = clients
         self._identity = connected.identity
         self._greeted = connected.greeted
         self._registry = registry
@@ -118,12 +118,12 @@ class LiveSandbox:
         """From now on clients reach this machine's kernel."""
         self.holds_clients = False
         greeted, self._greeted = self._greeted, {}
-        self._endpoints.attach(self.session.open_channel, greeted)
+        self._clients.attach(self.session.open_channel, greeted)
 
     @property
     def asked_at(self) -> float:
         """When a client last asked something (event loop time)."""
-        return self._endpoints.asked_at
+        return self._clients.asked_at
 
     async def has_unanswered(self) -> bool:
         """Whether the kernel reports that it has not answered something."""
@@ -141,20 +141,20 @@ class LiveSandbox:
         `pending_requests`."""
         self.holds_clients, self.pending_requests = True, PendingRequests(count=0)
         try:
-            self.pending_requests = await self._endpoints.quiesce(self._quiet)
+            self.pending_requests = await self._clients.quiesce(self._quiet)
             return self.pending_requests
         except MachineFailedError as error:
             log.info("A kernel does not say what it has not answered: %s", error)
             return None
         finally:
-            await self._endpoints.detach()
+            await self._clients.detach()
 
     async def _quiet(self) -> PendingRequests:
         if self._is_dead:
             return PendingRequests(count=0)
         pending_requests = await self.session.quiesce(quiet=True)
         if pending_requests is None:
-            await self._endpoints.unsubscribe()
+            await self._clients.unsubscribe()
             await asyncio.sleep(QUIET_S)
             last = await self.session.hold_cells(limit_s=0.0, pending_requests=True)
             pending_requests = PendingRequests(
@@ -166,7 +166,7 @@ class LiveSandbox:
         """Ends what `hold_clients` began: clients reach the kernel again, each as soon as all that were there are
         back."""
         self.start()
-        await self._endpoints.rejoined()
+        await self._clients.rejoined()
         try:
             await self.session.quiesce(quiet=False)
         except MachineFailedError as error:
@@ -258,8 +258,7 @@ class LiveSandbox:
         self._is_dead = False
         self.session.kernel_exited = None
         self.cell, self.kernel_started_at = 0, datetime.now(UTC)
-        # Old connections end with the old kernel's sockets; clients find the new one by reconnecting.
-        await self._endpoints.drop_connections()
+        await self._clients.reconnect()
         self._registry.execution_state(self.id, "idle")
 
     def on_event(self, event: GuestEvent) -> None:
@@ -390,7 +389,7 @@ class LiveSandbox:
 
     async def close(self, why: str) -> None:
         """Ends session and machine; twice is harmless. why: a key of `kernels.errors.LEFT`."""
-        await self._endpoints.detach()
+        await self._clients.detach()
         await self.session.close(why)
         await self.saved.kill()
 

@@ -1,4 +1,4 @@
-"""The machines of sandboxes and their endpoints: bringing one up, taking it down, and the lock of each sandbox.
+"""The machines of sandboxes and their clients: bringing one up, taking it down, and the lock of each sandbox.
 
 Knows nothing of HTTP, of snapshots in the store, and of why an operation happens: lifecycle.py, checkpoints.py,
 forks.py do.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from kernels.channels import KernelClients
 from kernels.connected import ConnectedMachine
 from kernels.endpoints import Endpoints
 from kernels.errors import MachineFailedError, SandboxStateError
@@ -53,6 +56,7 @@ class Machines:
     _observer: SandboxObserver
     live: dict[str, LiveSandbox] = field(default_factory=dict, init=False)
     is_stopping: bool = field(default=False, init=False)
+    _clients: dict[str, KernelClients] = field(default_factory=dict, init=False)
     _endpoints: dict[str, Endpoints] = field(default_factory=dict, init=False)
     _supervisors: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
@@ -80,37 +84,37 @@ class Machines:
             raise MachineFailedError(f"Sandbox {sandbox_id} has failed: {sandbox.reason}")
         raise SandboxStateError(sandbox_id, found=sandbox.state, wanted=SandboxState.RUNNING)
 
-    # Endpoints
+    # Clients
 
-    async def open_endpoints(self, sandbox_id: str) -> Endpoints:
-        """The sandbox's endpoints, opened on first need; they stay until `forget`."""
-        endpoints = self._endpoints.get(sandbox_id)
-        if endpoints is None:
-            directory = self._settings.run_dir / "k" / sandbox_id.replace("-", "")[:12]
-            endpoints = Endpoints(
-                directory,
-                lambda: self._observer.client_asks(sandbox_id),
-                lambda: self._registry.touch(sandbox_id),
+    def clients(self, sandbox_id: str) -> KernelClients:
+        """The clients of the sandbox's kernel, until `drop_clients`. Errors: UnknownSandboxError."""
+        self._registry.get(sandbox_id)
+        if sandbox_id not in self._clients:
+            self._clients[sandbox_id] = KernelClients(
+                lambda: self._observer.client_asks(sandbox_id), lambda: self._registry.touch(sandbox_id)
             )
-            await endpoints.start()
-            self._endpoints[sandbox_id] = endpoints
-        return endpoints
+        return self._clients[sandbox_id]
 
     def has_request(self, sandbox_id: str) -> bool:
-        """Whether a client has sent a request that no kernel has received."""
-        endpoints = self._endpoints.get(sandbox_id)
-        return endpoints is not None and endpoints.has_request
+        """Whether a client has sent a request that no kernel has received. Errors: UnknownSandboxError."""
+        return self.clients(sandbox_id).has_request
 
-    def connection_info(self, sandbox_id: str) -> dict[str, Any]:
-        """Jupyter's connection file, `transport: ipc`; the same for the sandbox's whole life, asleep or not.
+    async def endpoints(self, sandbox_id: str) -> Endpoints:
+        """The sandbox's `ipc://` endpoints, opened on first need; they stay until `drop_clients`. Within the sandbox's
+        lock. Errors: UnknownSandboxError."""
+        clients = self.clients(sandbox_id)
+        if sandbox_id not in self._endpoints:
+            endpoints = Endpoints(self._endpoints_dir(sandbox_id), clients)
+            await endpoints.start()
+            self._endpoints[sandbox_id] = endpoints
+        return self._endpoints[sandbox_id]
 
-        Errors: UnknownSandboxError, SandboxStateError (it has no endpoints yet).
-        """
-        record = self._registry.record(sandbox_id)
-        endpoints = self._endpoints.get(sandbox_id)
-        if endpoints is None:
-            raise SandboxStateError(sandbox_id, found=record.sandbox.state, wanted=SandboxState.RUNNING)
-        return endpoints.connection_info(record.key)
+    def had_endpoints(self, sandbox_id: str) -> bool:
+        """Whether an earlier gateway had opened some: clients try to connect to them again."""
+        return self._endpoints_dir(sandbox_id).exists()
+
+    def _endpoints_dir(self, sandbox_id: str) -> Path:
+        return self._settings.run_dir / "k" / sandbox_id.replace("-", "")[:12]
 
     async def until_clients_have_all(self) -> None:
         """Until the clients of all endpoints have read what their kernels have sent, those that read at all."""
@@ -139,7 +143,7 @@ class Machines:
             live = LiveSandbox(
                 sandbox_id,
                 connected,
-                endpoints=await self.open_endpoints(sandbox_id),
+                clients=self.clients(sandbox_id),
                 registry=self._registry,
                 observer=self._observer,
                 restart_limit=self._settings.restart_limit,
@@ -233,12 +237,12 @@ class Machines:
             await asyncio.wait([supervisor])
         return self.live.pop(sandbox_id, None)
 
-    async def forget(self, sandbox_id: str) -> None:
-        """Ends machine and endpoints of a sandbox that is deleted."""
-        await self.take_down(sandbox_id, "deleted")
-        endpoints = self._endpoints.pop(sandbox_id, None)
-        if endpoints is not None:
-            await endpoints.close()
+    async def drop_clients(self, sandbox_id: str) -> None:
+        """Ends the clients' way to a sandbox that is deleted, and not in the registry any more: none can come back."""
+        self._clients.pop(sandbox_id, None)
+        if sandbox_id in self._endpoints:
+            await self._endpoints.pop(sandbox_id).close()
+        shutil.rmtree(self._endpoints_dir(sandbox_id), ignore_errors=True)
 
     async def close_endpoints(self) -> None:
         endpoints = list(self._endpoints.values())

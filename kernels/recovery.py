@@ -48,8 +48,8 @@ class Recovery:
     _lifecycle: Lifecycle
 
     async def recover(self) -> list[str]:
-        """Takes over what runs, opens the endpoints of what sleeps, ends what is no one's. The ids of sandboxes that
-        were put to sleep in the middle of something because the gateway stopped."""
+        """Takes over what runs, opens endpoints that were there, ends what is no one's. The ids of sandboxes that were
+        put to sleep in the middle of something because the gateway stopped."""
         for record in self._registry.records():
             if record.sandbox.state is SandboxState.CREATING:
                 await self._lifecycle.forget(record.sandbox.id)  # nobody knows of it
@@ -91,7 +91,8 @@ class Recovery:
         sandbox = record.sandbox
         if sandbox.state is SandboxState.FAILED:
             return
-        await self._machines.open_endpoints(sandbox.id)
+        if self._machines.had_endpoints(sandbox.id):
+            await self._machines.endpoints(sandbox.id)
         if not record.machine_id:
             if sandbox.state in (SandboxState.RUNNING, SandboxState.PAUSED):
                 self._lifecycle.machine_lost(sandbox.id, "Its machine had ended when the gateway was killed.")

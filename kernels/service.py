@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from kernels.background import Background, all_logged
 from kernels.capacity import Capacity
+from kernels.channels import KernelChannels
 from kernels.checkpoints import Checkpoints, timer_minutes
 from kernels.child_results import ChildResults
 from kernels.connected import new_sandbox_id
@@ -343,13 +344,19 @@ class SandboxService:
         self.registry.touch(sandbox_id)
         await self.lifecycle.wake(sandbox_id)
 
-    def connection_info(self, sandbox_id: str) -> Mapping[str, Any]:
-        """See `Machines.connection_info`."""
-        return self.machines.connection_info(sandbox_id)
+    def channels(self, sandbox_id: str, client_id: str) -> KernelChannels:
+        """A new client of the kernel, subscribed to all of iopub; whoever asks closes it. It stays while the sandbox
+        sleeps and wakes. client_id: by which the kernel knows it again. Errors: UnknownSandboxError, LimitError."""
+        channels = self.machines.clients(sandbox_id).channels(client_id.encode())
+        channels.subscribe()
+        return channels
 
-    async def until_clients_have_all(self) -> None:
-        """See `Machines.until_clients_have_all`."""
-        await self.machines.until_clients_have_all()
+    async def connection_info(self, sandbox_id: str) -> Mapping[str, Any]:
+        """Jupyter's connection file, `transport: ipc`, whose endpoints are opened with this. The same for the
+        sandbox's whole life, asleep or not. Errors: UnknownSandboxError."""
+        async with self.machines.lock(sandbox_id):
+            endpoints = await self.machines.endpoints(sandbox_id)
+        return endpoints.connection_info(self.registry.record(sandbox_id).key)
 
     async def commands(self, sandbox_id: str) -> SandboxCommands:
         """The sandbox's commands, as long as its machine runs. Errors: as `ready`."""

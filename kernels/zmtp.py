@@ -1,170 +1,224 @@
-"""What an endpoint must know of ZMTP: the handshake, where messages end, and the commands it sends itself.
+"""ZMTP as a state machine without I/O: greeting, READY, then messages and commands, for either end of a connection.
 
-libzmq sends nothing of a message before the handshake is done. So that a client's connection can outlive a kernel's
-machine, its endpoint answers the handshake itself and repeats the client's part to the socket of each machine, whose
-own part it drops. Pure functions of bytes.
+    GREETING --the peer's greeting--> HANDSHAKE --its READY--> OPEN
+
+`receive_data(data)` answers what the peer did; write what `data_to_send()` gives, at first, after each `receive_data`
+and after each method that sends. All that is received may be hostile: a frame's size is checked when its header is
+there, before anything is kept for it. Knows nothing of what messages mean.
 Source: ZMTP 3.1 (rfc.zeromq.org/spec/37), NULL mechanism; libzmq speaks 3.0 or 3.1 to us.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 
 GREETING_BYTES = 64
 # Signature, version 3.0 (so that subscriptions come as messages), mechanism NULL, as-server 0, filler.
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 # READY carries the socket's type and identity; libzmq's has under 100 bytes.
 MAX_COMMAND_BYTES = 1024
-
-# Takes back the subscription to everything, which is what Jupyter's clients have.
-UNSUBSCRIBE = b"\x00\x01\x00"
-
-# All parts of one message: what libzmq has of an unfinished message it keeps in the gateway's memory, beyond every
-# other limit. A widget's buffers or a large image are far below it.
+# All parts of one message, which are in memory until its last has come. A widget's buffers or a large image are far
+# below it.
 MAX_MESSAGE_BYTES = 512 << 20
-
-# What libzmq keeps per part beside its bytes (zmq::msg_t).
+# Counted for each part beside its bytes: empty ones must not be free.
 PART_OVERHEAD_BYTES = 64
 
-_FLAG_MORE = 0x01
-_FLAG_LONG = 0x02
-_FLAG_COMMAND = 0x04
-_PONG = b"\x04PONG"
+_MORE = 0x01
+_LONG = 0x02
+_COMMAND = 0x04
+
+Part = bytes | memoryview
+Parts = Sequence[Part]
 
 
-class MessageTooLongError(Exception):
-    """A message whose parts have more than MAX_MESSAGE_BYTES."""
+class ZmtpError(Exception):
+    """The peer broke the protocol or a limit of this module; the connection is of no more use."""
 
 
-class HandshakeError(Exception):
-    """The peer does not speak ZMTP 3 with the NULL mechanism."""
+@dataclass(frozen=True)
+class Ready:
+    """The peer's handshake is complete. identity: what it wants to be known by, empty for none."""
+
+    identity: bytes
 
 
-def ready(socket_type: bytes) -> bytes:
-    """The READY command of a socket of this type (b"ROUTER", b"XPUB", ...)."""
-    body = b"\x05READY" + b"\x0bSocket-Type" + len(socket_type).to_bytes(4, "big") + socket_type
-    body += b"\x08Identity" + bytes(4)
-    return bytes([_FLAG_COMMAND, len(body)]) + body
+@dataclass(frozen=True)
+class Pong:
+    """The peer's answer to `ping`: it has taken in all that it was sent before."""
+
+    context: bytes
 
 
-def ping(context: bytes) -> bytes:
-    """The PING command. The peer's socket (libzmq's I/O thread, whatever its owner does) answers it with a PONG of the
-    same context (at most 16 bytes), once it has taken in all that was sent before."""
-    body = b"\x04PING" + bytes(2) + context  # 2 bytes: a time to live of none
-    return bytes([_FLAG_COMMAND, len(body)]) + body
+@dataclass(frozen=True)
+class Message:
+    """A whole message."""
+
+    parts: list[bytes]
 
 
-@dataclass
-class Handshake:
-    """One side's handshake as it arrives: greeting, then READY. Feed it bytes; it has what comes after.
+Event = Ready | Pong | Message
 
-    received: all bytes of the handshake. rest: what came after it (the first message's begin).
+
+class State(Enum):
+    """What the peer has sent so far."""
+
+    GREETING = "greeting"
+    HANDSHAKE = "handshake"
+    OPEN = "open"
+
+
+def size_of(parts: Parts) -> int:
+    """Bytes of a message as limits count them."""
+    return sum(map(len, parts)) + PART_OVERHEAD_BYTES * len(parts)
+
+
+class ZmtpConnection:
+    """One connection of a socket of this type (b"DEALER", b"XPUB", ...).
+
+    identity: what it is known by at the other end. With None its READY waits for `introduce`.
     """
 
-    received: bytearray = field(default_factory=bytearray)
-    rest: bytearray = field(default_factory=bytearray)
-    done: bool = False
-
-    def feed(self, data: bytes) -> None:
-        """Errors: HandshakeError."""
-        if self.done:
-            self.rest += data
-            return
-        self.received += data
-        if self.received[:1] != b"\xff"[: len(self.received)]:
-            raise HandshakeError("not a ZMTP greeting")
-        if len(self.received) < GREETING_BYTES:
-            return
-        if self.received[10] < 3 or bytes(self.received[12:32]).rstrip(b"\0") != b"NULL":
-            raise HandshakeError("not ZMTP 3 with the NULL mechanism")
-        end = _command_end(self.received, GREETING_BYTES)
-        if end is not None:
-            self.rest += self.received[end:]
-            del self.received[end:]
-            self.done = True
-
-
-def _command_end(data: bytearray, start: int) -> int | None:
-    """Where the command that begins at `start` ends, None while it is incomplete."""
-    if len(data) < start + 2:
-        return None
-    flags = data[start]
-    if not flags & _FLAG_COMMAND:
-        raise HandshakeError("a message before READY")
-    if flags & _FLAG_LONG:
-        if len(data) < start + 9:
-            return None
-        size, header = int.from_bytes(data[start + 1 : start + 9], "big"), 9
-    else:
-        size, header = data[start + 1], 2
-    if size > MAX_COMMAND_BYTES:
-        raise HandshakeError(f"a READY of {size} bytes")
-    end = start + header + size
-    return end if len(data) >= end else None
-
-
-class Frames:
-    """Follows what one side sends after its handshake.
-
-    at_end: all that was fed so far is whole messages and commands. pong: the context of the last PONG.
-    """
-
-    def __init__(self) -> None:
-        self.pong = b""
-        self._header = bytearray()
-        self._body_left = 0
-        self._message_bytes = 0
-        self._command: bytearray | None = None
+    def __init__(self, socket_type: bytes, identity: bytes | None = b"") -> None:
+        self.state = State.GREETING
+        self._socket_type = socket_type
+        self._identity = identity
+        self._is_introduced = False
+        self._outgoing: list[Part] = [GREETING]
+        self._received = bytearray()  # at most one frame that is not complete
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
 
     @property
-    def at_end(self) -> bool:
-        return not (self._header or self._body_left or self._message_bytes)
+    def is_open(self) -> bool:
+        """Whether messages may be sent."""
+        return self.state is State.OPEN and self._is_introduced
 
-    def feed(self, data: bytes | bytearray, *, to_end: bool = False) -> int:
-        """How many bytes were taken: all, or with `to_end` those up to the first end of a message or command.
+    def introduce(self, identity: bytes) -> None:
+        """Sends READY with this identity, once it may be sent."""
+        self._identity = identity
+        self._send_ready()
 
-        Errors: MessageTooLongError.
-        """
-        position = 0
-        while position < len(data):
-            if self._body_left:
-                step = min(self._body_left, len(data) - position)
-                if self._command is not None:
-                    self._command += data[position : position + step]
-                self._body_left -= step
-                position += step
-            elif not self._feed_header(data[position]):
-                position += 1
-                continue
-            else:
-                position += 1
-            if self._body_left == 0:
-                self._end_frame()
-                if to_end and self.at_end:
-                    break
-        return position
+    def send_message(self, parts: Parts) -> None:
+        """Sends a message of one part or more. Only while `is_open`, as all that follows."""
+        self._check_open()
+        for left, part in zip(range(len(parts) - 1, -1, -1), parts, strict=True):
+            self._send_frame(_MORE if left else 0, part)
 
-    def _feed_header(self, byte: int) -> bool:
-        """Whether the header of a frame is complete: `_flags` and `_body_left` are set then."""
-        self._header.append(byte)
-        self._flags = self._header[0]
-        if len(self._header) < (9 if self._flags & _FLAG_LONG else 2):
+    def ping(self, context: bytes) -> None:
+        """Asks for a `Pong` of the same context (at most 16 bytes). libzmq's I/O thread answers, whatever the socket's
+        owner does."""
+        self._check_open()
+        self._send_frame(_COMMAND, b"\x04PING" + bytes(2) + context)  # 2 bytes: a time to live of none
+
+    def data_to_send(self) -> bytes:
+        """What is to be written, in whole frames; empty when there is nothing."""
+        data = b"".join(self._outgoing)
+        self._outgoing.clear()
+        return data
+
+    def receive_data(self, data: bytes) -> list[Event]:
+        """What the peer did. Errors: ZmtpError, after which the connection must not be used."""
+        self._received += data
+        events: list[Event] = []
+        start = 0
+        if self.state is State.GREETING:
+            if not self._has_greeting():
+                return events
+            start = GREETING_BYTES
+            self.state = State.HANDSHAKE
+            self._send_ready()
+        with memoryview(self._received) as received:
+            while (frame := self._frame_at(received, start)) is not None:
+                flags, body, start = frame
+                event = self._on_command(body) if flags & _COMMAND else self._on_part(flags, body)
+                if event is not None:
+                    events.append(event)
+        del self._received[:start]
+        return events
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise RuntimeError("ZMTP: nothing may be sent before both ends have sent READY")
+
+    def _send_ready(self) -> None:
+        # libzmq takes no READY before its own greeting has been sent.
+        if self._identity is None or self.state is State.GREETING or self._is_introduced:
+            return
+        self._is_introduced = True
+        body = b"\x05READY"
+        for name, value in ((b"Socket-Type", self._socket_type), (b"Identity", self._identity)):
+            body += bytes([len(name)]) + name + len(value).to_bytes(4, "big") + value
+        self._send_frame(_COMMAND, body)
+
+    def _send_frame(self, flags: int, body: Part) -> None:
+        size = len(body)
+        header = bytes([flags, size]) if size < 256 else bytes([flags | _LONG]) + size.to_bytes(8, "big")
+        self._outgoing += (header, body)
+
+    def _has_greeting(self) -> bool:
+        greeting = self._received
+        if greeting and greeting[0] != 0xFF:
+            raise ZmtpError("not a ZMTP greeting")
+        if len(greeting) < GREETING_BYTES:
             return False
-        self._body_left = int.from_bytes(self._header[1:], "big")
-        self._header.clear()
-        if self._flags & _FLAG_COMMAND:  # between the parts of a message, not one of them
-            self._command = bytearray() if self._body_left <= MAX_COMMAND_BYTES else None
-            return True
-        # What libzmq needs for a part counts, too: empty ones must not be free.
-        self._message_bytes += self._body_left + PART_OVERHEAD_BYTES
-        if self._message_bytes > MAX_MESSAGE_BYTES:
-            raise MessageTooLongError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        if greeting[10] < 3 or bytes(greeting[12:32]).rstrip(b"\0") != b"NULL":
+            raise ZmtpError("not ZMTP 3 with the NULL mechanism")
         return True
 
-    def _end_frame(self) -> None:
-        if not self._flags & _FLAG_COMMAND:
-            if not self._flags & _FLAG_MORE:
-                self._message_bytes = 0
-        elif self._command is not None and self._command.startswith(_PONG):
-            self.pong = bytes(self._command[len(_PONG) :])
-        self._command = None
+    def _frame_at(self, received: memoryview, start: int) -> tuple[int, bytes, int] | None:
+        """Flags, body and end of the frame that begins there; None while it is not complete."""
+        if len(received) < start + 2:
+            return None
+        flags = received[start]
+        if flags > (_MORE | _LONG | _COMMAND) or (flags & _COMMAND and flags & _MORE):
+            raise ZmtpError(f"a frame with the flags {flags:#x}")
+        header = 9 if flags & _LONG else 2
+        if len(received) < start + header:
+            return None
+        size = int.from_bytes(received[start + 1 : start + header], "big")
+        if flags & _COMMAND:
+            if size > MAX_COMMAND_BYTES:
+                raise ZmtpError(f"a command of {size} bytes")
+        elif self.state is not State.OPEN:
+            raise ZmtpError("a message before READY")
+        elif self._parts_bytes + size + PART_OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+            raise ZmtpError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        end = start + header + size
+        return (flags, bytes(received[start + header : end]), end) if len(received) >= end else None
+
+    def _on_part(self, flags: int, body: bytes) -> Event | None:
+        self._parts.append(body)
+        self._parts_bytes += len(body) + PART_OVERHEAD_BYTES
+        if flags & _MORE:
+            return None
+        message, self._parts, self._parts_bytes = Message(self._parts), [], 0
+        return message
+
+    def _on_command(self, body: bytes) -> Event | None:
+        name, rest = body[1 : 1 + body[0]] if body else b"", body[1 + body[0] :] if body else b""
+        if self.state is State.HANDSHAKE:
+            if name != b"READY":
+                raise ZmtpError(f"{name[:20]!r} instead of READY")
+            self.state = State.OPEN
+            return Ready(_properties(rest).get(b"identity", b""))
+        if name == b"PONG":
+            return Pong(rest)
+        if name == b"PING" and self.is_open:
+            self._send_frame(_COMMAND, b"\x04PONG" + rest[2:18])
+        return None  # others are of no use here
+
+
+def _properties(data: bytes) -> dict[bytes, bytes]:
+    """The properties of READY, their names in lower case. Errors: ZmtpError."""
+    found: dict[bytes, bytes] = {}
+    while data:
+        name_end = 1 + data[0]
+        value_start = name_end + 4
+        value_end = value_start + int.from_bytes(data[name_end:value_start], "big")
+        if value_end > len(data) or value_start > len(data):
+            raise ZmtpError("a READY that is cut off")
+        found[data[1:name_end].lower()] = data[value_start:value_end]
+        data = data[value_end:]
+    return found

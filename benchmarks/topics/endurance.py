@@ -146,7 +146,7 @@ async def _copies(bench: Bench, lab: Lab, sandbox_id: str) -> _Copies:
         began = perf_counter()
         await lab.lifecycle.wake(sandbox_id)
         copies.wake_ms.append(1000 * (perf_counter() - began))
-        async with raw_kernel(dict(lab.connection_info(sandbox_id)), wait=False) as kernel:
+        async with raw_kernel(dict(await lab.connection_info(sandbox_id)), wait=False) as kernel:
             await kernel.reply("1+1")
         copies.reply_ms.append(1000 * (perf_counter() - began))
     async with lab.connected(sandbox_id) as kernel:

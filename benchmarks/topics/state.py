@@ -314,7 +314,7 @@ async def _wake(lab: Lab, sandbox_id: str) -> _Start:
 
 async def _first_reply(lab: Lab, sandbox_id: str, began: float, snapshot: Manifest | None) -> _Start:
     ready = perf_counter()
-    async with raw_kernel(dict(lab.connection_info(sandbox_id)), wait=False) as kernel:
+    async with raw_kernel(dict(await lab.connection_info(sandbox_id)), wait=False) as kernel:
         await kernel.reply("1+1")
         replied = perf_counter()
     return _Start(ready_ms=1000 * (ready - began), replied_ms=1000 * (replied - began), snapshot=snapshot)

@@ -48,7 +48,6 @@ async def create_kernel(call: Call, body: CreateKernel) -> KernelAnswer:
     """A new kernel in a sandbox of its own, or the one that was left behind with this notebook."""
     request = create_request(body, call.gateway.default_template())
     sandbox = await call.gateway.create(request)
-    call.gateway.clients.prepare(sandbox.id)
     call.headers["Location"] = f"/api/kernels/{sandbox.id}"
     return call.gateway.kernel(sandbox)
 

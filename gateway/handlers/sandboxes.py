@@ -106,4 +106,4 @@ async def get_connection(call: Call) -> ConnectionAnswer:
     service = call.gateway.service
     sandbox = service.registry.get(call.path["sandbox_id"])
     await service.ready(sandbox.id)
-    return ConnectionAnswer(**service.connection_info(sandbox.id), kernel_name=sandbox.template)
+    return ConnectionAnswer(**await service.connection_info(sandbox.id), kernel_name=sandbox.template)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 
 from vm_runtime.wire.errors import LinkClosedError, StreamResetError
 from vm_runtime.wire.stream import Stream
@@ -12,21 +11,8 @@ from vm_runtime.wire.stream import Stream
 RELAY_BYTES = 64 * 1024
 
 
-def _look_away(data: bytes) -> None:
-    pass
-
-
-async def relay(
-    stream: Stream,
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    *,
-    inspect: Callable[[bytes], None] = _look_away,
-) -> None:
+async def relay(stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Move bytes both ways until both directions are over; each may end on its own. Closes both ends.
-
-    inspect: gets the stream's data before the socket does; what it raises ends the relay and is raised here, in an
-    exception group.
 
     What goes wrong on one side is passed on to the other: a lost socket resets the stream (`connection_lost`), a reset
     stream or a closed link aborts the socket. None of it is raised here. Cancelled, it drops both.
@@ -34,7 +20,7 @@ async def relay(
     finished = False
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_stream_to_socket(stream, writer, inspect))
+            group.create_task(_stream_to_socket(stream, writer))
             group.create_task(_socket_to_stream(reader, stream))
         finished = True
     except* (StreamResetError, LinkClosedError):
@@ -51,9 +37,8 @@ async def relay(
             await writer.wait_closed()
 
 
-async def _stream_to_socket(stream: Stream, writer: asyncio.StreamWriter, inspect: Callable[[bytes], None]) -> None:
+async def _stream_to_socket(stream: Stream, writer: asyncio.StreamWriter) -> None:
     while data := await stream.read(RELAY_BYTES):
-        inspect(data)
         writer.write(data)
         await writer.drain()
     if writer.can_write_eof():

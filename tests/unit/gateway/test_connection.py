@@ -1,19 +1,16 @@
-"""A client's connection, on sockets of a kernel that does not exist: its states, and what they let pass."""
+"""A client's connection, to a kernel that has no machine: its states, and what they let pass."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import zmq
 
 from gateway.connection import TRANSITIONS, Client, Connection, State
 from gateway.frames import KernelMessage
 from gateway.kernel_link import KernelLink
 from gateway.metrics import Metrics
+from kernels.channels import KernelClients
 
 
 def request(number: int) -> KernelMessage:
@@ -22,55 +19,38 @@ def request(number: int) -> KernelMessage:
 
 
 class Kernel:
-    """The other end of a link's sockets."""
+    """asked: how many requests have passed to it."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], directory: Path) -> None:
-        ports = {f"{name}_port": n for n, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), 1)}
-        self.info = {"ip": str(directory / "k"), "key": "x", "signature_scheme": "hmac-sha256", **ports}
-        self.context = context
-        self.shell = context.socket(zmq.ROUTER)
-        self.shell.bind(f"ipc://{directory}/k-1")
+    def __init__(self) -> None:
+        self.asked = 0
+        self.clients = KernelClients(self._ask)
 
-    def link(self) -> KernelLink:
-        return KernelLink(self.context, self.info, uuid.uuid4().hex)
+    def _ask(self) -> None:
+        self.asked += 1
 
-    async def request(self) -> KernelMessage:
-        """The next that comes."""
-        assert await asyncio.to_thread(self.shell.poll, 20_000)
-        _, _, _, header, parent, metadata, content = self.shell.recv_multipart()
-        return KernelMessage("shell", header, parent, metadata, content)
+    def connect(self, sent: list[bytes] | None = None) -> Connection:
+        def write(data: bytes, binary: bool) -> asyncio.Future[None]:
+            if sent is not None:
+                sent.append(data)
+            future = asyncio.get_running_loop().create_future()
+            future.set_result(None)
+            return future
 
-
-@pytest.fixture
-async def kernel(tmp_path: Path) -> AsyncIterator[Kernel]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    kernel = Kernel(context, tmp_path)
-    yield kernel
-    kernel.shell.close(linger=0)
-    context.term()
+        client = Client(write=write, close=lambda code, reason: None, legacy=True)
+        link = KernelLink(self.clients.channels(b"session"), "key")
+        return Connection(client, "session", link, metrics=Metrics(states=list, pool_ready=int))
 
 
-def connect(sent: list[bytes]) -> Connection:
-    def write(data: bytes, binary: bool) -> asyncio.Future[None]:
-        sent.append(data)
-        future = asyncio.get_running_loop().create_future()
-        future.set_result(None)
-        return future
-
-    client = Client(write=write, close=lambda code, reason: None, legacy=True)
-    return Connection(client, "session", Metrics(states=list, pool_ready=int))
-
-
-async def test_messages_wait_pass_and_are_answered_as_the_state_says(kernel: Kernel) -> None:
-    sent: list[bytes] = []
-    connection = connect(sent)
-    connection.use(kernel.link())
+async def test_messages_wait_pass_and_are_answered_as_the_state_says() -> None:
+    kernel, sent = Kernel(), list[bytes]()
+    connection = kernel.connect(sent)
+    connection.hold()
     waiting = asyncio.create_task(connection.from_client(request(1)))
     await asyncio.sleep(0)
     assert not waiting.done()
     connection.admit()
     await waiting
-    assert await kernel.request() == request(1)
+    assert kernel.asked == 1
     connection.hold()
     waiting = asyncio.create_task(connection.from_client(request(2)))
     await asyncio.sleep(0)
@@ -81,35 +61,37 @@ async def test_messages_wait_pass_and_are_answered_as_the_state_says(kernel: Ker
     assert [b"It is lost." in each for each in sent] == [True, True, False, True]
     await connection.from_client(request(3))
     assert len(sent) == 8  # a line on stderr, a reply, idle and the status, each time
-    connection.unlink()
-    connection.use(kernel.link())
+    assert kernel.asked == 1
     connection.admit()
     await connection.from_client(request(4))
-    assert await kernel.request() == request(4), "what was answered here has not passed"
+    assert kernel.asked == 2, "what was answered here has not passed"
     link, unsent = connection.release()
-    assert link is not None
     assert unsent == []
     link.close()
+    assert kernel.clients.has_request, "what a client has asked stays when it goes"
 
 
-async def test_a_client_that_goes_ends_its_wait(kernel: Kernel) -> None:
-    connection = connect([])
+async def test_a_client_that_goes_ends_its_wait() -> None:
+    kernel = Kernel()
+    connection = kernel.connect()
+    connection.hold()
     waiting = asyncio.create_task(connection.from_client(request(1)))
     await asyncio.sleep(0)
     connection.release()
     await waiting
+    assert not kernel.asked
 
 
 @pytest.mark.parametrize("state", State)
 async def test_no_method_leaves_the_table(state: State) -> None:
     methods = {
-        State.WAITING: Connection.unlink,
+        State.WAITING: Connection.hold,
         State.PASSING: Connection.admit,
         State.DEAD: lambda connection: Connection.die(connection, None),
         State.CLOSED: Connection.release,
     }
     for target, method in methods.items():
-        connection = connect([])
+        connection = Kernel().connect()
         connection.state = state
         if target in TRANSITIONS[state] | {state}:
             method(connection)

@@ -20,10 +20,7 @@ class Socket:
 
     def __init__(self) -> None:
         self.futures: list[asyncio.Future[None]] = []
-        self.outgoing = Outgoing(
-            self.write, legacy=False, on_full=lambda: None, on_drained=lambda: None,
-            metrics=Metrics(states=list, pool_ready=int),
-        )  # fmt: skip
+        self.outgoing = Outgoing(self.write, legacy=False, metrics=Metrics(states=list, pool_ready=int))
 
     def write(self, data: bytes, binary: bool) -> asyncio.Future[None]:
         self.futures.append(asyncio.get_running_loop().create_future())

@@ -14,7 +14,8 @@ import zmq.asyncio
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.session import Session
 
-from kernels.endpoints import GREETED_CHANNELS, Endpoints, greet_ahead
+from kernels.channels import CLIENT_CHANNELS, KernelClients, greet_ahead
+from kernels.endpoints import Endpoints
 from tests.unit.guest.conftest import KEY, Host, run
 from vm_runtime.wire.stream import Stream
 
@@ -26,7 +27,8 @@ class Kernel:
         self.host = host
         self.opened: list[str] = []
         self.asked = asyncio.Event()
-        self.endpoints = Endpoints(host.paths.run / "e", self.asked.set)
+        self.clients = KernelClients(self.asked.set)
+        self.endpoints = Endpoints(host.paths.run / "e", self.clients)
 
     async def open_channel(self, name: str) -> Stream:
         self.opened.append(name)
@@ -34,21 +36,21 @@ class Kernel:
         return await self.host.link.open("kernel.channel", {"channel": name})
 
     async def attach(self) -> None:
-        self.endpoints.attach(self.open_channel, await greet_ahead(self.open_channel))
+        self.clients.attach(self.open_channel, await greet_ahead(self.open_channel))
         self.opened.clear()
 
     async def leave(self) -> int:
         """As before a sleep: the number of requests that the kernel has not answered."""
-        answer = await self.endpoints.quiesce(lambda: self.host.call("kernel.quiesce", quiet=True))
-        await self.endpoints.detach()
+        answer = await self.clients.quiesce(lambda: self.host.call("kernel.quiesce", quiet=True))
+        await self.clients.detach()
         unanswered: int = answer["unanswered"]
         return unanswered
 
     async def come_back(self) -> None:
         """As after a wake."""
         await self.host.hello(extra={"quiet": True})
-        self.endpoints.attach(self.open_channel)
-        await self.endpoints.rejoined()
+        self.clients.attach(self.open_channel)
+        await self.clients.rejoined()
         await self.host.call("kernel.quiesce", quiet=False)
 
     @property
@@ -75,6 +77,7 @@ async def kernel(host: Host) -> AsyncIterator[Kernel]:
     await kernel.attach()
     yield kernel
     await kernel.endpoints.close()
+    await kernel.clients.detach()
 
 
 async def test_the_first_client_takes_over_and_the_second_has_its_own(kernel: Kernel) -> None:
@@ -83,7 +86,7 @@ async def test_the_first_client_takes_over_and_the_second_has_its_own(kernel: Ke
         text, _ = await run(first, "print('first'); 1 + 1")
         assert text == "first\n2"
         async with kernel.client() as second:
-            assert sorted(kernel.opened) == sorted(GREETED_CHANNELS)
+            assert sorted(kernel.opened) == sorted(CLIENT_CHANNELS)
             text, _ = await run(second, "_ + 1")
             assert text == "3"
         text, _ = await run(first, "print('still there')")
@@ -116,23 +119,23 @@ async def test_one_that_goes_before_it_has_said_who_it_is_takes_only_its_own_alo
 
 async def test_a_restart_drops_what_was_greeted(kernel: Kernel) -> None:
     await kernel.host.call("kernel.restart", env={})
-    await kernel.endpoints.drop_connections()
+    await kernel.clients.reconnect()
     async with kernel.client() as jupyter:
-        assert sorted(kernel.opened) == sorted(GREETED_CHANNELS)
+        assert sorted(kernel.opened) == sorted(CLIENT_CHANNELS)
         text, _ = await run(jupyter, "1")
         assert text == "1"
 
 
 async def test_given_up_while_they_open_they_leave_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "e"
-    opening = asyncio.create_task(Endpoints(directory, lambda: None).start())
+    opening = asyncio.create_task(Endpoints(directory, KernelClients(lambda: None)).start())
     while not list(directory.glob("k-*")):  # noqa: ASYNC110 (nothing tells)
         await asyncio.sleep(0)
     assert not opening.done()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    assert not directory.exists()
+    assert list(directory.iterdir()) == []
 
 
 async def test_libzmq_does_not_hang_up_on_who_waits(kernel: Kernel) -> None:
@@ -189,11 +192,11 @@ async def test_what_a_client_asks_while_there_is_no_machine_waits_and_asks_for_o
         msg_id = jupyter.execute("print('later')")
         async with asyncio.timeout(20):
             await kernel.asked.wait()
-        assert kernel.endpoints.has_request
+        assert kernel.clients.has_request
         assert len(kernel.opened) == opened
         await kernel.come_back()
         assert await rest_of(jupyter, msg_id) == "later\n"
-        assert not kernel.endpoints.has_request
+        assert not kernel.clients.has_request
 
 
 async def test_a_reply_from_after_the_host_has_left_waits_for_its_client(kernel: Kernel) -> None:

@@ -52,7 +52,7 @@ class Service(SandboxService):
     @asynccontextmanager
     async def client(self, sandbox_id: str) -> AsyncIterator[AsyncKernelClient]:
         client = AsyncKernelClient()
-        client.load_connection_info(cast(KernelConnectionInfo, dict(self.connection_info(sandbox_id))))
+        client.load_connection_info(cast(KernelConnectionInfo, dict(await self.connection_info(sandbox_id))))
         client.start_channels(hb=False)
         try:
             yield client
