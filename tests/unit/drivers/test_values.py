@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.conformance import pvh
 from vm_runtime.confinement.host import FIRST_UID, UID_COUNT, machine_uid
+from vm_runtime.drivers.console import CONSOLE_TAIL_BYTES, MAX_QUOTE_CHARACTERS, Tail, printable
 from vm_runtime.drivers.qemu import qcow2
-from vm_runtime.drivers.qemu.death import MAX_QUOTE_CHARACTERS, Evidence, printable, reason
-from vm_runtime.drivers.qemu.machine import CONSOLE_TAIL_BYTES, Tail
+from vm_runtime.drivers.qemu.death import Evidence, reason
 from vm_runtime.drivers.qemu.record import MachineRecord
 from vm_runtime.errors import MachineStateError
 from vm_runtime.states import TRANSITIONS, RunState, advance, require

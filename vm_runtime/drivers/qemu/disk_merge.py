@@ -27,8 +27,8 @@ from typing import Any
 from vm_runtime.confinement.host import HostConfinement
 from vm_runtime.confinement.namespaces import Confinement
 from vm_runtime.confinement.process import Process, Spawner, SpawnRequest
+from vm_runtime.drivers.console import printable
 from vm_runtime.drivers.qemu import qcow2
-from vm_runtime.drivers.qemu.death import printable
 from vm_runtime.errors import DriverError, DriverUnavailableError
 from vm_runtime.snapshots.errors import BrokenSnapshotError, StoreFullError
 from vm_runtime.snapshots.memory import removed_on_error

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from typing import Any
 from vm_runtime.confinement.cgroups import Cgroup
 from vm_runtime.confinement.process import Process
 from vm_runtime.drivers.base import MachinePlace
+from vm_runtime.drivers.console import Tail, printable
 from vm_runtime.drivers.qemu import qcow2
 from vm_runtime.drivers.qemu.arguments import DiskFile, lower_node, overlay_node
-from vm_runtime.drivers.qemu.death import Evidence, printable, reason
+from vm_runtime.drivers.qemu.death import Evidence, reason
 from vm_runtime.drivers.qemu.lending import may_lend
 from vm_runtime.drivers.qemu.qmp import Qmp
 from vm_runtime.drivers.qemu.record import MachineRecord
@@ -37,8 +37,6 @@ QMP_SOCKET = "qmp.sock"
 WIRE_SOCKET = "wire.sock"
 SERIAL_SOCKET = "serial.sock"
 
-# The end of a console says why a guest died; a panic with its back trace has about 4 KiB.
-CONSOLE_TAIL_BYTES = 16384
 # A server takes one client, and notices that the earlier one has gone when its main loop runs.
 _CONNECT_TIMEOUT_S = 10.0
 # A VMM that ends by itself closes its control socket first; one that lives on without it is ended then.
@@ -56,34 +54,6 @@ _LOWER_FDSET = 1 << 30
 _LOWER_FDSETS = 512
 # The name of the descriptor from which a clone loads its device state.
 _DEVICE_FD_NAME = "device"
-
-
-class Tail:
-    """The last bytes of a stream that may never end."""
-
-    def __init__(self) -> None:
-        self._chunks: deque[bytes] = deque()
-        self._size = 0
-        self._more = asyncio.Event()
-
-    def add(self, data: bytes) -> None:
-        self._chunks.append(data[-CONSOLE_TAIL_BYTES:])
-        self._size += len(self._chunks[-1])
-        while self._size - len(self._chunks[0]) >= CONSOLE_TAIL_BYTES:
-            self._size -= len(self._chunks.popleft())
-        self._more.set()
-
-    async def wait_more(self, end: asyncio.Task[None]) -> None:
-        """Wait until something is added, or `end` is done."""
-        self._more.clear()
-        more = asyncio.create_task(self._more.wait())
-        try:
-            await asyncio.wait([more, end], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            more.cancel()
-
-    def data(self) -> bytes:
-        return b"".join(self._chunks)[-CONSOLE_TAIL_BYTES:]
 
 
 class QemuMachine(PagedMachine):
