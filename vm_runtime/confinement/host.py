@@ -44,7 +44,15 @@ class HostConfinement:
             for name in names
         )
 
-    def of(self, machine_id: str, *, read_only: tuple[str, ...], rlimits: tuple[tuple[int, int], ...]) -> Confinement:
+    def of(
+        self,
+        machine_id: str,
+        *,
+        read_only: tuple[str, ...],
+        rlimits: tuple[tuple[int, int], ...],
+        writable: tuple[str, ...] = (),
+        as_root: bool = False,
+    ) -> Confinement:
         """The confinement of one machine's process, as far as this host allows it. Parameters: as of `Confinement`."""
         return Confinement(
             uid=machine_uid(machine_id) if self.drop_user else None,
@@ -53,6 +61,8 @@ class HostConfinement:
             read_only=read_only,
             devices=self.devices,
             rlimits=rlimits,
+            writable=writable,
+            as_root=as_root,
         )
 
 
@@ -76,8 +86,9 @@ async def find_confinement(spawner: Spawner, *, devices: tuple[str, ...]) -> Hos
 
 
 def machine_uid(machine_id: str) -> int:
-    """The user of one machine's VMM, so that a VMM that was broken into has no rights over another one."""
-    return FIRST_UID + int.from_bytes(hashlib.sha256(machine_id.encode()).digest()[:8]) % UID_COUNT
+    """The user of one machine's VMM, so that a VMM that was broken into has no rights over another one. The next user
+    after it is the machine's own, too (`Confinement.as_root`)."""
+    return FIRST_UID + int.from_bytes(hashlib.sha256(machine_id.encode()).digest()[:8]) % UID_COUNT // 2 * 2
 
 
 def _is_mapped(uid: int) -> bool:

@@ -55,6 +55,8 @@ _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 _SYS_CLONE = 56
 _SYS_PIVOT_ROOT = 155
 _SYS_CLOSE_RANGE = 436
+# The user without rights (nobody), as which some programs run what they have to confine themselves.
+_NOBODY = 65534
 
 # In a user namespace a bind mount must keep these flags of the original (mount_namespaces(7)).
 _LOCKED_FLAGS = (
@@ -77,14 +79,19 @@ _SYSTEM_DIRECTORIES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/ni
 _SYSTEM_FILES = ("/etc/ld.so.cache",)
 _DEVICES = ("/dev/null", "/dev/urandom")
 
+# Where a program makes a root of its own, for what it confines itself.
+_SCRATCH = "/tmp"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confinement:
     """How to confine. uid: the unprivileged user to become, None to stay (then a user namespace takes the rights away).
-    new_root: whether the mount namespace gets a root of its own. read_only: further directories to show in it.
-    rlimits: soft and hard limit by resource number, lowered to what is allowed."""
+    new_root: whether the mount namespace gets a root of its own. read_only, writable: what else to show in it, files or
+    directories; the latter must be directories. rlimits: soft and hard limit by resource number, lowered to what is
+    allowed. as_root: become the root of a user namespace, which outside is the user `uid`, and whose nobody is the next
+    user after it: for a program that makes namespaces itself. Needs a gateway that is root."""
 
     uid: int | None
     new_root: bool
@@ -92,6 +99,8 @@ class Confinement:
     read_only: Sequence[str]
     devices: Sequence[str]
     rlimits: Sequence[tuple[int, int]]
+    writable: Sequence[str] = ()
+    as_root: bool = False
 
 
 def clone(flags: int) -> int:
@@ -114,7 +123,10 @@ def confine(confinement: Confinement) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     os.setsid()
     os.umask(0o077)
-    if confinement.uid is not None:
+    if confinement.as_root:
+        assert confinement.uid is not None
+        _enter_user_namespace(confinement.uid)
+    elif confinement.uid is not None:
         os.setgroups([])
         os.setresgid(confinement.uid, confinement.uid, confinement.uid)
         os.setresuid(confinement.uid, confinement.uid, confinement.uid)
@@ -126,13 +138,14 @@ def confine(confinement: Confinement) -> None:
     _libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)  # EINVAL where there is no Yama: nothing to open then
 
 
-def arrange_descriptors(descriptors: list[int], *, status: int, stdio: int) -> int:
-    """Put `descriptors` at 3, 4, ..., stdin at /dev/null, stdout and stderr at `stdio`; close all others but the status
-    pipe. Answers the status pipe's new number; it closes on exec."""
+def arrange_descriptors(descriptors: list[int], *, status: int, stdio: list[int]) -> int:
+    """Put `descriptors` at 3, 4, ..., and `stdio` at 0, 1 and 2; if that is one, it is stdout and stderr, and stdin is
+    /dev/null. Close all others but the status pipe. Answers the status pipe's new number; it closes on exec."""
     first_free = 3 + len(descriptors)
-    null = os.open("/dev/null", os.O_RDWR)
-    high = [_move_up(fd, first_free + 8) for fd in (null, stdio, *descriptors, status)]
-    for target, source in enumerate((high[0], high[1], high[1], *high[2:-1])):
+    if len(stdio) == 1:
+        stdio = [os.open("/dev/null", os.O_RDWR), stdio[0], stdio[0]]
+    high = [_move_up(fd, first_free + 8) for fd in (*stdio, *descriptors, status)]
+    for target, source in enumerate(high[:-1]):
         os.dup2(source, target, inheritable=True)
     os.dup2(high[-1], first_free, inheritable=False)
     if _libc.syscall(_SYS_CLOSE_RANGE, ctypes.c_uint(first_free + 1), ctypes.c_uint(0xFFFFFFFF), 0) != 0:
@@ -153,7 +166,16 @@ def _enter_new_root(confinement: Confinement) -> None:
         elif os.path.isdir(source):  # noqa: PTH112
             os.makedirs(_NEW_ROOT + source, mode=0o755, exist_ok=True)  # noqa: PTH103
             _bind_read_only(source)
+        elif os.path.isfile(source):  # noqa: PTH113
+            os.makedirs(_NEW_ROOT + os.path.dirname(source), mode=0o755, exist_ok=True)  # noqa: PTH103, PTH120
+            Path(_NEW_ROOT + source).touch()
+            _bind_read_only(source)
     os.mkdir(_NEW_ROOT + "/etc", mode=0o755)  # noqa: PTH102
+    for source in confinement.writable:
+        os.makedirs(_NEW_ROOT + source, mode=0o755, exist_ok=True)  # noqa: PTH103
+        _mount(f"bind of {source}", source, _NEW_ROOT + source, None, _MS_BIND, None)
+    if confinement.as_root:
+        os.makedirs(_NEW_ROOT + _SCRATCH, mode=0o755, exist_ok=True)  # noqa: PTH103
     for source in _SYSTEM_FILES:
         if os.path.isfile(source):  # noqa: PTH113
             Path(_NEW_ROOT + source).touch()
@@ -174,6 +196,38 @@ def _enter_new_root(confinement: Confinement) -> None:
         raise _error("umount of the old root")
     os.chdir("/")
     _mount("read-only root", None, "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID, None)
+
+
+def _enter_user_namespace(uid: int) -> None:
+    """Last, since what came before needs the rights that are lost here. A child that keeps them maps the users."""
+    entered_read, entered_write = os.pipe()
+    process = os.getpid()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(entered_write)
+            if os.read(entered_read, 1):
+                for name in ("uid_map", "gid_map"):
+                    fd = os.open(f"/proc/{process}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+                    os.write(fd, f"0 {uid} 1\n{_NOBODY} {uid + 1} 1\n".encode())
+                    os.close(fd)
+                status = 0
+        finally:
+            os._exit(status)
+    os.close(entered_read)
+    try:
+        if _libc.unshare(CLONE_NEWUSER) != 0:
+            raise _error("user namespace")
+        os.write(entered_write, b"x")
+    finally:
+        os.close(entered_write)
+        _, status = os.waitpid(child, 0)
+    if status != 0:
+        raise OSError(f"The users {uid} and {uid + 1} could not be mapped")
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
 
 
 def _make_device(path: str) -> None:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import vm_runtime
 from vm_runtime.confinement.namespaces import Confinement
@@ -35,8 +35,8 @@ _BOOTSTRAP = "import sys; sys.path.insert(0, {path!r}); from vm_runtime.confinem
 
 @dataclass(frozen=True, kw_only=True)
 class SpawnRequest:
-    """A program to start confined. descriptors: the first becomes stdout and stderr, the others 3, 4, ...
-    namespaces: CLONE_* flags. cgroups: `cgroup.procs` files."""
+    """A program to start confined. descriptors: the first becomes stdout and stderr, the others 3, 4, ...; with stdio=3
+    the first three become stdin, stdout and stderr. namespaces: CLONE_* flags. cgroups: `cgroup.procs` files."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
@@ -44,6 +44,7 @@ class SpawnRequest:
     confinement: Confinement
     namespaces: int
     cgroups: Sequence[str]
+    stdio: Literal[1, 3] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,7 @@ class Spawner:
             "confinement": asdict(request.confinement),
             "namespaces": request.namespaces,
             "cgroups": list(request.cgroups),
+            "stdio": request.stdio,
         }
         asking = asyncio.create_task(self._ask(message, request.descriptors))
         try:
@@ -157,6 +159,13 @@ class Spawner:
         if "error" in answer:
             raise SpawnError(f"{request.argv[0]} could not be started: {answer['error']}")
         return Process(int(answer["pid"]), descriptors[0], self), list(answer["problems"])
+
+    async def watch(self, pid: int) -> Process:
+        """A process that a program of ours has left when it ended. SpawnError if there is none."""
+        answer, descriptors = await self._ask({"watch": pid}, ())
+        if "error" in answer:
+            raise SpawnError(f"The process {pid} is not there: {answer['error']}")
+        return Process(pid, descriptors[0], self)
 
     async def keep(self, process: Process) -> None:
         """Let a program outlive the helper: call it when a later gateway can find it. Harmless if it has ended."""

@@ -3,21 +3,25 @@
 Runs as `python -I -S`, standard library only; imports nothing of this project but `namespaces`. It knows no VMM: it
 gets an argument vector. The gateway talks to it over a SOCK_SEQPACKET socket pair, one JSON object per packet:
 
-    -> {"id", "argv", "env", "confinement": {...}, "namespaces": CLONE_* flags, "cgroups": [files]}   + descriptors: the
-       first becomes stdout and stderr, the others 3, 4, ... of the VMM
+    -> {"id", "argv", "env", "confinement": {...}, "namespaces": CLONE_* flags, "cgroups": [files], "stdio"}
+       + descriptors: the first becomes stdout and stderr (stdio 1), or three do stdin, stdout and stderr (stdio 3); the
+       others 3, 4, ... of the VMM
     <- {"id", "pid", "problems": [...]}  + a pidfd     the program has been executed
     <- {"id", "error"}                                 it has not; nothing is left
+    -> {"id", "watch": pid}                            a process that such a program has left when it ended is a VMM
+    <- {"id", "pid"}  + a pidfd
     -> {"keep": pid}                                   its record is written: it may outlive us from now on
     <- {"exited": pid, "exit_status"|"signal"}         a VMM has ended
 
     -> {"id", "probe": true}      <- {"id", "namespaces": [[name, errno]...], "root_error", "proc_error"}
 
 VMMs outlive it: when the gateway's end closes it exits, and init adopts them. Those that were not kept yet are ended
-then, since no later gateway could find them.
+then, since no later gateway could find them, and so are those that nobody has asked to watch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -42,6 +46,7 @@ from vm_runtime.confinement.namespaces import (
 MAX_PACKET_BYTES = 65536
 # The kernel's own limit for one message (SCM_MAX_FD, unix(7)).
 MAX_DESCRIPTORS = 253
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 @dataclass
@@ -61,7 +66,7 @@ class SpawnerLoop:
         self._channel = channel
         self._starting: dict[int, _Starting] = {}  # by the pipe on which it would tell an error
         self._children: set[int] = set()
-        self._unkept: set[int] = set()
+        self._kept: set[int] = set()
         self._poll = select.poll()
         self._wakeup, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
@@ -95,11 +100,13 @@ class SpawnerLoop:
             return False
         request = json.loads(data)
         if "keep" in request:
-            self._unkept.discard(request["keep"])
+            self._kept.add(request["keep"])
             return True
         try:
             if request.get("probe"):
                 self._send(_probe(request))
+            elif "watch" in request:
+                self._watch(request["id"], request["watch"])
             else:
                 self._spawn(request, descriptors)
         except OSError as error:
@@ -120,9 +127,17 @@ class SpawnerLoop:
             except OSError as error:
                 problems.append(f"{path}: {error.strerror}")
         self._children.add(pid)
-        self._unkept.add(pid)
         self._starting[status] = _Starting(request["id"], pid, pidfd, problems)
         self._poll.register(status, select.POLLIN)
+
+    def _watch(self, request_id: int, pid: int) -> None:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # an error if it is no child of ours
+        pidfd = os.pidfd_open(pid)
+        try:
+            self._children.add(pid)
+            self._send({"id": request_id, "pid": pid}, pidfd)
+        finally:
+            os.close(pidfd)
 
     def _started(self, fd: int) -> None:
         """A status pipe ended: without a word when exec closed it, with the error's text otherwise."""
@@ -145,17 +160,20 @@ class SpawnerLoop:
             if found == 0:
                 continue
             self._children.discard(pid)
-            self._unkept.discard(pid)
+            self._kept.discard(pid)
             if os.WIFSIGNALED(status):
                 self._send({"exited": pid, "signal": os.WTERMSIG(status)})
             else:
                 self._send({"exited": pid, "exit_status": os.WEXITSTATUS(status)})
 
     def _end_unkept(self) -> None:
-        for pid in self._unkept:
-            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
-        for pid in self._unkept:
-            os.waitpid(pid, 0)
+        # A program that was ended while it started a VMM leaves one that is known to nobody.
+        while ended := (self._children | _children()) - self._kept:
+            for pid in ended:
+                os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            for pid in ended:
+                os.waitpid(pid, 0)
+            self._children -= ended
 
     def _send(self, message: dict[str, object], *descriptors: int) -> None:
         socket.send_fds(self._channel, [json.dumps(message).encode()], list(descriptors))
@@ -190,12 +208,21 @@ def _start_child(flags: int, run: Callable[[int], None]) -> tuple[int, int]:
     return pid, read
 
 
+def _children() -> set[int]:
+    """All processes whose parent this is."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:  # noqa: PTH123 - pathlib is slow to import
+            return set(map(int, file.read().split()))
+    except FileNotFoundError:  # a host without CONFIG_PROC_CHILDREN
+        return set()
+
+
 def _become(request: dict, descriptors: list[int], status: int) -> None:  # type: ignore[type-arg]  # parsed JSON
     """The child: never returns."""
     try:
         for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        stdio, *passed = descriptors
+        stdio, passed = descriptors[: request["stdio"]], descriptors[request["stdio"] :]
         confine(Confinement(**request["confinement"]))
         status = arrange_descriptors(passed, status=status, stdio=stdio)
         os.execve(request["argv"][0], request["argv"], request["env"])
@@ -268,4 +295,5 @@ def main() -> None:
     """`argv[1]` is the descriptor of the socket pair's end."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the gateway's terminal is for the gateway
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     SpawnerLoop(channel).run()

@@ -51,6 +51,7 @@ def spawn(channel: socket.socket, marker: str) -> None:
         "confinement": asdict(_CONFINEMENT),
         "namespaces": 0,
         "cgroups": [],
+        "stdio": 1,
     }
     null = os.open(os.devnull, os.O_WRONLY)
     socket.send_fds(channel, [json.dumps(request).encode()], [null])
@@ -138,3 +139,75 @@ async def test_one_that_hangs_is_replaced_and_what_runs_goes_on(monkeypatch: pyt
         program.send_signal(signal.SIGKILL)
         await program.wait()
         program.close()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_what_a_program_has_left_is_watched_and_ends_with_the_helper_unless_it_is_kept(kept: bool) -> None:
+    spawner, marker = Spawner(), new_marker(5000 + kept)
+    reading, writing = os.pipe()
+    request = SpawnRequest(
+        argv=["/bin/sh", "-c", f"/bin/sleep {marker} <&- >&- 2>&- & echo $!"], env={}, descriptors=[writing],
+        confinement=_CONFINEMENT, namespaces=0, cgroups=[],
+    )  # fmt: skip
+    try:
+        program, _ = await spawner.spawn(request)
+        assert (await program.wait()).exit_status == 0
+        program.close()
+        left = await spawner.watch(int(os.read(reading, 100)))
+        assert left.pid in living(marker)
+        with pytest.raises(SpawnError, match="not there"):
+            await spawner.watch(os.getpid())
+        if kept:
+            await spawner.keep(left)
+        else:
+            other = await spawner.watch(left.pid)
+            other.send_signal(signal.SIGKILL)
+            assert (await left.wait()).signal == signal.SIGKILL
+            other.close()
+    finally:
+        await spawner.close()
+        os.close(reading)
+        os.close(writing)
+    assert (left.pid in living(marker)) == kept
+    left.send_signal(signal.SIGKILL)
+    await left.wait()
+    left.close()
+
+
+async def test_what_nobody_has_asked_to_watch_ends_with_the_helper() -> None:
+    spawner, marker = Spawner(), new_marker(6000)
+    null = os.open(os.devnull, os.O_WRONLY)
+    request = SpawnRequest(
+        argv=["/bin/sh", "-c", f"/bin/sleep {marker} &"], env={}, descriptors=[null],
+        confinement=_CONFINEMENT, namespaces=0, cgroups=[],
+    )  # fmt: skip
+    try:
+        program, _ = await spawner.spawn(request)
+        await program.wait()
+        program.close()
+        assert living(marker)
+    finally:
+        await spawner.close()
+        os.close(null)
+    assert living(marker) == []
+
+
+async def test_a_program_gets_all_three_of_its_standard_files() -> None:
+    spawner = Spawner()
+    ours, theirs = zip(*(os.pipe() for _ in range(2)), strict=True)
+    stdin_read, stdin_write = os.pipe()
+    request = SpawnRequest(
+        argv=["/bin/sh", "-c", "read line; echo out $line; echo err >&2"], env={},
+        descriptors=[stdin_read, *theirs], confinement=_CONFINEMENT, namespaces=0, cgroups=[],
+        stdio=3,
+    )  # fmt: skip
+    try:
+        os.write(stdin_write, b"word\n")
+        program, _ = await spawner.spawn(request)
+        assert (await program.wait()).exit_status == 0
+        program.close()
+        assert [os.read(fd, 100) for fd in ours] == [b"out word\n", b"err\n"]
+    finally:
+        await spawner.close()
+        for fd in (*ours, *theirs, stdin_read, stdin_write):
+            os.close(fd)
