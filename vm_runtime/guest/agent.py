@@ -45,11 +45,13 @@ ROOT_HOME = "/root"
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-    """user: whom kernels run as, None for the agent's own. owns_machine: False where clock and name are not ours."""
+    """user: whom kernels run as, None for the agent's own. owns_machine: False where clock and name are not ours.
+    wire: the descriptors to read the wire from and to write it to, None if it is a virtio port."""
 
     paths: Paths
     user: User | None
     owns_machine: bool
+    wire: tuple[int, int] | None = None
 
 
 class Agent:
@@ -193,10 +195,13 @@ async def _find_port(paths: Paths) -> Path:
 
 
 async def _run(settings: AgentSettings) -> None:
-    port = await _find_port(settings.paths)
-    fd = os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if settings.wire is None:
+        port = await _find_port(settings.paths)
+        reading = writing = os.open(port, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    else:
+        reading, writing = settings.wire
     async with Agent(settings) as agent:
-        await agent.serve(DeviceCarrier(fd, on_hang_up=agent.hang_up))
+        await agent.serve(DeviceCarrier(reading, writing, on_hang_up=agent.hang_up))
 
 
 def main(settings: AgentSettings) -> None:

@@ -11,9 +11,10 @@ import contextlib
 import os
 import secrets
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,9 +293,7 @@ class Command:
     async def _supervise(self) -> None:
         timed_out = False
         exited = asyncio.Event()
-        pidfd = os.pidfd_open(self.pid)
-        self._loop.add_reader(pidfd, exited.set)
-        try:
+        with _watching(self.pid, exited.set):
             try:
                 async with asyncio.timeout(self.spec.timeout_s):
                     await exited.wait()
@@ -302,9 +301,6 @@ class Command:
                 timed_out = True
                 self.end_soon()
                 await exited.wait()
-        finally:
-            self._loop.remove_reader(pidfd)
-            os.close(pidfd)
         # Not reaped yet, so its pid cannot be another's, and neither can the session's number.
         for _ in range(KILL_ROUNDS if self._is_given_up else 0):
             if await asyncio.to_thread(session_members, self.pid) == [self.pid]:
@@ -433,3 +429,27 @@ class Commands:
         left = [command for command in self._open if command.exit is not None]
         for command in left[: max(0, len(left) - OPEN_MAX)]:
             command.close_outputs()
+
+
+@contextlib.contextmanager
+def _watching(pid: int, on_exit: Callable[[], None]) -> Iterator[None]:
+    """Within it `on_exit` is called in the event loop when a child has ended; it is not reaped."""
+    loop = asyncio.get_running_loop()
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # gVisor has none
+
+        def wait() -> None:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(on_exit)
+
+        threading.Thread(target=wait, name=f"end of {pid}", daemon=True).start()
+        yield
+        return
+    loop.add_reader(pidfd, on_exit)
+    try:
+        yield
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)

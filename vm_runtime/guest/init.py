@@ -1,6 +1,7 @@
 """PID 1 of the guest: mounts, loopback, the user's account; then it reaps, keeps the agent alive and powers off.
 
-Knows nothing of the wire. It runs after /hypercell/start, as `python3 -I -S`.
+Knows nothing of the wire. It runs after /hypercell/start, as `python3 -I -S`. Where vmlinux is not Linux itself
+(gVisor), it refuses some of this; that is then left out, with a line on the console.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _ensure_line(path: Path, line: str) -> None:
         path.write_text(text + ("" if text.endswith("\n") or not text else "\n") + line + "\n")
 
 
-def start_agent(user: User) -> int:
+def start_agent(user: User, wire: tuple[int, int] | None) -> int:
     """Fork the agent: it has what init has imported, and starts without a second interpreter. Returns its pid."""
     pid = os.fork()
     if pid:
@@ -148,7 +149,7 @@ def start_agent(user: User) -> int:
         os.setsid()
         from vm_runtime.guest.agent import AgentSettings, main
 
-        main(AgentSettings(paths=Paths(), user=user, owns_machine=True))
+        main(AgentSettings(paths=Paths(), user=user, owns_machine=True, wire=wire))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -169,8 +170,7 @@ def power_off() -> NoReturn:
         os.kill(-1, signal.SIGKILL)
     os.sync()
     _libc.reboot(RB_POWER_OFF)
-    while True:  # a VMM without a switch: it is killed from outside
-        signal.pause()
+    os._exit(0)  # where there is no switch, the end of PID 1 ends the machine
 
 
 def _reap() -> set[int]:
@@ -182,23 +182,36 @@ def _reap() -> set[int]:
     return ended
 
 
-def main() -> NoReturn:
-    """Never returns: the end of PID 1 is a panic."""
+def raise_limits() -> None:
+    """Open files, see above. How many processes there may be, their groups say (limits.py): a limit per user would
+    count those of the last kernel against the next. Raises OSError."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def outlive_others() -> None:
+    """Of what vmlinux ends when memory runs out, this is the last. Raises OSError."""
+    Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+
+
+def main(wire: tuple[int, int] | None = None) -> NoReturn:
+    """Never returns: the end of PID 1 is a panic. wire: see `AgentSettings`; given where vmlinux is not Linux."""
     watched = [signal.SIGCHLD, signal.SIGTERM]
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    mount_all()
-    keep_pages_in_place()
-    loopback_up()
-    resource.setrlimit(resource.RLIMIT_NOFILE, OPEN_FILES)
-    # How many processes there may be, their groups say (limits.py): a limit per user would count those of the last
-    # kernel against the next.
-    resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     paths = Paths()
-    keep_hosts_in_memory(paths.hosts)
+
+    def hosts() -> None:
+        keep_hosts_in_memory(paths.hosts)
+
+    for step in (mount_all, keep_pages_in_place, loopback_up, raise_limits, outlive_others, hosts, lock_memory):
+        try:
+            step()
+        except (OSError, ValueError) as error:  # setrlimit(2) that is refused is a ValueError
+            if wire is None:
+                raise
+            print(f"hypercell-init: {step.__name__}: {error}", file=sys.stderr, flush=True)
     user = ensure_user(paths.home)
-    lock_memory()
-    agent = start_agent(user)
+    agent = start_agent(user, wire)
     while True:
         if signal.sigwait(watched) == signal.SIGTERM:
             power_off()
@@ -207,7 +220,7 @@ def main() -> NoReturn:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
             time.sleep(RESTART_PAUSE_S)
-            agent = start_agent(user)
+            agent = start_agent(user, wire)
 
 
 if __name__ == "__main__":

@@ -104,14 +104,15 @@ class UserLimits:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        """root: where cgroup2 is mounted, None for no limits at all. Raises OSError."""
+        """root: where cgroup2 is mounted, None for no limits at all; nor are there any where it could not be mounted.
+        Raises OSError."""
         self._user: Path | None = None
         self._commands: Path | None = None
         self._running: dict[int, Group] = {}
         self._pressure: select.epoll | None = None
         self._limit_bytes = 0
         self.kernel = Group()
-        if root is None or "memory" not in (root / "cgroup.controllers").read_text().split():
+        if root is None or not root.is_mount() or "memory" not in (root / "cgroup.controllers").read_text().split():
             return
         self._user, self._commands = root / "user", root / "user/commands"
         self.kernel = Group(self._user / "kernel")

@@ -5,6 +5,8 @@ On the path of every restore, so: no subprocess, no import, nothing that waits.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -42,16 +44,28 @@ class Renewal:
         self._identity: Mapping[str, str] | None = None
 
     def renew(self, *, wall_clock_ns: int, entropy: bytes, identity: Mapping[str, str]) -> None:
-        """Raises OSError where vmlinux refuses. The identity's `hostname`, if there is one, becomes the machine's."""
-        self.set_clock(wall_clock_ns)
-        if self._owns_machine:
-            _feed_random_pool(entropy)
+        """The identity's `hostname`, if there is one, becomes the machine's. Raises OSError for what vmlinux has
+        refused, when all else is done."""
+        refused: list[OSError] = []
+        try:
+            self.set_clock(wall_clock_ns)
+        except OSError as error:
+            refused.append(error)
+        try:
+            if self._owns_machine:
+                _feed_random_pool(entropy)
+        except OSError as error:
+            refused.append(error)
         self.identify(identity)
+        if refused:
+            raise OSError(refused[0].errno, "; ".join(str(error) for error in refused))
 
     def set_clock(self, wall_clock_ns: int) -> None:
-        """What time it is. Raises OSError where vmlinux refuses."""
+        """What time it is. A clock that nobody may set is the host's already (gVisor). Raises OSError where vmlinux
+        refuses otherwise."""
         if self._owns_machine and abs(time.time_ns() - wall_clock_ns) > CLOCK_TOLERANCE_NS:
-            time.clock_settime_ns(time.CLOCK_REALTIME, wall_clock_ns)
+            with contextlib.suppress(PermissionError):
+                time.clock_settime_ns(time.CLOCK_REALTIME, wall_clock_ns)
 
     def identify(self, identity: Mapping[str, str]) -> None:
         """Who this machine is from now on. Also called when a warm machine is given to a sandbox."""
@@ -65,11 +79,15 @@ class Renewal:
 
 
 def _feed_random_pool(entropy: bytes) -> None:
-    """Credit the host's entropy, then reseed at once: else clones share random numbers until vmlinux reseeds."""
+    """Credit the host's entropy, then reseed at once: else clones share random numbers until vmlinux reseeds. Where
+    there is no pool, random numbers are the host's already (gVisor)."""
     fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
         fcntl.ioctl(fd, _RNDRESEEDCRNG)
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
     finally:
         os.close(fd)
 

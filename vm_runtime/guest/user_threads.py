@@ -21,6 +21,8 @@ from vm_runtime.guest.keeper import User
 THREADS = 4
 
 _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
+_SYS_SETRESUID, _SYS_SETRESGID = 117, 119  # asm/unistd_64.h
+_KEEP = -1
 
 T = TypeVar("T")
 
@@ -51,9 +53,15 @@ def _become(user: User) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.setfsgid(user.gid)
     libc.setfsuid(user.uid)  # drops the capabilities over files, too
+    if libc.setfsuid(user.uid) != user.uid:
+        # Where there is no such call (gVisor) the thread's effective user decides; as a system call, since libc's
+        # function changes all threads.
+        libc.syscall(_SYS_SETRESGID, _KEEP, user.gid, _KEEP)
+        libc.syscall(_SYS_SETRESUID, _KEEP, user.uid, _KEEP)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
     if libc.capset(header, nothing) != 0:  # the rest: a full disk's reserve, for one
         raise OSError(ctypes.get_errno(), "The capabilities of a thread could not be dropped")
-    if libc.setfsuid(user.uid) != user.uid or libc.setfsgid(user.gid) != user.gid:
+    file_user = libc.setfsuid(user.uid), libc.setfsgid(user.gid)
+    if (user.uid, user.gid) not in (file_user, (os.geteuid(), os.getegid())):
         raise OSError(0, f"{os.getpid()}: a thread could not become {user.name}")

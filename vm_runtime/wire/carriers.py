@@ -1,10 +1,13 @@
-"""Carriers: what moves a session's bytes. One small interface and the two kinds there are. Knows no frames."""
+"""Carriers: what moves a session's bytes. One small interface and the three kinds there are. Knows no frames."""
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import os
 import select
+import termios
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -61,24 +64,89 @@ class SocketCarrier:
         self._writer.transport.abort()
 
 
+class PipeCarrier:
+    """Two pipes, on the host. It ends when nobody has the reading one open for writing any more. Takes over both
+    descriptors and closes them."""
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self._reading = reading
+        self._writing = writing
+        for fd in (reading, writing):
+            os.set_blocking(fd, False)
+        self._loop = asyncio.get_running_loop()
+        self._readable = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._closed = False
+
+    async def read(self, max_bytes: int) -> bytes:
+        while not self._closed:
+            try:
+                return os.read(self._reading, max_bytes)
+            except BlockingIOError:
+                self._readable.clear()
+                self._loop.add_reader(self._reading, self._readable.set)
+                try:
+                    await self._readable.wait()
+                finally:
+                    if not self._closed:
+                        self._loop.remove_reader(self._reading)
+        return b""
+
+    async def write(self, buffers: Sequence[Buffer]) -> None:
+        data = memoryview(b"".join(buffers))
+        while data:
+            if self._closed:
+                raise ConnectionResetError("The pipe of the wire is closed")
+            try:
+                data = data[os.write(self._writing, data) :]
+            except BlockingIOError:
+                self._writable.clear()
+                self._loop.add_writer(self._writing, self._writable.set)
+                try:
+                    await self._writable.wait()
+                finally:
+                    if not self._closed:
+                        self._loop.remove_writer(self._writing)
+
+    def unread_bytes(self) -> int:
+        """How much of what was written is still in the pipe."""
+        found = array.array("i", [0])
+        fcntl.ioctl(self._writing, termios.FIONREAD, found)
+        return found[0]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._reading)
+        self._loop.remove_writer(self._writing)
+        os.close(self._reading)
+        os.close(self._writing)
+        self._readable.set()
+        self._writable.set()
+
+
 class DeviceCarrier:
-    """A character device such as a virtio port, in the guest.
+    """A character device such as a virtio port, or one pipe for each direction, in the guest.
 
     While no host is connected the device is always "readable" (read gives b"") and hung up, so an event loop that polls
     it would spin. An edge-triggered epoll of our own, itself watched by the loop, wakes us only when something changes.
-    `read` never gives b"": a host that is gone is waited for. Takes over the descriptor and closes it.
+    `read` never gives b"": a host that is gone is waited for. writing: where to write, if not to `fd`. Takes over the
+    descriptors and closes them.
 
     on_hang_up: called when something has changed and no host is connected.
     """
 
-    def __init__(self, fd: int, *, on_hang_up: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, fd: int, writing: int | None = None, *, on_hang_up: Callable[[], None] = lambda: None) -> None:
         self._fd = fd
+        self._writing = fd if writing is None else writing
         self._on_hang_up = on_hang_up
-        os.set_blocking(fd, False)
         self._changed = asyncio.Event()
         self._writable = asyncio.Event()
         self._epoll = select.epoll()
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET)
+        for each in {self._fd, self._writing}:
+            os.set_blocking(each, False)
+            self._epoll.register(each, select.EPOLLIN | select.EPOLLOUT | select.EPOLLHUP | select.EPOLLET)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._epoll.fileno(), self._wake)
         self._closed = False
@@ -121,7 +189,7 @@ class DeviceCarrier:
             self._check_open()
             self._writable.clear()
             try:
-                written = os.write(self._fd, data[:DEVICE_WRITE_BYTES])
+                written = os.write(self._writing, data[:DEVICE_WRITE_BYTES])
             except BlockingIOError:
                 await self._writable.wait()
                 continue
@@ -138,6 +206,7 @@ class DeviceCarrier:
         self._closed = True
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
-        os.close(self._fd)
+        for each in {self._fd, self._writing}:
+            os.close(each)
         self._changed.set()
         self._writable.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -392,3 +393,15 @@ async def test_what_a_machine_uses_is_measured(host: Host) -> None:
         await spin.wait()
     assert 0 < now["cpu_percent"] <= 100
     assert 0 < now["disk_used_bytes"] <= now["disk_total_bytes"]
+
+
+async def test_a_command_s_end_is_noticed_where_processes_have_no_descriptors(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    followed = await (await start(host, "echo out; exit 3")).end()
+    assert followed.out == b"out\n"
+    assert followed.exited["exit_status"] == 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import random
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -480,7 +482,25 @@ async def test_watch_ends_with_what_it_watches(host: Host, home: Path) -> None:
     assert await code_of(host.link.open("files.watch", {"path": "nothing"})) == "file_not_found"
 
 
-async def test_threads_have_the_users_rights_only(tmp_path: Path) -> None:
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class LibcOfGvisor:
+    """The C library where the kernel has no setfsuid and setfsgid."""
+
+    def __init__(self) -> None:
+        self.libc = _LIBC
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda user: -1) if name in ("setfsuid", "setfsgid") else getattr(self.libc, name)
+
+
+@pytest.mark.parametrize("libc", [None, LibcOfGvisor], ids=["linux", "gvisor"])
+async def test_threads_have_the_users_rights_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libc: Callable[[], Any] | None
+) -> None:
+    if libc is not None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **options: libc())
     if os.geteuid() != 0:
         pytest.skip("becoming another user takes root")
     for directory in (tmp_path, *tmp_path.parents[:2]):
