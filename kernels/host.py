@@ -25,7 +25,7 @@ async def open_service(settings: ServiceSettings, *, say: Progress) -> AsyncIter
         DriverSettings(
             state_dir=settings.state_dir,
             image=images[0].files if images else None,
-            options={"accelerator": settings.accelerator},
+            options={"accelerator": settings.accelerator, "runsc": settings.runsc},
         ),
         say=say,
     )

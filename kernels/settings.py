@@ -30,6 +30,7 @@ class ServiceSettings(BaseModel):
         8, ge=0, le=64, description="To how many of them that grows while starts find none ready (50 MiB each)."
     )
     driver: str = Field(DEFAULT_DRIVER, description="What runs the machines; `hypercelld doctor` names what there is.")
+    runsc: str = Field("runsc", description="gVisor's program for the driver gvisor: a name on the PATH, or a path.")
     accelerator: Literal["auto", "kvm", "tcg"] = Field(
         "auto", description="Accelerator of the machines; auto tries with a real boot what works."
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
+import subprocess
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
@@ -15,10 +17,12 @@ from typing import cast
 
 import pytest
 
-from tests.conformance import pvh
+from tests.conformance import echo, pvh
 from tests.fake_driver.driver import FakeDriver
 from tests.fake_driver.tree import is_stopped
 from vm_runtime.drivers.base import Driver, DriverSettings, MachinePlace
+from vm_runtime.drivers.gvisor import program as runsc
+from vm_runtime.drivers.gvisor.driver import GvisorDriver
 from vm_runtime.drivers.qemu.arguments import Accelerator
 from vm_runtime.drivers.qemu.driver import QemuDriver
 from vm_runtime.drivers.qemu.machine import QemuMachine
@@ -48,6 +52,11 @@ class Subject(ABC):
 
     @abstractmethod
     async def start(self, directory: Path) -> Driver: ...
+
+    def write_image(self, image: ImageFiles) -> None:
+        """The files of the image that it runs."""
+        image.vmlinux.write_bytes(pvh.elf())
+        image.rootfs.write_bytes(bytes(65536))
 
     @abstractmethod
     async def works(self, machine: Machine) -> None:
@@ -98,7 +107,44 @@ class Fake(Subject):
         return is_stopped(machine.pid)
 
 
-SUBJECTS = {subject.name: subject for subject in (Qemu(Accelerator.TCG), Qemu(Accelerator.KVM), Fake())}
+class Gvisor(Subject):
+    """Runs the program of echo.py in the place of the image's Python."""
+
+    name = "gvisor"
+
+    def problem(self) -> str | None:
+        if shutil.which(runsc.PROGRAM) is None:
+            return f"{runsc.PROGRAM} is not installed"
+        return None if os.geteuid() == 0 else "gVisor's machines need a gateway that is root"
+
+    async def start(self, directory: Path) -> Driver:
+        return await GvisorDriver.start(DriverSettings(state_dir=directory), say=lambda text: None)
+
+    def write_image(self, image: ImageFiles) -> None:
+        tree = image.rootfs.with_name("tree")
+        (tree / "usr/bin").mkdir(parents=True)
+        program = tree / "usr/bin/python3"
+        program.write_bytes(echo.elf())
+        program.chmod(0o755)
+        subprocess.run(["mkfs.erofs", "--quiet", image.rootfs, tree], check=True)
+
+    async def works(self, machine: Machine) -> None:
+        wire = await machine.open_wire()
+        try:
+            sent, received = secrets.token_bytes(16), b""
+            await wire.write([sent])
+            while sent not in received:
+                data = await wire.read(4096)
+                assert data, machine.serial_tail()
+                received += data
+        finally:
+            wire.close()
+
+    async def stands(self, machine: Machine) -> bool:
+        return is_stopped(machine.pid)
+
+
+SUBJECTS = {subject.name: subject for subject in (Qemu(Accelerator.TCG), Qemu(Accelerator.KVM), Gvisor(), Fake())}
 
 
 def kvm_problem() -> str | None:
@@ -196,8 +242,7 @@ async def open_bench(subject: Subject) -> AsyncIterator[Bench]:
         image = ImageFiles(
             digest="0" * 64, vmlinux=directory / "vmlinux", initramfs=directory / "none", rootfs=directory / "rootfs"
         )
-        image.vmlinux.write_bytes(pvh.elf())
-        image.rootfs.write_bytes(bytes(65536))
+        subject.write_image(image)
         spec = MachineSpec(shape=MachineShape(memory_mib=MEMORY_MIB, vcpus=1, disk_mib=DISK_MIB), image=image)
         driver = await subject.start(directory)
         store = SnapshotStore(directory / "snapshots")
