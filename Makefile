@@ -10,7 +10,7 @@ state_flag = $(if $(STATE),--state-dir $(STATE))
 help:
 	@echo "make run     set everything up and start the gateway (HOST=, PORT=, STATE= to change where)"
 	@echo "make test    set up what the tests need and run them"
-	@echo "make unit    the tests that need no whole gateway: minutes"
+	@echo "make unit    the tests of single modules; those of the gateway start machines: some ten minutes"
 	@echo "make check   ruff, mypy --strict, import contracts"
 	@echo "make bench   the measurements of the README"
 	@echo "make setup   only the system packages and .venv"

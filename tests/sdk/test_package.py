@@ -1,4 +1,4 @@
-"""The package itself: how fast it is imported, what it exports, and that type checkers accept programs that use it."""
+"""The package itself: what it imports and exports, and that type checkers accept programs that use it."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ async def test_a_cell_is_captured_while_the_checkpoint_before_it_is_being_stored
     async with started_service(state_dir, driver, checkpoints="cell") as kernels:
         sandbox_id = await kernels.new()
         snapshots, keep = kernels.snapshots, kernels.snapshots.keep
+        machine = kernels.machines.running(sandbox_id).saved.machine
+        pauses, pause = asyncio.Semaphore(0), machine.pause
         storing, may_end = asyncio.Event(), asyncio.Event()
 
         async def held_up(*arguments: Any) -> None:
@@ -42,14 +44,24 @@ async def test_a_cell_is_captured_while_the_checkpoint_before_it_is_being_stored
             await may_end.wait()
             await keep(*arguments)
 
+        async def counted() -> None:
+            await pause()
+            pauses.release()
+
         monkeypatch.setattr(snapshots, "keep", held_up)
+        monkeypatch.setattr(machine, "pause", counted)
         await kernels.run(sandbox_id, "open('number', 'w').write('1')")
         await storing.wait()
+        await pauses.acquire()
         async with asyncio.timeout(LIMIT_S), kernels.machines.cell_lock(sandbox_id):
             assert kernels.registry.get(sandbox_id).snapshot_id is None
         await kernels.run(sandbox_id, "open('number', 'w').write('2')")
-        undoing = asyncio.create_task(kernels.checkpoints.undo(sandbox_id))
-        may_end.set()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await pauses.acquire()  # the second is captured, while the first is being stored
+            undoing = asyncio.create_task(kernels.checkpoints.undo(sandbox_id))
+        finally:
+            may_end.set()
         await undoing
         assert [each.cell for each in await kernels.checkpoints.all(sandbox_id)] == [1, 2, 2]
         assert await kernels.run(sandbox_id, "print(open('number').read())") == "1\n"

@@ -115,12 +115,14 @@ def cell(msg_id: str, code: str) -> KernelMessage:
 async def test_no_client_waits_for_a_kernel_that_died(state_dir: Path, driver: TestDriver, restart_limit: int) -> None:
     settings = GatewaySettings(state_dir=state_dir)
     async with started_service(state_dir, driver, restart_limit=restart_limit) as kernels:
-        hub = ClientRegistry(kernels, settings, Metrics(states=list, pool_ready=int))
-        async with hub.running(), kernels.bus.subscribe() as events:
-            following = asyncio.create_task(hub.follow(events))
+        clients = ClientRegistry(kernels, settings, Metrics(states=list, pool_ready=int))
+        async with clients.running(), kernels.bus.subscribe() as events:
+            following = asyncio.create_task(clients.follow(events))
             sandbox_id = await kernels.new()
             one, other = Notebook(), Notebook()
-            connections = [hub.attach(sandbox_id, name, each.client) for name, each in (("one", one), ("other", other))]
+            connections = [
+                clients.attach(sandbox_id, name, each.client) for name, each in (("one", one), ("other", other))
+            ]
             await connections[0].from_client(cell("1", "import os, time\nprint('on')"))
             await one.until("iopub", "status", "1", "idle")
             code = "print('on', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nos._exit(3)"

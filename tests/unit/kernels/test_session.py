@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,29 @@ from vm_runtime.wire.serving import serve
 from vm_runtime.wire.stream import Incoming
 
 FLOOD = 5000
+GREETING = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
+
+
+@asynccontextmanager
+async def guest(
+    directory: Path, behave: Callable[[Link], Awaitable[None]]
+) -> AsyncIterator[Callable[[], Awaitable[Carrier]]]:
+    """One that answers a greeting and then does as it likes. How to reach it; at the end it waits for its wire's."""
+    path, served = directory / "wire.sock", asyncio.Event()
+
+    async def welcome(hello: Hello) -> Welcome:
+        return Welcome(agent_version="1", kernel=None, extra={})
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve(SocketCarrier(reader, writer), behave, make_welcome=welcome)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        served.set()
+
+    async with await asyncio.start_unix_server(accept, path), asyncio.timeout(60):
+        yield lambda: SocketCarrier.connect_unix(path)
+        await served.wait()
 
 
 def status(state: Literal["busy", "idle"], cell: int | None = None) -> KernelStatus:
@@ -47,9 +72,6 @@ async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
 ) -> None:
     monkeypatch.setattr(module, "READS_PER_S", 1e6)
 
-    async def welcome(hello: Hello) -> Welcome:
-        return Welcome(agent_version="1", kernel=None, extra={})
-
     async def flood(link: Link) -> None:
         async with await link.open("events") as stream:
             lines = [json.dumps({"event": "kernel.status", "state": state}) for state in ("busy", "idle")]
@@ -58,17 +80,8 @@ async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
             await stream.write(json.dumps(last).encode() + b"\n")
             await link.wait_closed()
 
-    served = asyncio.Event()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await serve(SocketCarrier(reader, writer), flood, make_welcome=welcome)
-        await writer.wait_closed()
-        served.set()
-
-    path = tmp_path / "wire.sock"
-    async with await asyncio.start_unix_server(accept, path):
-        greeting = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
-        session = await GuestSession.open(lambda: SocketCarrier.connect_unix(path), greeting)
+    async with guest(tmp_path, flood) as open_wire:
+        session = await GuestSession.open(open_wire, GREETING)
         events: list[GuestEvent] = []
         ended = asyncio.Event()
 
@@ -78,10 +91,8 @@ async def test_a_flood_of_events_is_condensed_and_its_end_arrives(
                 ended.set()
 
         session.on_event = note
-        async with asyncio.timeout(30):
-            await ended.wait()
+        await ended.wait()
         await session.close()
-        await served.wait()
     assert len(events) < FLOOD / 10
 
 
@@ -89,10 +100,7 @@ async def test_a_session_that_is_given_up_while_it_begins_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CLOCK_LATE_S", -1.0)
-    asked, ended = asyncio.Event(), asyncio.Event()
-
-    async def welcome(hello: Hello) -> Welcome:
-        return Welcome(agent_version="1", kernel=None, extra={})
+    asked = asyncio.Event()
 
     async def never_answer(incoming: Incoming) -> None:
         asked.set()
@@ -102,20 +110,10 @@ async def test_a_session_that_is_given_up_while_it_begins_is_closed(
         link.on_open = never_answer
         await link.wait_closed()
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await serve(SocketCarrier(reader, writer), session, make_welcome=welcome)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-        ended.set()
-
-    path = tmp_path / "wire.sock"
-    async with await asyncio.start_unix_server(accept, path), asyncio.timeout(30):
-        greeting = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
-        opening = asyncio.create_task(GuestSession.open(lambda: SocketCarrier.connect_unix(path), greeting))
+    async with guest(tmp_path, session) as open_wire:
+        opening = asyncio.create_task(GuestSession.open(open_wire, GREETING))
         await asked.wait()
-        opening.cancel()
-        await ended.wait()
+        opening.cancel()  # the guest waits for the end of its wire
 
 
 async def test_exits_that_a_kernel_cannot_have_had_are_not_queued(kernels: Service) -> None:
@@ -140,10 +138,7 @@ async def test_a_greeting_that_is_none_opens_no_wire() -> None:
 
 @pytest.mark.parametrize("kind", ["exec.start", "exec.attach", "files.read"])
 async def test_a_stream_whose_beginning_is_made_up_is_given_up(tmp_path: Path, kind: str) -> None:
-    given_up, served = asyncio.Event(), asyncio.Event()
-
-    async def welcome(hello: Hello) -> Welcome:
-        return Welcome(agent_version="1", kernel=None, extra={})
+    given_up = asyncio.Event()
 
     async def answer(incoming: Incoming) -> None:
         stream = await incoming.accept({"command_id": "/", "offset": -1})
@@ -156,15 +151,8 @@ async def test_a_stream_whose_beginning_is_made_up_is_given_up(tmp_path: Path, k
         link.on_open = answer
         await link.wait_closed()
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await serve(SocketCarrier(reader, writer), lie, make_welcome=welcome)
-        await writer.wait_closed()
-        served.set()
-
-    path = tmp_path / "wire.sock"
-    async with await asyncio.start_unix_server(accept, path):
-        greeting = Greeting(marker=BOOT_MARKER.hex(), identity={}, key=None, restored=False)
-        session = await GuestSession.open(lambda: SocketCarrier.connect_unix(path), greeting)
+    async with guest(tmp_path, lie) as open_wire:
+        session = await GuestSession.open(open_wire, GREETING)
         with pytest.raises(MachineFailedError):
             match kind:
                 case "exec.start":
@@ -173,7 +161,5 @@ async def test_a_stream_whose_beginning_is_made_up_is_given_up(tmp_path: Path, k
                     await SandboxCommands(session).attach("a", stdin=False)
                 case _:
                     await SandboxFiles(session).read("file")
-        async with asyncio.timeout(30):
-            await given_up.wait()
+        await given_up.wait()
         await session.close()
-        await served.wait()
